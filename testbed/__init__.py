@@ -1,0 +1,1 @@
+"""testbed: what does this fabric do to my all-reduce?"""

@@ -1,0 +1,486 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* The per-packet half of the fabric: what a switch port and a NIC do with each frame.
+ *
+ *   switch_ingress  a frame reached a switch: it left the upstream queue; choose the egress port, admit, redirect
+ *   host_egress     a frame leaves a host (NIC or kernel): account it and choose the transmit queue
+ *   host_ingress    a frame reached a host: it left the leaf's queue; RoCEv2 for our QPs is answered here
+ *
+ * Depth of a queue = enq - deq. The frame is added by the program that redirects it to the port and subtracted
+ * by the program at the other end of the veth, so the figure is exact whatever the qdisc in between does.
+ */
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/pkt_cls.h>
+#include <linux/udp.h>
+
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#include "fabric.h"
+
+char LICENSE[] SEC("license") = "GPL";
+
+SEC(".rodata.config") const volatile struct tb_config config = {};
+
+/* Arrays, so that the engine maps them and the JIT inlines the lookup; sized by the loader. */
+#define TB_ARRAY(name_, type_)                                                                                 \
+	struct {                                                                                                   \
+		__uint(type, BPF_MAP_TYPE_ARRAY);                                                                      \
+		__uint(map_flags, BPF_F_MMAPABLE);                                                                     \
+		__uint(max_entries, 1);                                                                                \
+		__type(key, __u32);                                                                                    \
+		__type(value, type_);                                                                                  \
+	} name_ SEC(".maps")
+
+TB_ARRAY(tb_ports, struct tb_port);
+TB_ARRAY(tb_queues, struct tb_queue);
+TB_ARRAY(tb_nodes, struct tb_node);
+TB_ARRAY(tb_fib, __s32);      /* [node * slots + slot]: group, -1 = none */
+TB_ARRAY(tb_groups, struct tb_group);
+TB_ARRAY(tb_members, __u32);  /* egress port ids */
+TB_ARRAY(tb_qps, struct tb_qp);
+TB_ARRAY(tb_probe, __u64);    /* [0] arrival of the last fidelity probe, CLOCK_MONOTONIC ns; [1] its number */
+
+/* CRC-32 of one byte (IEEE 802.3, reflected): 256 entries written by the loader, which gets them from zlib. */
+SEC(".rodata.crc") const volatile __u32 crc_table[256] = {};
+
+struct bth {
+	__u8 opcode;
+	__u8 flags;
+	__be16 pkey;
+	__be32 dest_qp; /* FECN, BECN, reserved in the top byte */
+	__be32 psn;     /* AckReq in the top bit */
+} __attribute__((packed));
+
+#define MAC_PORT(mac) (((__u16)(mac)[2] << 8) | (mac)[3])
+#define MAC_INGRESS(mac) (((__u16)(mac)[4] << 8) | (mac)[5])
+#define ECN_CE 3
+
+static __always_inline __u32 mix(__u32 h)
+{
+	h ^= h >> 16;
+	h *= 0x85ebca6b;
+	h ^= h >> 13;
+	h *= 0xc2b2ae35;
+	h ^= h >> 16;
+	return h;
+}
+
+static __always_inline struct tb_queue *queue_of(__u32 port, __u32 priority)
+{
+	__u32 key = port * TB_PRIORITIES + (priority & (TB_PRIORITIES - 1));
+
+	return bpf_map_lookup_elem(&tb_queues, &key);
+}
+
+static __always_inline struct tb_port *port_of(__u32 id)
+{
+	return bpf_map_lookup_elem(&tb_ports, &id);
+}
+
+static __always_inline struct tb_node *node_of(__u32 index)
+{
+	return bpf_map_lookup_elem(&tb_nodes, &index);
+}
+
+static __always_inline __u32 priority_of(const struct iphdr *ip)
+{
+	return ip->tos >> 5; /* DSCP >> 3 */
+}
+
+/* Transmit queue 0 (mapping 1) carries data, 1 (mapping 2) control; netdev_pick_tx() honours the mapping. */
+static __always_inline void choose_transmit_queue(struct __sk_buff *skb, __u32 priority)
+{
+	skb->queue_mapping = (config.control_priorities >> priority) & 1 ? 2 : 1;
+}
+
+/* The frame left the egress queue of the port at the other end of the link. */
+static __always_inline void account_dequeue(const struct tb_port *port, const struct ethhdr *eth, __u32 priority,
+					    __u32 len)
+{
+	struct tb_queue *queue;
+	struct tb_node *node;
+
+	if (MAC_INGRESS(eth->h_source) == TB_INGRESS_KERNEL)
+		return;
+	queue = queue_of(port->peer, priority);
+	if (queue) {
+		__sync_fetch_and_add(&queue->deq_bytes, len);
+		__sync_fetch_and_add(&queue->deq_packets, 1);
+	}
+	if (!(port->flags & TB_PORT_PEER_HOST)) {
+		node = node_of(port->peer_node);
+		if (node)
+			__sync_fetch_and_add(&node->used_bytes, -(__s64)len);
+	}
+}
+
+static __always_inline void account_enqueue(struct tb_queue *queue, __u32 len)
+{
+	__u64 depth = __sync_fetch_and_add(&queue->enq_bytes, len) + len - queue->deq_bytes;
+
+	__sync_fetch_and_add(&queue->enq_packets, 1);
+	if (depth > queue->peak_bytes)
+		queue->peak_bytes = depth;
+}
+
+/* Linear bytes up to `want`: an AF_PACKET frame larger than a page arrives with 14. */
+static __always_inline int pull(struct __sk_buff *skb, __u32 want)
+{
+	if ((void *)(long)skb->data + want <= (void *)(long)skb->data_end)
+		return 0;
+	return bpf_skb_pull_data(skb, want < skb->len ? want : skb->len);
+}
+
+struct flow_words {
+	__u32 ports;
+	__u32 dest_qp;
+};
+
+SEC("tc")
+int switch_ingress(struct __sk_buff *skb)
+{
+	__u32 id = skb->ifindex - config.ifindex_base;
+	struct flow_words flow = {};
+	struct tb_port *port, *egress_port;
+	struct tb_group *group;
+	struct tb_queue *queue;
+	struct tb_node *node;
+	struct ethhdr *eth;
+	struct iphdr *ip;
+	__u32 len = skb->len, priority, hash, slot, key, fields, egress_id, *member;
+	__s32 *group_index;
+	void *data, *end;
+
+	if (pull(skb, TB_HEADERS_LEN) < 0 && pull(skb, TB_ETH_HLEN + TB_IP_HLEN) < 0)
+		return TC_ACT_OK;
+	data = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
+	eth = data;
+	ip = data + TB_ETH_HLEN;
+	if ((void *)(ip + 1) > end || eth->h_proto != bpf_htons(ETH_P_IP) || (eth->h_dest[0] & 1))
+		return TC_ACT_OK;
+	port = port_of(id);
+	if (!port)
+		return TC_ACT_OK;
+	priority = priority_of(ip);
+	account_dequeue(port, eth, priority, len);
+
+	slot = (bpf_ntohl(ip->daddr) - config.host_network) >> 1;
+	if (slot >= config.slots || !(bpf_ntohl(ip->daddr) & 1) || ip->ttl <= 1 || ip->ihl != 5)
+		return TC_ACT_OK; /* the switch itself, TTL expiry, options: the kernel, whose routes mirror the tables */
+	key = port->node * config.slots + slot;
+	group_index = bpf_map_lookup_elem(&tb_fib, &key);
+	if (!group_index || *group_index < 0)
+		goto no_route;
+	key = *group_index;
+	group = bpf_map_lookup_elem(&tb_groups, &key);
+	if (!group || !group->members)
+		goto no_route;
+
+	key = group->first_member;
+	if (group->members > 1) {
+		fields = group->hash_fields;
+		if (ip->protocol == IPPROTO_UDP || ip->protocol == IPPROTO_TCP) {
+			struct udphdr *l4 = (void *)(ip + 1);
+
+			if ((void *)(l4 + 1) <= end && !(ip->frag_off & bpf_htons(0x3fff))) {
+				flow.ports = (fields & 8 ? (__u32)bpf_ntohs(l4->source) << 16 : 0) |
+					     (fields & 16 ? bpf_ntohs(l4->dest) : 0);
+				if ((fields & 32) && ip->protocol == IPPROTO_UDP &&
+				    l4->dest == bpf_htons(TB_ROCE_PORT)) {
+					struct bth *bth = (void *)(l4 + 1);
+
+					if ((void *)(bth + 1) <= end)
+						flow.dest_qp = bpf_ntohl(bth->dest_qp) & 0xffffff;
+				}
+			}
+		}
+		hash = mix(group->seed + 0x9e3779b9);
+		hash = mix(hash ^ (fields & 1 ? bpf_ntohl(ip->saddr) : 0));
+		hash = mix(hash ^ (fields & 2 ? bpf_ntohl(ip->daddr) : 0));
+		hash = mix(hash ^ flow.ports);
+		hash = mix(hash ^ (fields & 4 ? ip->protocol : 0));
+		hash = mix(hash ^ flow.dest_qp);
+		key += ((__u64)hash * group->members) >> 32;
+	}
+	member = bpf_map_lookup_elem(&tb_members, &key);
+	if (!member)
+		goto no_route;
+	egress_id = *member;
+	egress_port = port_of(egress_id);
+	queue = queue_of(egress_id, priority);
+	node = node_of(port->node);
+	if (!egress_port || !queue || !node)
+		goto no_route;
+
+	/* Admission: the drop comes before the accounting, so that enq - deq never drifts. */
+	if (node->used_bytes + (__s64)len > (__s64)node->limit_bytes) {
+		__sync_fetch_and_add(&queue->drop_packets, 1);
+		return TC_ACT_SHOT;
+	}
+	__sync_fetch_and_add(&node->used_bytes, (__s64)len);
+	account_enqueue(queue, len);
+
+	/* RFC 1624 for TTL - 1: the checksum grows by 0x0100. */
+	{
+		__u32 check = bpf_ntohs(ip->check) + 0x0100;
+
+		ip->check = bpf_htons(check + (check >> 16));
+		ip->ttl--;
+	}
+	__builtin_memcpy(eth->h_dest, egress_port->peer_mac, 6);
+	eth->h_source[0] = 2;
+	eth->h_source[1] = 0;
+	eth->h_source[2] = egress_id >> 8;
+	eth->h_source[3] = egress_id;
+	eth->h_source[4] = id >> 8;
+	eth->h_source[5] = id;
+	choose_transmit_queue(skb, priority);
+	return bpf_redirect(config.ifindex_base + egress_id, 0);
+
+no_route:
+	node = node_of(port->node);
+	if (node)
+		__sync_fetch_and_add(&node->no_route_packets, 1);
+	return TC_ACT_OK;
+}
+
+SEC("tc")
+int host_egress(struct __sk_buff *skb)
+{
+	__u32 len = skb->len, priority;
+	struct tb_queue *queue;
+	struct ethhdr *eth;
+	struct iphdr *ip;
+	void *data, *end;
+
+	if (pull(skb, TB_HEADERS_LEN + 16) < 0 && pull(skb, TB_ETH_HLEN + TB_IP_HLEN) < 0)
+		return TC_ACT_OK;
+	data = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
+	eth = data;
+	ip = data + TB_ETH_HLEN;
+	if ((void *)(ip + 1) > end || eth->h_proto != bpf_htons(ETH_P_IP) || (eth->h_dest[0] & 1))
+		return TC_ACT_OK;
+	priority = priority_of(ip);
+	queue = queue_of(skb->ifindex - config.ifindex_base, priority);
+	if (queue)
+		account_enqueue(queue, len);
+	choose_transmit_queue(skb, priority);
+	return TC_ACT_OK;
+}
+
+static __always_inline __u32 crc_byte(__u32 crc, __u8 byte)
+{
+	return crc_table[(crc ^ byte) & 0xff] ^ (crc >> 8);
+}
+
+struct ack_frame {
+	struct ethhdr eth;
+	struct iphdr ip;
+	struct udphdr udp;
+	struct bth bth;
+	__be32 aeth;
+	__u32 icrc;
+} __attribute__((packed));
+
+/* Answer with an ACK or a NAK by turning the very packet round. */
+static __always_inline int answer(struct __sk_buff *skb, const struct tb_qp *qp, __u32 psn, __u8 syndrome)
+{
+	struct ack_frame *ack;
+	__be32 saddr, daddr;
+	__u8 mac[6];
+	__u32 crc = 0xffffffff, sum;
+	__u8 *covered;
+	int i;
+
+	if (bpf_skb_change_tail(skb, TB_ACK_LEN, 0) < 0 || pull(skb, TB_ACK_LEN) < 0)
+		return TC_ACT_SHOT;
+	ack = (void *)(long)skb->data;
+	if ((void *)(ack + 1) > (void *)(long)skb->data_end)
+		return TC_ACT_SHOT;
+	__builtin_memcpy(mac, ack->eth.h_dest, 6);
+	/* The leaf is the next hop: its MAC is that of this port's peer; ours says "from a host". */
+	{
+		struct tb_port *port = port_of(skb->ifindex - config.ifindex_base);
+
+		if (!port)
+			return TC_ACT_SHOT;
+		__builtin_memcpy(ack->eth.h_dest, port->peer_mac, 6);
+	}
+	__builtin_memcpy(ack->eth.h_source, mac, 6);
+	saddr = ack->ip.saddr;
+	daddr = ack->ip.daddr;
+	ack->ip.tos = 48 << 2;
+	ack->ip.tot_len = bpf_htons(TB_ACK_LEN - TB_ETH_HLEN);
+	ack->ip.id = 0;
+	ack->ip.frag_off = bpf_htons(0x4000);
+	ack->ip.ttl = 64;
+	ack->ip.protocol = IPPROTO_UDP;
+	ack->ip.saddr = daddr;
+	ack->ip.daddr = saddr;
+	sum = 0x4500 + (48 << 2) + (TB_ACK_LEN - TB_ETH_HLEN) + 0x4000 + (64 << 8 | IPPROTO_UDP);
+	sum += (bpf_ntohl(saddr) >> 16) + (bpf_ntohl(saddr) & 0xffff);
+	sum += (bpf_ntohl(daddr) >> 16) + (bpf_ntohl(daddr) & 0xffff);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	ack->ip.check = bpf_htons(~sum);
+	ack->udp.source = bpf_htons(qp->udp_source_port);
+	ack->udp.dest = bpf_htons(TB_ROCE_PORT);
+	ack->udp.len = bpf_htons(TB_ACK_LEN - TB_ETH_HLEN - TB_IP_HLEN);
+	ack->udp.check = 0;
+	ack->bth.opcode = 0x11;
+	ack->bth.flags = 0x40; /* MigReq, as Linux sends it */
+	ack->bth.pkey = 0xffff;
+	ack->bth.dest_qp = bpf_htonl(qp->peer_qpn & 0xffffff);
+	ack->bth.psn = bpf_htonl(psn & 0xffffff);
+	ack->aeth = bpf_htonl((__u32)syndrome << 24 | (__u32)(qp->rx_messages & 0xffffff));
+
+	/* ICRC: eight bytes of ones, then the headers with the variant fields as ones. */
+	covered = (__u8 *)&ack->ip;
+	for (i = 0; i < 8; i++)
+		crc = crc_byte(crc, 0xff);
+#pragma unroll
+	for (i = 0; i < TB_IP_HLEN + TB_UDP_HLEN + TB_BTH_LEN + TB_AETH_LEN; i++) {
+		__u8 byte = covered[i];
+
+		if (i == 1 || i == 8 || i == 10 || i == 11 || i == 26 || i == 27 || i == 32)
+			byte = 0xff; /* TOS, TTL, IP checksum, UDP checksum, BTH resv8a */
+		crc = crc_byte(crc, byte);
+	}
+	ack->icrc = ~crc; /* little-endian on the wire */
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+	ack->icrc = __builtin_bswap32(ack->icrc);
+#endif
+	return bpf_redirect(skb->ifindex, 0); /* through host_egress, which accounts it */
+}
+
+static __always_inline int respond(struct __sk_buff *skb, struct tb_qp *qp, struct bth *bth, __u32 payload_bytes)
+{
+	__u32 psn_word = bpf_ntohl(bth->psn), psn = psn_word & 0xffffff;
+	__u8 opcode = bth->opcode;
+	__u32 ahead = (psn - (qp->initial_rx_psn + (__u32)qp->rx_packets)) & 0xffffff;
+
+	if (ahead == 0) {
+		qp->rx_packets++;
+		qp->rx_payload_bytes += payload_bytes;
+		if (opcode == 0x08 || opcode == 0x0a) { /* WRITE LAST, ONLY */
+			qp->rx_messages++;
+			qp->last_message_ns = bpf_ktime_get_ns();
+		}
+		if (!(psn_word & 0x80000000))
+			return TC_ACT_SHOT; /* consumed */
+		qp->sent_acks_packets++;
+		return answer(skb, qp, psn, 0x1f);
+	}
+	if (ahead < 0x800000) {
+		qp->out_of_order_packets++;
+		if (qp->nak_armed_at == qp->rx_packets + 1)
+			return TC_ACT_SHOT; /* one NAK per gap */
+		qp->nak_armed_at = qp->rx_packets + 1;
+		qp->sent_naks_packets++;
+		return answer(skb, qp, qp->initial_rx_psn + (__u32)qp->rx_packets, 0x60);
+	}
+	qp->duplicate_packets++;
+	if (!(psn_word & 0x80000000) || !qp->rx_packets)
+		return TC_ACT_SHOT;
+	/* A duplicate that asks is told the latest: the ACK before may have been lost. */
+	qp->nak_armed_at = 0;
+	qp->sent_acks_packets++;
+	return answer(skb, qp, qp->initial_rx_psn + (__u32)qp->rx_packets - 1, 0x1f);
+}
+
+static __always_inline void acknowledge(struct tb_qp *qp, const struct bth *bth, __u32 aeth)
+{
+	__u32 psn = bpf_ntohl(bth->psn) & 0xffffff;
+	__u32 expected = qp->initial_tx_psn + (__u32)qp->acked_packets;
+	__u32 ahead;
+
+	if ((aeth >> 24) == 0x60) { /* NAK, PSN sequence error: everything before psn arrived */
+		ahead = (psn - expected) & 0xffffff;
+		if (ahead >= 0x800000)
+			return;
+		qp->acked_packets += ahead;
+		qp->nak_position = qp->acked_packets;
+		__sync_fetch_and_add(&qp->naks_packets, 1);
+		return;
+	}
+	ahead = (psn + 1 - expected) & 0xffffff;
+	if (ahead < 0x800000)
+		qp->acked_packets += ahead;
+}
+
+SEC("tc")
+int host_ingress(struct __sk_buff *skb)
+{
+	__u32 len = skb->len, key;
+	struct tb_port *port;
+	struct udphdr *udp;
+	struct tb_qp *qp;
+	struct ethhdr *eth;
+	struct iphdr *ip;
+	struct bth *bth;
+	void *data, *end;
+
+	if (pull(skb, TB_HEADERS_LEN + TB_AETH_LEN) < 0 && pull(skb, TB_ETH_HLEN + TB_IP_HLEN) < 0)
+		return TC_ACT_OK;
+	data = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
+	eth = data;
+	ip = data + TB_ETH_HLEN;
+	if ((void *)(ip + 1) > end || eth->h_proto != bpf_htons(ETH_P_IP) || (eth->h_dest[0] & 1))
+		return TC_ACT_OK;
+	port = port_of(skb->ifindex - config.ifindex_base);
+	if (!port)
+		return TC_ACT_OK;
+	account_dequeue(port, eth, priority_of(ip), len);
+
+	udp = (void *)(ip + 1);
+	bth = (void *)(udp + 1);
+	if (ip->protocol != IPPROTO_UDP || (void *)(bth + 1) + TB_AETH_LEN > end || ip->ihl != 5 ||
+	    udp->dest != bpf_htons(TB_ROCE_PORT) || (ip->frag_off & bpf_htons(0x3fff)))
+		return TC_ACT_OK;
+	key = (bpf_ntohl(bth->dest_qp) & 0xffffff) - config.qpn_base;
+	if (key >= config.qps)
+		return TC_ACT_OK;
+	qp = bpf_map_lookup_elem(&tb_qps, &key);
+	if (!qp || !qp->active)
+		return TC_ACT_OK;
+
+	switch (bth->opcode) {
+	case 0x06 ... 0x08: /* WRITE FIRST, MIDDLE, LAST */
+	case 0x0a: {        /* WRITE ONLY */
+		__u32 overhead = TB_HEADERS_LEN + TB_ICRC_LEN + ((bth->flags >> 4) & 3) +
+				 (bth->opcode == 0x06 || bth->opcode == 0x0a ? 16 : 0);
+		__u32 frame = TB_ETH_HLEN + bpf_ntohs(ip->tot_len);
+
+		if (frame > len || frame < overhead)
+			return TC_ACT_SHOT; /* truncated */
+		return respond(skb, qp, bth, frame - overhead);
+	}
+	case 0x11:
+		acknowledge(qp, bth, bpf_ntohl(*(__be32 *)(bth + 1)));
+		return TC_ACT_SHOT;
+	default:
+		return TC_ACT_OK;
+	}
+}
+
+/* The fidelity probe: how long a frame waits for this CPU. */
+SEC("tc")
+int probe_ingress(struct __sk_buff *skb)
+{
+	__u32 key = 0;
+	__u64 *slot = bpf_map_lookup_elem(&tb_probe, &key);
+
+	if (slot)
+		*slot = bpf_ktime_get_ns();
+	key = 1;
+	slot = bpf_map_lookup_elem(&tb_probe, &key);
+	if (slot)
+		*slot = *slot + 1;
+	return TC_ACT_SHOT;
+}

@@ -1,0 +1,101 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* What the eBPF programs and testbed/kernel/layout.py share: the layout of every map.
+ *
+ * Every map is an array keyed by a small dense integer and mapped into the engine (BPF_F_MMAPABLE); layout.py
+ * has the numpy twin of each struct, and a test compares the two by the object's BTF.
+ *
+ * One writer per field: "loader" writes before traffic, "enq"/"deq"/"rx" name the program that owns a field
+ * (by atomic add where several CPUs may run it). Counters are never reset, only baselined by the reader.
+ */
+#ifndef TESTBED_FABRIC_H
+#define TESTBED_FABRIC_H
+
+#define TB_PRIORITIES 8
+#define TB_ETH_HLEN 14
+#define TB_IP_HLEN 20
+#define TB_UDP_HLEN 8
+#define TB_BTH_LEN 12
+#define TB_AETH_LEN 4
+#define TB_ICRC_LEN 4
+#define TB_HEADERS_LEN (TB_ETH_HLEN + TB_IP_HLEN + TB_UDP_HLEN + TB_BTH_LEN)     /* 54 */
+#define TB_ACK_LEN (TB_HEADERS_LEN + TB_AETH_LEN + TB_ICRC_LEN)                  /* 62 */
+#define TB_ROCE_PORT 4791
+
+/* Source-MAC marks of frames that no ingress program forwarded; see docs/architecture.md. */
+#define TB_INGRESS_HOST 0x0000   /* left a host: accounted by the host's egress program */
+#define TB_INGRESS_KERNEL 0xffff /* left a switch's own kernel: not accounted at all */
+
+enum tb_port_flags {
+	TB_PORT_HOST = 1,      /* the port belongs to a host */
+	TB_PORT_PEER_HOST = 2, /* the other end belongs to a host */
+};
+
+struct tb_config {             /* .rodata.config, fixed at load */
+	__u32 ifindex_base;        /* ifindex of port id 0 (which does not exist) */
+	__u32 ports;               /* number of port ids, the unused id 0 included */
+	__u32 slots;               /* row length of fib */
+	__u32 host_network;        /* first address of the host links, host order (10.0.0.0) */
+	__u32 qpn_base;            /* QPN of QP index 0 */
+	__u32 qps;                 /* number of QPs */
+	__u32 control_priorities;  /* bit per priority that uses the control queue */
+	__u32 reserved;
+};
+
+struct tb_port {               /* ports[id], loader */
+	__u16 peer;                /* port id of the other end */
+	__u16 node;                /* node index of this port */
+	__u16 peer_node;           /* node index of the other end */
+	__u16 flags;               /* enum tb_port_flags */
+	__u8 peer_mac[6];
+	__u8 reserved[2];
+};
+
+struct tb_queue {              /* queues[id * 8 + priority]: the egress queue of port id */
+	__u64 enq_bytes;           /* enq */
+	__u64 enq_packets;         /* enq */
+	__u64 drop_packets;        /* enq */
+	__u64 peak_bytes;          /* enq; reset by the engine between runs */
+	__u64 deq_bytes;           /* deq, at the other end of the veth */
+	__u64 deq_packets;         /* deq */
+	__u64 reserved[2];
+};
+
+struct tb_node {               /* nodes[index] */
+	__s64 used_bytes;          /* enq adds, deq subtracts: shared packet memory in use */
+	__u64 limit_bytes;         /* loader */
+	__u64 no_route_packets;    /* enq: destinations outside the tables, left to the kernel */
+	__u64 reserved[5];
+};
+
+struct tb_group {              /* groups[index], loader */
+	__u32 first_member;        /* into members[] */
+	__u32 members;
+	__u32 hash_fields;         /* HashField bits */
+	__u32 seed;
+};
+
+struct tb_qp {                 /* qps[qpn - qpn_base]; two cache lines */
+	/* loader, while the QP is idle */
+	__u32 peer_qpn;
+	__u32 initial_rx_psn;      /* PSN of rx_packets == 0 */
+	__u32 initial_tx_psn;      /* PSN of acked_packets == 0 */
+	__u16 udp_source_port;     /* of the ACKs, host order */
+	__u16 active;              /* 0: packets for it go to the kernel */
+	/* rx: responder */
+	__u64 rx_packets;          /* received in order; next expected PSN = initial_rx_psn + rx_packets */
+	__u64 rx_payload_bytes;
+	__u64 rx_messages;         /* MSN */
+	__u64 last_message_ns;     /* CLOCK_MONOTONIC when the last message was complete */
+	__u64 out_of_order_packets;
+	__u64 duplicate_packets;
+	__u64 sent_acks_packets;
+	__u64 sent_naks_packets;
+	__u64 nak_armed_at;        /* rx_packets + 1 at which a NAK was sent: one per gap */
+	/* rx: requester */
+	__u64 acked_packets;       /* cumulative */
+	__u64 naks_packets;        /* NAKs received */
+	__u64 nak_position;        /* rewind to this many packets */
+	__u64 reserved[2];
+};
+
+#endif

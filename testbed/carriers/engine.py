@@ -1,0 +1,108 @@
+"""The engine as a carrier: our own RoCEv2 over packet sockets, the tick loop and the eBPF responder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from testbed.carriers.protocol import ProgressListener, WorkloadSamples
+from testbed.engine.loop import EngineSetup, TickLoop
+from testbed.engine.stream import build_streams
+from testbed.fabric import Fabric
+from testbed.kernel.probe_link import ProbeLink
+from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread
+from testbed.plan.model import Plan
+
+
+class EngineCarrier:
+    """Runs workloads over the QPs of the engine.
+
+    Args:
+        fabric: The fabric.
+        sockets: Descriptor of each rank's packet socket.
+        probe: The fidelity probe.
+        clock: Source of time.
+    """
+
+    def __init__(self, fabric: Fabric, sockets: list[int], probe: ProbeLink, clock: MonotonicClock) -> None:
+        self._fabric = fabric
+        self._sockets = sockets
+        self._probe = probe
+        self._clock = clock
+
+    def run(self, workload: int, listener: ProgressListener) -> WorkloadSamples:
+        """Run all iterations of a workload.
+
+        Raises:
+            RunError: A QP ran out of retries or the fabric stalled.
+        """
+        plan = self._fabric.plan
+        planned = plan.workloads[workload]
+        loop = TickLoop(
+            engine_setup(plan, workload),
+            queues=self._fabric.arrays.queues,
+            qps=self._fabric.arrays.qps,
+            sockets=self._sockets,
+            clock=self._clock,
+            probe=self._probe,
+            describe_connection=lambda index: describe_connection(plan, workload, index),
+        )
+        streams = build_streams(planned.schedule, plan.scenario.transport.mtu_bytes)
+        self._probe.restart()
+        warmups, iters = planned.workload.warmup_iters, planned.workload.iters
+        results = []
+        for number in range(warmups + iters):
+            warmup = number < warmups
+            listener.iteration(number if warmup else number - warmups, warmups if warmup else iters, warmup=warmup)
+            result = loop.run_iteration(planned.schedule, record=not warmup, streams=streams)
+            if not warmup:
+                results.append(result)
+        return WorkloadSamples(
+            tuple(result.wall_ns / plan.dilation.value for result in results),
+            sum(result.retransmitted_packets for result in results),
+            loop.samples(),
+        )
+
+
+def engine_setup(plan: Plan, workload: int) -> EngineSetup:
+    """Return what the tick loop needs to know of a planned workload."""
+    topology, planned = plan.topology, plan.workloads[workload]
+    rates = [0.0] + [plan.wall_rate_bytes_per_s(port.rate_bits_per_s) for port in topology.ports]
+    nic_ports = [topology.host_port(rank).id for rank in range(len(topology.hosts))]
+    return EngineSetup(
+        connections=planned.connections,
+        one_way_ns=planned.one_way_ns,
+        time_dilation=plan.dilation.value,
+        wall_tick_ns=plan.dilation.wall_tick_ns,
+        mtu=plan.scenario.transport.mtu_bytes,
+        nic_port=np.array(nic_ports, np.int64),
+        wall_port_rate_bytes_per_s=np.array(rates),
+        data_priority=plan.scenario.qos.lossless_priority,
+        retransmit_timeout_ns=plan.retransmit_timeout_ns,
+    )
+
+
+def describe_connection(plan: Plan, workload: int, index: int) -> str:
+    """Name a connection by its ranks, QP and path."""
+    planned = plan.workloads[workload]
+    connection = planned.connections[index]
+    requester = connection.requester
+    path = planned.paths[index].describe(plan.topology)
+    return f"rank {requester.local.rank} to {requester.remote.rank}, QP {requester.qpn:#x} ({path})"
+
+
+@contextlib.contextmanager
+def engine_carrier(fabric: Fabric) -> Iterator[tuple[EngineCarrier, list[str]]]:
+    """Open the engine on a fabric for the block.
+
+    Yields:
+        The carrier, and warnings about what the machine refused.
+    """
+    clock = MonotonicClock()
+    engine_cpu, _ = choose_cpus()
+    with fabric.packet_sockets() as sockets, contextlib.closing(ProbeLink(fabric.probe_cpu, clock.now_ns)) as probe:
+        with engine_thread(engine_cpu) as warnings:
+            descriptors = [one.fileno() for one in sockets]
+            yield EngineCarrier(fabric, descriptors, probe, clock), warnings

@@ -1,0 +1,37 @@
+"""What a carrier is to the rest of the testbed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from testbed.measure.samples import MachineSamples
+
+
+@dataclass(frozen=True)
+class WorkloadSamples:
+    """Raw figures of one workload.
+
+    Attributes:
+        cct_ns: Completion time of each measured iteration, emulated.
+        retransmitted_packets: In the measured iterations.
+        machine: What was noted about the machine meanwhile.
+    """
+
+    cct_ns: tuple[float, ...]
+    retransmitted_packets: int
+    machine: MachineSamples
+
+
+class ProgressListener(Protocol):
+    """Told what a run is doing; must be quick."""
+
+    def iteration(self, number: int, of: int, *, warmup: bool) -> None:
+        """An iteration begins."""
+
+
+class Carrier(Protocol):
+    """Runs a planned workload over a fabric."""
+
+    def run(self, workload: int, listener: ProgressListener) -> WorkloadSamples:
+        """Run all iterations of the workload of that index and return its raw figures."""

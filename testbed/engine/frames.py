@@ -1,0 +1,272 @@
+"""The frames of every connection, written ahead of the tick that sends them.
+
+Each connection has a ring of header rows, filled a block at a time: gather the QP's template, patch what varies, correct the
+ICRC. CRC is linear over GF(2): with a constant payload a frame's ICRC is its template's XOR one table entry per byte that
+differs (``roce/icrc.py``). Frames whose length differs from the template's (the odd end of a message) are built one by one.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import numpy.typing as npt
+
+from testbed.collectives import Schedule
+from testbed.engine.stream import PacketStreams
+from testbed.kernel.packet_socket import FrameRing
+from testbed.roce.icrc import IcrcPatcher, compute_icrc, delta_table
+from testbed.roce.queue_pairs import QueuePair
+from testbed.roce.wire import (
+    ACK_REQUEST_BIT,
+    ACK_REQUEST_OFFSET,
+    BTH_OFFSET,
+    DEST_QP_OFFSET,
+    ETHERNET_BYTES,
+    ICRC_BYTES,
+    PSN_MASK,
+    PSN_OFFSET,
+    RETH_BYTES,
+    RETH_OFFSET,
+    Opcode,
+)
+
+_IP_CHECKSUM = ETHERNET_BYTES + 10
+_IP_ADDRESSES = ETHERNET_BYTES + 12
+_UDP_SOURCE = ETHERNET_BYTES + 20
+_VA_LOW = RETH_OFFSET + 3  # the low five bytes of the virtual address
+_DMA_LENGTH = RETH_OFFSET + 12
+_PSN_COLUMNS = (PSN_OFFSET, PSN_OFFSET + 1, PSN_OFFSET + 2)
+_RETH_COLUMNS = (*range(_VA_LOW, _VA_LOW + 5), *range(_DMA_LENGTH, _DMA_LENGTH + 4))
+_QP_COLUMNS = (*range(_IP_ADDRESSES, _UDP_SOURCE + 2), *range(DEST_QP_OFFSET, DEST_QP_OFFSET + 3))
+
+# An ACK is asked for at the end of each message, and at least this often: often enough for go-back-N to know where it is,
+# rarely enough that ACKs stay a few percent of the packets.
+ACK_EVERY_PACKETS = 32
+
+# The engine's buffers have one key; nobody checks it, Wireshark shows it.
+RKEY = 0x7E57BED0
+
+# Header rows of all rings together: a few megabytes, so that they stay in the last-level cache.
+_RING_ROWS = 32768
+_MIN_BLOCK, _MAX_BLOCK = 64, 512
+# Rings refilled in a tick beside those that are nearly empty: spreads the work over ticks.
+_REFILLS_PER_TICK = 2
+
+
+class FrameWriter:
+    """Keeps every connection's next frames ready to send.
+
+    Args:
+        requesters: The sending QPs, one per connection.
+        initial_psns: PSN of each connection's packet 0, shape ``(connections,)``.
+        mtu: Payload of a full packet, a multiple of four bytes.
+    """
+
+    def __init__(self, requesters: list[QueuePair], initial_psns: npt.NDArray[np.int64], mtu: int) -> None:
+        count = len(requesters)
+        self._mtu = mtu
+        self._initial_psns = initial_psns
+        self.block = max(_MIN_BLOCK, min(_MAX_BLOCK, _RING_ROWS // (2 * count)))
+        self._depth = 2 * self.block
+        self.ring = FrameRing(count * self._depth, np.zeros(mtu, np.uint8))
+        payload = bytes(mtu)
+        self._short, self._short_icrc = _templates(requesters, Opcode.WRITE_MIDDLE, payload)
+        self._long, self._long_icrc = _templates(requesters, Opcode.WRITE_FIRST, payload)
+        varying = (BTH_OFFSET, ACK_REQUEST_OFFSET, *_PSN_COLUMNS)
+        self._short_tables = [delta_table(RETH_OFFSET + mtu - column) for column in varying]
+        end = RETH_OFFSET + RETH_BYTES + mtu
+        self._long_tables = [delta_table(end - column) for column in (*varying, *_RETH_COLUMNS)]
+        # Packets [begin, end) of a connection are in its ring.
+        self._begin = np.zeros(count, np.int64)
+        self._end = np.zeros(count, np.int64)
+        self._limit = np.zeros(count, np.int64)
+
+    def restart(self, schedule: Schedule, streams: PacketStreams, psn_offsets: npt.NDArray[np.int64]) -> None:
+        """Begin an iteration and write the first frames of every connection.
+
+        Args:
+            schedule: What is sent.
+            streams: The same as packets.
+            psn_offsets: Packets each connection sent in earlier iterations, shape ``(connections,)``.
+        """
+        self._streams = streams
+        self._va, self._lengths = schedule.offset_bytes, schedule.nbytes
+        self._psn_base = self._initial_psns + psn_offsets
+        self._limit = streams.packets
+        self._begin[:] = 0
+        self._end[:] = 0
+        for connection in range(len(self._end)):
+            self._fill(connection, 0)
+            self._fill(connection, self.block)
+
+    def prepare(self, sent: npt.NDArray[np.int64], margin: int) -> None:
+        """Refill rings: those that could run out within ``margin`` packets, and a few others.
+
+        Args:
+            sent: Next packet of each connection, shape ``(connections,)``.
+            margin: More than any connection sends in a tick.
+        """
+        left = self._end - sent
+        low = np.flatnonzero((left <= self.block) & (self._end < self._limit))
+        if len(low):
+            if len(low) > _REFILLS_PER_TICK:
+                low = low[np.argsort(left[low], kind="stable")]
+            for position, connection in enumerate(low.tolist()):
+                if position < _REFILLS_PER_TICK or left[connection] <= margin:
+                    self._fill(connection, int(self._end[connection]))
+
+    def rewind(self, connections: npt.NDArray[np.int64], sent: npt.NDArray[np.int64]) -> None:
+        """Write again what has left the ring, after ``sent`` of these connections went back."""
+        for connection in connections.tolist():
+            if sent[connection] < self._begin[connection]:
+                start = int(sent[connection]) // self.block * self.block
+                self._begin[connection] = self._end[connection] = start
+                self._fill(connection, start)
+                self._fill(connection, start + self.block)
+
+    def slots_of(
+        self, connection: npt.NDArray[np.int64], packet: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Return the ring slots of packets that are ready."""
+        return connection * self._depth + packet % self._depth
+
+    def ready(self, sent: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return how many frames of each connection are ready from ``sent`` on."""
+        return self._end - sent
+
+    def _fill(self, connection: int, start: int) -> None:
+        """Write a block of frames of a connection into its ring."""
+        stop = min(start + self.block, int(self._limit[connection]))
+        if stop <= start:
+            return
+        streams, ring = self._streams, self.ring
+        flat = int(streams.first_packet[connection])
+        opcode = streams.opcode[flat + start : flat + stop]
+        packet = np.arange(start, stop)
+        psn = (self._psn_base[connection] + packet) & PSN_MASK
+        asks = packet % ACK_EVERY_PACKETS == ACK_EVERY_PACKETS - 1
+        asks |= (opcode == Opcode.WRITE_LAST) | (opcode == Opcode.WRITE_ONLY)
+        ack = asks.astype(np.uint8) * np.uint8(ACK_REQUEST_BIT)
+        columns = (opcode, ack, psn >> 16, (psn >> 8) & 0xFF, psn & 0xFF)
+
+        first = connection * self._depth + start % self._depth
+        rows = slice(first, first + stop - start)
+        headers = ring.headers[rows]
+        headers[:, :RETH_OFFSET] = self._short[connection]
+        for place, values in zip((BTH_OFFSET, ACK_REQUEST_OFFSET, *_PSN_COLUMNS), columns, strict=True):
+            headers[:, place] = values
+        icrc = self._short_tables[0][opcode ^ np.uint8(Opcode.WRITE_MIDDLE)]
+        for values, table in zip(columns[1:], self._short_tables[1:], strict=True):
+            icrc ^= table[values]
+        ring.icrcs[rows] = icrc ^ self._short_icrc[connection]
+        ring.header_lengths[rows] = RETH_OFFSET
+        ring.payload_lengths[rows] = self._mtu
+
+        begins = (opcode == Opcode.WRITE_FIRST) | (opcode == Opcode.WRITE_ONLY)
+        odd = streams.payload_bytes[flat + start : flat + stop] != self._mtu
+        long = np.flatnonzero(begins & ~odd)
+        if len(long):
+            message = streams.message[flat + start + long]
+            self._write_long(
+                first + long, connection, [column[long] for column in columns], self._va[message], self._lengths[message]
+            )
+        for row in np.flatnonzero(odd).tolist():
+            index = flat + start + row
+            message = int(streams.message[index])
+            self._write_odd(
+                first + row,
+                connection,
+                int(opcode[row]),
+                int(psn[row]),
+                int(streams.payload_bytes[index]),
+                int(self._va[message]),
+                int(self._lengths[message]),
+            )
+        self._end[connection] = stop
+        self._begin[connection] = max(self._begin[connection], start - self.block)
+
+    def _write_long(
+        self,
+        slots: npt.NDArray[np.intp],
+        connection: int,
+        columns: list[npt.NDArray[np.int64]],
+        va: npt.NDArray[np.int64],
+        length: npt.NDArray[np.int64],
+    ) -> None:
+        """Fill slots of full-size frames that carry a RETH."""
+        block = np.repeat(self._long[connection][None, :], len(slots), axis=0)
+        columns = columns + [(va >> shift) & 0xFF for shift in (32, 24, 16, 8, 0)]
+        columns += [(length >> shift) & 0xFF for shift in (24, 16, 8, 0)]
+        icrc = np.full(len(slots), self._long_icrc[connection], np.uint32)
+        icrc ^= self._long_tables[0][columns[0] ^ np.uint8(Opcode.WRITE_FIRST)]
+        for values, table in zip(columns[1:], self._long_tables[1:], strict=True):
+            icrc ^= table[values]
+        places = (BTH_OFFSET, ACK_REQUEST_OFFSET, *_PSN_COLUMNS, *_RETH_COLUMNS)
+        for place, values in zip(places, columns, strict=True):
+            block[:, place] = values
+        self.ring.headers[slots, : RETH_OFFSET + RETH_BYTES] = block
+        self.ring.icrcs[slots] = icrc
+        self.ring.header_lengths[slots] = RETH_OFFSET + RETH_BYTES
+
+    def _write_odd(
+        self, slot: int, connection: int, opcode: int, psn: int, payload: int, va: int, length: int
+    ) -> None:
+        """Fill the slot of a frame with another payload length: the end of a message, which always asks for an ACK."""
+        pad = -payload % 4
+        has_reth = opcode == Opcode.WRITE_ONLY
+        header = bytearray(self._long[connection].tobytes() if has_reth else self._short[connection].tobytes())
+        ip_length = len(header) - ETHERNET_BYTES + payload + pad + ICRC_BYTES
+        struct.pack_into("!H", header, ETHERNET_BYTES + 2, ip_length)
+        struct.pack_into("!H", header, _IP_CHECKSUM, _ipv4_checksum(header[ETHERNET_BYTES : ETHERNET_BYTES + 20]))
+        struct.pack_into("!H", header, _UDP_SOURCE + 4, ip_length - 20)
+        header[BTH_OFFSET] = opcode
+        header[BTH_OFFSET + 1] = (header[BTH_OFFSET + 1] & 0xCF) | pad << 4
+        struct.pack_into("!I", header, ACK_REQUEST_OFFSET, psn | ACK_REQUEST_BIT << 24)
+        if has_reth:
+            struct.pack_into("!QII", header, RETH_OFFSET, va, RKEY, length)
+        ring = self.ring
+        body = ring.payload[:payload].tobytes() + b"\0" * pad
+        ring.headers[slot, : len(header)] = np.frombuffer(bytes(header), np.uint8)
+        ring.icrcs[slot] = compute_icrc(bytes(header) + body + bytes(ICRC_BYTES))
+        ring.header_lengths[slot] = len(header)
+        ring.payload_lengths[slot] = payload + pad
+
+
+def _templates(
+    requesters: list[QueuePair], opcode: Opcode, payload: bytes
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32]]:
+    """Return the header of each QP's full-size frame with PSN 0 and an empty RETH, and its ICRC.
+
+    scapy crafts the first; the others differ in addresses, source port and destination QP.
+
+    Returns:
+        Headers, shape ``(qps, header bytes)``, and ICRCs, shape ``(qps,)``.
+    """
+    from testbed.roce.bth import FramePath, WriteTarget, build_write  # scapy takes most of a second to import
+
+    first = requesters[0]
+    path = FramePath(
+        first.local.mac, first.local.next_hop_mac, first.local.address, first.remote.address, first.udp_source_port
+    )
+    target = WriteTarget(0, RKEY, 0) if opcode == Opcode.WRITE_FIRST else None
+    frame = build_write(path, opcode=opcode, dest_qp=first.peer_qpn, psn=0, payload=payload, target=target)
+    header = RETH_OFFSET + (RETH_BYTES if target else 0)
+    rows = np.repeat(np.frombuffer(frame, np.uint8)[None, :header], len(requesters), axis=0)
+    for row, qp in zip(rows, requesters, strict=True):
+        row[:6] = np.frombuffer(bytes.fromhex(qp.local.next_hop_mac.replace(":", "")), np.uint8)
+        row[6:12] = np.frombuffer(bytes.fromhex(qp.local.mac.replace(":", "")), np.uint8)
+        addresses = struct.pack("!IIH", qp.local.address, qp.remote.address, qp.udp_source_port)
+        row[_IP_ADDRESSES : _UDP_SOURCE + 2] = np.frombuffer(addresses, np.uint8)
+        row[DEST_QP_OFFSET : DEST_QP_OFFSET + 3] = np.frombuffer(struct.pack("!I", qp.peer_qpn)[1:], np.uint8)
+        ip = bytearray(row[ETHERNET_BYTES : ETHERNET_BYTES + 20].tobytes())
+        row[_IP_CHECKSUM : _IP_CHECKSUM + 2] = np.frombuffer(struct.pack("!H", _ipv4_checksum(ip)), np.uint8)
+    return rows, IcrcPatcher(frame, _QP_COLUMNS).icrcs(rows)
+
+
+def _ipv4_checksum(header: bytearray) -> int:
+    """Return the checksum of a 20-byte IPv4 header, whatever its checksum field holds."""
+    words = struct.unpack("!10H", header)
+    total = sum(words) - words[5]
+    total = (total & 0xFFFF) + (total >> 16)
+    return ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF

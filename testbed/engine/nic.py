@@ -1,0 +1,103 @@
+"""The sending side of every NIC: line-rate pacing in virtual time, and the share of each QP.
+
+A NIC is a server that is free again one frame time after it began to send. The tick asks how many frames it would have
+begun by now, so a late tick catches up and the rate is exact over any stretch in which the NIC had something to send.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+
+class NicPacer:
+    """Virtual-time pacing of all NICs.
+
+    Args:
+        wall_ns_per_byte: Time of one wire byte on each NIC, shape ``(nics,)``.
+        frame_wire_bytes: Wire bytes of a full frame.
+
+    Attributes:
+        lag_ns: How far each NIC is behind its own schedule, shape ``(nics,)``, wall ns; at most about a tick while the
+            machine keeps up.
+    """
+
+    def __init__(self, wall_ns_per_byte: npt.NDArray[np.float64], frame_wire_bytes: int) -> None:
+        self._frame_ns = wall_ns_per_byte * frame_wire_bytes
+        self._frames_per_ns = 1.0 / self._frame_ns
+        self._free_at = np.zeros(len(wall_ns_per_byte))
+        self._idle = np.ones(len(wall_ns_per_byte), bool)
+        self.lag_ns = np.zeros(len(wall_ns_per_byte))
+
+    def budget(
+        self, now_ns: int, wants: npt.NDArray[np.int64], credit: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Return how many full frames each NIC may begin by now.
+
+        Args:
+            now_ns: The clock.
+            wants: Frames each NIC has to send, shape ``(nics,)``.
+            credit: Frames its queue has room for, shape ``(nics,)``; may be negative.
+        """
+        demand = wants > 0
+        fresh = demand & self._idle
+        if fresh.any():
+            self._free_at[fresh] = np.maximum(self._free_at[fresh], now_ns)
+        np.logical_not(demand, out=self._idle)
+        due = ((now_ns - self._free_at) * self._frames_per_ns + 1.0).astype(np.int64)
+        np.minimum(due, credit, out=due)
+        np.minimum(due, wants, out=due)
+        return np.maximum(due, 0, out=due)
+
+    def charge(self, now_ns: int, frames: npt.NDArray[np.int64], backlogged: npt.NDArray[np.bool_]) -> None:
+        """Charge the full frames that were sent; note the lag of NICs that still have something to send."""
+        self._free_at += frames * self._frame_ns
+        np.subtract(now_ns, self._free_at, out=self.lag_ns)
+        self.lag_ns *= backlogged
+
+    def rest(self) -> None:
+        """Note that no NIC has anything to send."""
+        self._idle[:] = True
+        self.lag_ns[:] = 0.0
+
+
+def share_budget(
+    nic: npt.NDArray[np.int64],
+    wants: npt.NDArray[np.int64],
+    budget: npt.NDArray[np.int64],
+    turn: int,
+) -> npt.NDArray[np.int64]:
+    """Divide each NIC's budget over its QPs, max-min fair, the odd frame going round.
+
+    Args:
+        nic: NIC of each active QP, shape ``(n,)``, ascending.
+        wants: Frames each has to send, shape ``(n,)``.
+        budget: Frames each NIC may send, shape ``(nics,)``.
+        turn: Rotates who gets the odd frame.
+
+    Returns:
+        Frames for each QP, shape ``(n,)``.
+    """
+    counts = np.bincount(nic, minlength=len(budget))
+    if counts.max(initial=0) <= 1:
+        return np.minimum(wants, budget[nic])
+    given = np.zeros(len(nic), np.int64)
+    left = budget.copy()
+    starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
+    position = np.arange(len(nic)) - starts[nic]
+    for _ in range(int(counts.max()) + 1):
+        hungry = given < wants
+        users = np.bincount(nic[hungry], minlength=len(budget))
+        share = np.where(users > 0, left // np.maximum(users, 1), 0)
+        if not (share[nic] * hungry).any():
+            break
+        more = np.where(hungry, np.minimum(wants - given, share[nic]), 0)
+        given += more
+        left -= np.bincount(nic, weights=more, minlength=len(budget)).astype(np.int64)
+    # What is left of each NIC's budget is less than one frame a hungry QP: one each, beginning with another QP every turn.
+    hungry = given < wants
+    order = np.lexsort(((position - turn) % np.maximum(counts[nic], 1), ~hungry, nic))
+    rank = np.empty(len(nic), np.int64)
+    rank[order] = np.arange(len(nic)) - starts[nic[order]]
+    given += hungry & (rank < left[nic])
+    return given

@@ -1,0 +1,69 @@
+"""What the engine notes about the machine while it runs: the raw material of the fidelity verdict."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+# A queue holding less than this is between two frames, not backlogged.
+_BACKLOG_FRAMES = 4
+# Entering and leaving a backlog misjudges its length by up to a look at either end, so short ones are not judged.
+_EPISODE_TICKS = 8
+
+
+class ShapingObserver:
+    """Whether every backlogged port sends at its rate: the time that the machine, not the fabric, cost.
+
+    While a queue is never empty its port must send ``rate * time``. What is missing, as time at the port's rate, is lost
+    for good (the link was the bottleneck), whatever the cause: a late timer, a starved CPU, a stuck qdisc.
+
+    Args:
+        wall_rate_bytes_per_s: Rate of each port, shape ``(ports,)``.
+        frame_bytes: A full frame with its wire overhead.
+
+    Attributes:
+        lost_ns: Wall time lost by each port in finished backlogs, shape ``(ports,)``.
+        backlogged_ns: Wall time each port was backlogged, shape ``(ports,)``.
+    """
+
+    def __init__(self, wall_rate_bytes_per_s: npt.NDArray[np.float64], frame_bytes: int) -> None:
+        self._rate_per_ns = wall_rate_bytes_per_s / 1e9
+        self._frame_bytes = frame_bytes
+        ports = len(wall_rate_bytes_per_s)
+        self._since_ns = np.zeros(ports)
+        self._until_ns = np.zeros(ports)
+        self._deq_at_start = np.zeros(ports)
+        self._deq_at_end = np.zeros(ports)
+        self._ticks = np.zeros(ports, np.int64)
+        self.lost_ns = np.zeros(ports)
+        self.backlogged_ns = np.zeros(ports)
+        self.sent_in_backlog_bytes = np.zeros(ports)
+
+    def observe(self, now_ns: int, depth_bytes: npt.NDArray[np.int64], deq_wire_bytes: npt.NDArray[np.int64]) -> None:
+        """Take a tick's depth and bytes sent of every port."""
+        busy = depth_bytes > _BACKLOG_FRAMES * self._frame_bytes
+        running = self._ticks > 0
+        ended = running & ~busy
+        if ended.any():
+            self._finish(ended)
+        started = busy & ~running
+        self._since_ns[started] = now_ns
+        self._deq_at_start[started] = deq_wire_bytes[started]
+        self._until_ns[busy] = now_ns
+        self._deq_at_end[busy] = deq_wire_bytes[busy]
+        self._ticks[busy] += 1
+
+    def finish(self) -> None:
+        """End all backlogs that still last."""
+        self._finish(self._ticks > 0)
+
+    def _finish(self, ended: npt.NDArray[np.bool_]) -> None:
+        judged = ended & (self._ticks >= _EPISODE_TICKS)
+        span_ns = self._until_ns - self._since_ns
+        sent = self._deq_at_end - self._deq_at_start
+        with np.errstate(divide="ignore", invalid="ignore"):
+            lost = span_ns - sent / self._rate_per_ns
+        self.lost_ns[judged] += np.maximum(0.0, lost[judged])
+        self.backlogged_ns[judged] += span_ns[judged]
+        self.sent_in_backlog_bytes[judged] += sent[judged]
+        self._ticks[ended] = 0

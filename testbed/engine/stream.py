@@ -1,0 +1,69 @@
+"""A schedule as packets: what each connection sends, packet by packet, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from testbed.collectives import Schedule
+from testbed.roce.wire import Opcode
+
+
+@dataclass(frozen=True, eq=False)
+class PacketStreams:
+    """The packets of every connection, one connection after the other.
+
+    Attributes:
+        first_packet: Index of each connection's first packet in the flat arrays, shape ``(connections + 1,)``.
+        opcode: BTH opcode of each packet, shape ``(packets,)``, uint8.
+        payload_bytes: Payload of each packet without padding, shape ``(packets,)``, uint16.
+        message: The transfer each packet belongs to, shape ``(packets,)``, int32.
+        message_end_packet: Packets of its connection up to and including each transfer, shape ``(transfers,)``.
+        transfers_of: Transfers of each connection in sending order.
+    """
+
+    first_packet: npt.NDArray[np.int64]
+    opcode: npt.NDArray[np.uint8]
+    payload_bytes: npt.NDArray[np.uint16]
+    message: npt.NDArray[np.int32]
+    message_end_packet: npt.NDArray[np.int64]
+    transfers_of: tuple[npt.NDArray[np.int64], ...]
+
+    @property
+    def packets(self) -> npt.NDArray[np.int64]:
+        """Return the number of packets of each connection."""
+        return np.diff(self.first_packet)
+
+
+def build_streams(schedule: Schedule, mtu: int) -> PacketStreams:
+    """Cut every transfer of a schedule into WRITE packets.
+
+    Args:
+        schedule: What is sent; each transfer is one RDMA WRITE message.
+        mtu: Payload of a full packet, bytes.
+    """
+    connections = len(schedule.connections)
+    order = np.argsort(schedule.connection, kind="stable")
+    sizes = schedule.nbytes[order]
+    counts = np.maximum(1, -(-sizes // mtu))
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    starts = ends - counts
+
+    opcode = np.full(total, Opcode.WRITE_MIDDLE, np.uint8)
+    opcode[starts] = Opcode.WRITE_FIRST
+    opcode[ends - 1] = Opcode.WRITE_LAST
+    opcode[starts[counts == 1]] = Opcode.WRITE_ONLY
+    payload = np.full(total, mtu, np.uint16)
+    payload[ends - 1] = sizes - (counts - 1) * mtu
+    message = np.repeat(order.astype(np.int32), counts)
+
+    per_connection = np.bincount(schedule.connection, minlength=connections)
+    bounds = np.concatenate(([0], np.cumsum(per_connection)))
+    packet_bounds = np.concatenate(([0], ends))[bounds]
+    message_end = np.empty(len(order), np.int64)
+    message_end[order] = ends - np.repeat(packet_bounds[:-1], per_connection)
+    transfers = tuple(order[bounds[c] : bounds[c + 1]] for c in range(connections))
+    return PacketStreams(packet_bounds.astype(np.int64), opcode, payload, message, message_end, transfers)

@@ -1,0 +1,261 @@
+"""A running fabric: built from a plan or found again by name, read, and removed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from testbed.errors import LabError
+from testbed.fabric.apply import IFINDEX_BASE, apply_operations
+from testbed.kernel import bpf, layout, registry
+from testbed.kernel.links import mac_bytes
+from testbed.kernel.namespaces import entered, open_namespace
+from testbed.kernel.netlink import require_root
+from testbed.kernel.packet_socket import open_packet_socket
+from testbed.kernel.scheduling import choose_cpus
+from testbed.plan.model import Plan
+from testbed.roce.queue_pairs import QPN_BASE
+from testbed.topology import HOST_NETWORK, NodeKind
+
+# Rows of the QP table: enough for 8 QPs between all pairs of 32 hosts, or a ring of 1024 with 4.
+_QP_ROWS = 16384
+# Priorities 6 and 7 (CNP, ACK, network control) have the control queue.
+CONTROL_PRIORITIES = 0b1100_0000
+
+
+class Fabric:
+    """The namespaces, links, qdiscs, programs and maps of one lab.
+
+    Use :meth:`build` for a lab that goes with the ``with`` block, :meth:`deploy` for one that stays, :meth:`attach` for a
+    deployed one.
+
+    Attributes:
+        plan: What it was built from.
+        state: Its record.
+        arrays: The eBPF maps.
+    """
+
+    def __init__(
+        self, plan: Plan, state: registry.LabState, lock: registry.LabLock, arrays: layout.MappedArrays
+    ) -> None:
+        self.plan = plan
+        self.state = state
+        self.arrays = arrays
+        self._lock = lock
+
+    @classmethod
+    def deploy(cls, plan: Plan, name: str) -> Fabric:
+        """Build a lab that stays until it is destroyed; the caller closes the Fabric.
+
+        Raises:
+            LabError: The name is taken.
+            KernelError: The kernel refused something; nothing is left behind.
+        """
+        return cls._create(plan, name, ephemeral=False)
+
+    @classmethod
+    @contextlib.contextmanager
+    def build(cls, plan: Plan, name: str) -> Iterator[Fabric]:
+        """Build a lab for the block and remove it after."""
+        fabric = cls._create(plan, name, ephemeral=True)
+        try:
+            yield fabric
+        finally:
+            fabric.destroy()
+
+    @classmethod
+    def _create(cls, plan: Plan, name: str, *, ephemeral: bool) -> Fabric:
+        require_root()
+        nodes = [node.name for node in plan.topology.nodes]
+        state, lock = registry.create_lab(name, nodes, ephemeral=ephemeral, scenario=plan.scenario.resolved())
+        try:
+            entries = _map_entries(plan)
+            loaded = bpf.load_object(
+                map_entries=entries,
+                initial_values={
+                    ".rodata.config": layout.pack_config(
+                        ifindex_base=IFINDEX_BASE,
+                        ports=len(plan.topology.ports) + 1,
+                        slots=plan.topology.slots,
+                        host_network=HOST_NETWORK,
+                        qpn_base=QPN_BASE,
+                        qps=_QP_ROWS,
+                        control_priorities=CONTROL_PRIORITIES,
+                    ),
+                    ".rodata.crc": layout.pack_crc_table(),
+                },
+                programs=layout.FABRIC_PROGRAMS,
+            )
+            try:
+                arrays = layout.MappedArrays(loaded.maps, entries)
+                _fill_tables(plan, arrays)
+                _, port_cpus = choose_cpus()
+                state.details = {
+                    "maps": {map_name: bpf.read_id(fd) for map_name, fd in loaded.maps.items()},
+                    "entries": entries,
+                    "time_dilation": plan.dilation.value,
+                    "port_cpus": list(port_cpus),
+                }
+                apply_operations(
+                    plan.operations(list(state.namespaces.values())),
+                    mark=state.mark,
+                    cpu_of_node=lambda node: port_cpus[node % len(port_cpus)],
+                    programs=loaded.programs,
+                )
+            finally:
+                loaded.close()
+            state.ready = True
+            registry.write_state(state)
+        except BaseException:
+            registry.delete_lab(state)
+            lock.close()
+            raise
+        return cls(plan, state, lock, arrays)
+
+    @classmethod
+    def attach(cls, plan: Plan, name: str) -> Fabric:
+        """Take a deployed lab for this process.
+
+        Args:
+            plan: The plan of the scenario to run; its fabric, routing and dilation must be the lab's.
+            name: The lab.
+
+        Raises:
+            LabError: No such lab, in use, unfinished, or built from another fabric.
+        """
+        require_root()
+        lock = registry.lock_lab(name)
+        try:
+            state = registry.read_state(name)
+            if not state.ready:
+                raise LabError(f"lab {name!r} was never finished", hint="`testbed gc` removes it")
+            resolved = plan.scenario.resolved()
+            for section in ("fabric", "qos", "routing"):
+                if resolved.get(section) != state.scenario.get(section):
+                    raise LabError(
+                        f"lab {name!r} was deployed with another `{section}`",
+                        hint=f"`testbed destroy {name}` and deploy this scenario, or run it without --name",
+                    )
+            entries = state.details["entries"]
+            maps = {map_name: bpf.open_map(map_id) for map_name, map_id in state.details["maps"].items()}
+            try:
+                arrays = layout.MappedArrays(maps, entries)
+            finally:
+                for fd in maps.values():
+                    os.close(fd)
+        except BaseException:
+            lock.close()
+            raise
+        return cls(plan, state, lock, arrays)
+
+    def __enter__(self) -> Fabric:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def name(self) -> str:
+        """The lab's name."""
+        return self.state.name
+
+    @property
+    def probe_cpu(self) -> int:
+        """The CPU of most ports: where the fidelity probe goes."""
+        return int(self.state.details["port_cpus"][0])
+
+    def close(self) -> None:
+        """Let go of the lab without removing it."""
+        self._lock.close()
+
+    def destroy(self) -> list[str]:
+        """Remove the lab; return namespaces left alone because they are not its own."""
+        foreign = registry.delete_lab(self.state)
+        self.close()
+        return foreign
+
+    def namespace_of(self, node: str) -> str:
+        """Return the namespace of a node.
+
+        Raises:
+            LabError: The lab has no such node.
+        """
+        return namespace_of(self.state, node)
+
+    @contextlib.contextmanager
+    def packet_sockets(self) -> Iterator[list[socket.socket]]:
+        """Open a sending socket on every host's NIC for the block, in rank order."""
+        opened: list[socket.socket] = []
+        try:
+            for rank in range(len(self.plan.topology.hosts)):
+                port = self.plan.topology.host_port(rank)
+                node = self.plan.topology.nodes[port.node]
+                descriptor = open_namespace(self.namespace_of(node.name))
+                try:
+                    with entered(descriptor):
+                        opened.append(open_packet_socket(port.ifname))
+                finally:
+                    os.close(descriptor)
+            yield opened
+        finally:
+            for one in opened:
+                one.close()
+
+
+def namespace_of(state: registry.LabState, node: str) -> str:
+    """Return the namespace of a lab's node.
+
+    Raises:
+        LabError: The lab has no such node.
+    """
+    try:
+        return state.namespaces[node]
+    except KeyError:
+        known = ", ".join(state.namespaces)
+        raise LabError(f"lab {state.name!r} has no node {node!r} (nodes: {known})") from None
+
+
+def _map_entries(plan: Plan) -> dict[str, int]:
+    topology, tables = plan.topology, plan.tables
+    ports = len(topology.ports) + 1
+    return {
+        "tb_ports": ports,
+        "tb_queues": ports * layout.PRIORITIES,
+        "tb_nodes": len(topology.nodes),
+        "tb_fib": len(topology.nodes) * topology.slots,
+        "tb_groups": len(tables.groups),
+        "tb_members": sum(len(group.members) for group in tables.groups),
+        "tb_qps": _QP_ROWS,
+        "tb_probe": 8,
+    }
+
+
+def _fill_tables(plan: Plan, arrays: layout.MappedArrays) -> None:
+    """Write ports, buffers and forwarding tables into the maps."""
+    topology, tables = plan.topology, plan.tables
+    for port in topology.ports:
+        node = topology.nodes[port.node]
+        peer = topology.port(port.peer)
+        peer_node = topology.nodes[peer.node]
+        row: npt.NDArray[Any] = arrays.ports[port.id : port.id + 1]
+        row["peer"], row["node"], row["peer_node"] = peer.id, node.index, peer_node.index
+        row["flags"] = (layout.PORT_HOST if node.kind is NodeKind.HOST else 0) | (
+            layout.PORT_PEER_HOST if peer_node.kind is NodeKind.HOST else 0
+        )
+        row["peer_mac"] = np.frombuffer(mac_bytes(peer.mac), np.uint8)
+    for node in topology.nodes:
+        arrays.nodes["limit_bytes"][node.index] = plan.buffer_bytes
+    first = 0
+    for index, group in enumerate(tables.groups):
+        count = len(group.members)
+        arrays.members[first : first + count] = group.members
+        arrays.groups[index] = (first, count, int(group.hash_fields), group.seed & 0xFFFFFFFF)
+        first += count
+    arrays.fib[:] = tables.fib.reshape(-1)

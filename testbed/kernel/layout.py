@@ -1,0 +1,110 @@
+"""The numpy twins of ``bpf/fabric.h``; a test compares them with the compiled object's BTF."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from testbed.kernel.bpf import map_array
+
+PRIORITIES = 8
+FABRIC_PROGRAMS = ("switch_ingress", "host_egress", "host_ingress")
+PROBE_PROGRAM = "probe_ingress"
+
+PORT_HOST, PORT_PEER_HOST = 1, 2
+
+PORT = np.dtype(
+    [("peer", "u2"), ("node", "u2"), ("peer_node", "u2"), ("flags", "u2"), ("peer_mac", "u1", 6), ("reserved", "u1", 2)]
+)
+QUEUE = np.dtype(
+    [
+        ("enq_bytes", "u8"),
+        ("enq_packets", "u8"),
+        ("drop_packets", "u8"),
+        ("peak_bytes", "u8"),
+        ("deq_bytes", "u8"),
+        ("deq_packets", "u8"),
+        ("reserved", "u8", 2),
+    ]
+)
+NODE = np.dtype([("used_bytes", "i8"), ("limit_bytes", "u8"), ("no_route_packets", "u8"), ("reserved", "u8", 5)])
+GROUP = np.dtype([("first_member", "u4"), ("members", "u4"), ("hash_fields", "u4"), ("seed", "u4")])
+QP = np.dtype(
+    [
+        ("peer_qpn", "u4"),
+        ("initial_rx_psn", "u4"),
+        ("initial_tx_psn", "u4"),
+        ("udp_source_port", "u2"),
+        ("active", "u2"),
+        ("rx_packets", "u8"),
+        ("rx_payload_bytes", "u8"),
+        ("rx_messages", "u8"),
+        ("last_message_ns", "u8"),
+        ("out_of_order_packets", "u8"),
+        ("duplicate_packets", "u8"),
+        ("sent_acks_packets", "u8"),
+        ("sent_naks_packets", "u8"),
+        ("nak_armed_at", "u8"),
+        ("acked_packets", "u8"),
+        ("naks_packets", "u8"),
+        ("nak_position", "u8"),
+        ("reserved", "u8", 2),
+    ]
+)
+MAPS: dict[str, Any] = {
+    "tb_ports": PORT,
+    "tb_queues": QUEUE,
+    "tb_nodes": NODE,
+    "tb_fib": np.dtype("i4"),
+    "tb_groups": GROUP,
+    "tb_members": np.dtype("u4"),
+    "tb_qps": QP,
+    "tb_probe": np.dtype("u8"),
+}
+
+
+def pack_config(
+    *, ifindex_base: int, ports: int, slots: int, host_network: int, qpn_base: int, qps: int, control_priorities: int
+) -> bytes:
+    """Return ``struct tb_config``."""
+    return struct.pack("=8I", ifindex_base, ports, slots, host_network, qpn_base, qps, control_priorities, 0)
+
+
+def pack_crc_table() -> bytes:
+    """Return the 256 entries of the reflected CRC-32, taken from zlib one byte at a time."""
+    # With init and final XOR undone, the table entry of byte b is the CRC register after b from a zero register.
+    entries = [zlib.crc32(bytes([byte]), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)]
+    return struct.pack("=256I", *entries)
+
+
+class MappedArrays:
+    """The maps of a running fabric as numpy arrays that *are* the kernel's memory.
+
+    Args:
+        descriptors: Map name to file descriptor.
+        entries: Map name to number of entries.
+    """
+
+    def __init__(self, descriptors: dict[str, int], entries: dict[str, int]) -> None:
+        self._mappings: list[mmap.mmap] = []
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for name, dtype in MAPS.items():
+            stride = (dtype.itemsize + 7) // 8 * 8  # the kernel rounds values up to eight bytes
+            count = max(1, entries[name])
+            mapping = map_array(descriptors[name], stride * count)
+            self._mappings.append(mapping)
+            raw = np.frombuffer(mapping, dtype=np.uint8, count=stride * count).reshape(count, stride)
+            arrays[name] = raw[:, : dtype.itemsize].view(dtype)[:, 0]
+        self.ports = arrays["tb_ports"]
+        self.queues = arrays["tb_queues"].reshape(-1, PRIORITIES)
+        self.nodes = arrays["tb_nodes"]
+        self.fib = arrays["tb_fib"]
+        self.groups = arrays["tb_groups"]
+        self.members = arrays["tb_members"]
+        self.qps = arrays["tb_qps"]
+        self.probe = arrays["tb_probe"]

@@ -1,0 +1,115 @@
+"""Requests about qdiscs: mq, tbf, pfifo, clsact."""
+
+from __future__ import annotations
+
+import errno
+import struct
+
+from testbed.kernel.netlink import (
+    NLM_F_CREATE,
+    NLM_F_REPLACE,
+    RTM_NEWQDISC,
+    RTM_NEWTFILTER,
+    Message,
+    attribute,
+    attribute_text,
+    attribute_u32,
+)
+
+TC_H_ROOT = 0xFFFFFFFF
+TC_H_CLSACT = 0xFFFFFFF1
+TC_H_INGRESS_HOOK = 0xFFFFFFF2
+TC_H_EGRESS_HOOK = 0xFFFFFFF3
+_TCA_KIND, _TCA_OPTIONS = 1, 2
+_TCA_TBF_PARMS, _TCA_TBF_RATE64, _TCA_TBF_BURST = 1, 4, 6
+_LINKLAYER_ETHERNET = 1
+_TCA_BPF_FD, _TCA_BPF_NAME, _TCA_BPF_FLAGS, _TCA_BPF_FLAG_ACT_DIRECT = 6, 7, 8, 1
+_ETH_P_ALL = 0x0003
+# The qdisc never drops: admission does, before the frame is counted (docs/architecture.md).
+_TBF_LIMIT_BYTES = 0x7FFFFFFF
+
+ROOT_HANDLE = 0x1_0000
+DATA_HANDLE = 0x10_0000
+CONTROL_HANDLE = 0x20_0000
+
+
+def _tcmsg(index: int, handle: int, parent: int, info: int = 0) -> bytes:
+    return struct.pack("=BxHiIII", 0, 0, index, handle, parent, info)
+
+
+def handle_text(handle: int) -> str:
+    """Return ``1:2`` for ``0x10002``."""
+    minor = handle & 0xFFFF
+    return f"{handle >> 16:x}:{minor:x}" if minor else f"{handle >> 16:x}:"
+
+
+def create_mq(index: int, ifname: str) -> Message:
+    """Return the request of ``tc qdisc add dev IFNAME root handle 1: mq``."""
+    payload = _tcmsg(index, ROOT_HANDLE, TC_H_ROOT) + attribute_text(_TCA_KIND, "mq")
+    return Message(
+        f"tc qdisc replace dev {ifname} root handle 1: mq", RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, payload
+    )
+
+
+def create_pfifo(index: int, ifname: str, parent: int, handle: int, limit_packets: int) -> Message:
+    """Return the request of a plain FIFO under ``parent``."""
+    payload = _tcmsg(index, handle, parent) + attribute_text(_TCA_KIND, "pfifo")
+    payload += attribute(_TCA_OPTIONS, struct.pack("=I", limit_packets))
+    operation = f"tc qdisc replace dev {ifname} parent {handle_text(parent)} pfifo limit {limit_packets}"
+    return Message(operation, RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, payload)
+
+
+def create_tbf(
+    index: int,
+    ifname: str,
+    parent: int,
+    handle: int,
+    *,
+    rate_bytes_per_s: int,
+    burst_bytes: int,
+    overhead_bytes: int,
+) -> Message:
+    """Return the request that creates or changes a token bucket filter.
+
+    Args:
+        index: Interface.
+        ifname: Its name, for messages.
+        parent: Class it hangs under.
+        handle: Its own handle.
+        rate_bytes_per_s: Wall rate on the wire.
+        burst_bytes: Bucket size.
+        overhead_bytes: Charged per frame beside its length (FCS, preamble, gap).
+
+    Source:
+        Linux net/sched/sch_tbf.c ``tbf_change()``: RATE64 and BURST replace the 32-bit fields; with the link layer
+        set no rate table is needed.
+    """
+    rate32 = min(rate_bytes_per_s, 0xFFFFFFFF)
+    spec = struct.pack("=BBHhHI", 0, _LINKLAYER_ETHERNET, overhead_bytes, 0, 0, rate32)
+    none = struct.pack("=BBHhHI", 0, 0, 0, 0, 0, 0)
+    parms = spec + none + struct.pack("=III", _TBF_LIMIT_BYTES, 0, 0)
+    options = attribute(_TCA_TBF_PARMS, parms)
+    options += attribute(_TCA_TBF_RATE64, struct.pack("=Q", rate_bytes_per_s))
+    options += attribute_u32(_TCA_TBF_BURST, burst_bytes)
+    payload = _tcmsg(index, handle, parent) + attribute_text(_TCA_KIND, "tbf") + attribute(_TCA_OPTIONS, options)
+    operation = (
+        f"tc qdisc replace dev {ifname} parent {handle_text(parent)} handle {handle_text(handle)} tbf "
+        f"rate {rate_bytes_per_s * 8}bit burst {burst_bytes} overhead {overhead_bytes}"
+    )
+    return Message(operation, RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, payload)
+
+
+def create_clsact(index: int, ifname: str) -> Message:
+    """Return the request of ``tc qdisc add dev IFNAME clsact``, for kernels without TCX."""
+    payload = _tcmsg(index, TC_H_CLSACT & 0xFFFF0000, TC_H_CLSACT) + attribute_text(_TCA_KIND, "clsact")
+    return Message(f"tc qdisc add dev {ifname} clsact", RTM_NEWQDISC, NLM_F_CREATE, payload, frozenset({errno.EEXIST}))
+
+
+def attach_filter(index: int, ifname: str, hook: int, program_fd: int, name: str) -> Message:
+    """Return the request of ``tc filter add dev IFNAME ingress|egress bpf direct-action``."""
+    info = (1 << 16) | ((_ETH_P_ALL & 0xFF) << 8 | _ETH_P_ALL >> 8)
+    options = attribute_u32(_TCA_BPF_FD, program_fd) + attribute_text(_TCA_BPF_NAME, name)
+    options += attribute_u32(_TCA_BPF_FLAGS, _TCA_BPF_FLAG_ACT_DIRECT)
+    payload = _tcmsg(index, 1, hook, info) + attribute_text(_TCA_KIND, "bpf") + attribute(_TCA_OPTIONS, options)
+    direction = "ingress" if hook == TC_H_INGRESS_HOOK else "egress"
+    return Message(f"tc filter add dev {ifname} {direction} bpf da {name}", RTM_NEWTFILTER, NLM_F_CREATE, payload)

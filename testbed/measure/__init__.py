@@ -1,0 +1,1 @@
+"""What was measured about the machine, and whether the figures of a run can be trusted."""

@@ -1,0 +1,156 @@
+"""From a scenario to a plan. Pure: the machine's capacity is an argument."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from testbed.collectives import find_algorithm, ideal_cct_ns, largest_frame_wire_bytes, ring_order
+from testbed.collectives.schedule import SLICES_PER_CHUNK, Collective
+from testbed.errors import PlanError
+from testbed.plan.dilation import choose_dilation
+from testbed.plan.lint import find_warnings
+from testbed.plan.model import Plan, PlannedWorkload
+from testbed.roce.queue_pairs import Connection, Endpoint, build_connections
+from testbed.roce.wire import IP_PROTOCOL_UDP, LINK_OVERHEAD_BYTES, ROCE_UDP_PORT, Opcode, frame_bytes
+from testbed.routing import FlowKey, ForwardingTables, Path, predicted_cct_ratio, routing_scheme, trace_path
+from testbed.scenario import CollectiveWorkload, Scenario, UdpSourcePort
+from testbed.topology import LinkSpec, Topology, build_clos, build_star
+
+# Retransmission timeout "auto": several loop times beside what the deepest queue of the path can add.
+_TIMEOUT_LOOPS = 4
+_TIMEOUT_QUEUES = 2
+
+
+def build_topology(scenario: Scenario) -> Topology:
+    """Return the nodes, ports and links of a scenario."""
+    fabric = scenario.fabric
+    host_link = LinkSpec(fabric.host_link.rate_bits_per_s, fabric.host_link.delay_ns)
+    if fabric.kind == "star":
+        return build_star(hosts=fabric.nhosts, host_link=host_link)
+    uplink = LinkSpec(fabric.uplink.rate_bits_per_s, fabric.uplink.delay_ns)
+    return build_clos(hosts_per_leaf=fabric.host_counts, spines=fabric.spines, host_link=host_link, uplink=uplink)
+
+
+def build_endpoints(topology: Topology) -> list[Endpoint]:
+    """Return the NIC of every rank as frames name it."""
+    endpoints = []
+    for rank in range(len(topology.hosts)):
+        port = topology.host_port(rank)
+        endpoints.append(Endpoint(rank, port.address, port.mac, topology.port(port.peer).mac))
+    return endpoints
+
+
+def compile_plan(scenario: Scenario, *, capacity_packets_per_s: float | None) -> Plan:
+    """Return the plan of a scenario.
+
+    Args:
+        scenario: A valid scenario.
+        capacity_packets_per_s: Packets per second this machine carries over four hops; None where it was not
+            measured, then fidelity alone sets an automatic dilation.
+
+    Raises:
+        PlanError: No fabric can be planned from it.
+    """
+    topology = build_topology(scenario)
+    scheme = routing_scheme(str(scenario.routing.scheme))
+    tables = scheme.build_tables(topology, hash_seed=scenario.routing.hash_seed)
+    workloads = tuple(_plan_workload(item, scenario, topology, tables) for item in scenario.collectives)
+    if not workloads:
+        raise PlanError("the workload is empty")
+
+    rates = {rank: topology.host_port(rank).rate_bits_per_s for rank in range(len(topology.hosts))}
+    frame_bits = 8 * (frame_bytes(Opcode.WRITE_MIDDLE, scenario.transport.mtu_bytes) + LINK_OVERHEAD_BYTES)
+    offered, hops = 0.0, 1.0
+    for planned in workloads:
+        senders = {connection.requester.local.rank for connection in planned.connections}
+        load = sum(rates[rank] for rank in senders) / frame_bits
+        if load >= offered:
+            offered, hops = load, float(np.mean([len(path.ports) for path in planned.paths]))
+    # Connections of one NIC differ in their paths; the shortest way in use sets the smallest time.
+    delays = [path.delay_ns for planned in workloads for path in planned.paths if path.delay_ns > 0]
+    smallest = min(delays, default=0)
+    dilation = choose_dilation(
+        scenario.time_dilation,
+        offered_packets_per_s=offered,
+        mean_hops=hops,
+        capacity_packets_per_s=capacity_packets_per_s,
+        smallest_time_ns=smallest,
+        smallest_time_name="one-way path delay" if smallest else "none: links have no delay",
+    )
+    plan = Plan(
+        scenario=scenario,
+        topology=topology,
+        tables=tables,
+        dilation=dilation,
+        workloads=workloads,
+        buffer_bytes=scenario.fabric.switch.buffer_bytes,
+        retransmit_timeout_ns=_retransmit_timeout_ns(scenario, topology, workloads),
+        warnings=(),
+    )
+    return Plan(**{**plan.__dict__, "warnings": find_warnings(plan)})
+
+
+def _plan_workload(
+    item: CollectiveWorkload, scenario: Scenario, topology: Topology, tables: ForwardingTables
+) -> PlannedWorkload:
+    mtu = scenario.transport.mtu_bytes
+    order = ring_order(item.order if isinstance(item.order, tuple) else str(item.order), scenario.fabric.host_counts)
+    algorithm = find_algorithm(str(item.collective), str(item.algorithm))
+    chunk_bytes = item.size_bytes // (len(order) if algorithm.collective is Collective.ALL_REDUCE else 1)
+    # Slices below a packet would only add headers.
+    slices = max(1, min(SLICES_PER_CHUNK, chunk_bytes // mtu))
+    schedule = algorithm.build_schedule(order, item.size_bytes, slices)
+    connections = build_connections(
+        list(schedule.connections),
+        build_endpoints(topology),
+        source_port_per_qp=scenario.transport.udp_source_port is UdpSourcePort.PER_QP,
+        rng=np.random.default_rng(scenario.seed),
+    )
+    paths = tuple(trace_connection(connection, topology, tables) for connection in connections)
+    wire = largest_frame_wire_bytes(schedule.nbytes, mtu)
+    frame_ns = [[8e9 * wire / topology.port(port).rate_bits_per_s for port in path.ports] for path in paths]
+    one_way = np.array(
+        [round(path.delay_ns + sum(times)) for path, times in zip(paths, frame_ns, strict=True)], np.int64
+    )
+    latency = np.zeros((len(order), len(order)), np.int64)
+    for connection, total, times in zip(connections, one_way, frame_ns, strict=True):
+        latency[connection.requester.local.rank, connection.responder.local.rank] = total - round(times[0])
+    nic_rates = np.array([topology.host_port(rank).rate_bits_per_s for rank in range(len(order))])
+    return PlannedWorkload(
+        workload=item,
+        order=order,
+        schedule=schedule,
+        connections=tuple(connections),
+        paths=paths,
+        one_way_ns=one_way,
+        ideal_cct_ns=ideal_cct_ns(schedule, nic_rate_bits_per_s=nic_rates, latency_ns=latency, mtu=mtu),
+        predicted_cct_ratio=predicted_cct_ratio(topology, [[path] for path in paths]),
+        traffic_factor=algorithm.traffic_factor(len(order)),
+    )
+
+
+def flow_of(connection: Connection) -> FlowKey:
+    """Return the header fields that switches hash of a connection's data."""
+    requester = connection.requester
+    return FlowKey(
+        src_address=requester.local.address,
+        dst_address=requester.remote.address,
+        src_port=requester.udp_source_port,
+        dst_port=ROCE_UDP_PORT,
+        protocol=IP_PROTOCOL_UDP,
+        dst_qp=requester.peer_qpn,
+    )
+
+
+def trace_connection(connection: Connection, topology: Topology, tables: ForwardingTables) -> Path:
+    """Return the path of a connection's data."""
+    return trace_path(topology, tables, topology.host_port(connection.requester.local.rank).id, flow_of(connection))
+
+
+def _retransmit_timeout_ns(scenario: Scenario, topology: Topology, workloads: tuple[PlannedWorkload, ...]) -> int:
+    if scenario.transport.retransmit_timeout_ns is not None:
+        return scenario.transport.retransmit_timeout_ns
+    loop_ns = 2 * max(int(planned.one_way_ns.max()) for planned in workloads)
+    slowest = min(port.rate_bits_per_s for port in topology.ports)
+    queue_ns = 8_000_000_000 * scenario.fabric.switch.buffer_bytes // slowest
+    return _TIMEOUT_LOOPS * loop_ns + _TIMEOUT_QUEUES * queue_ns

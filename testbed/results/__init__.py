@@ -1,0 +1,31 @@
+"""What a run found out: the result as a value, its JSON and its table."""
+
+from __future__ import annotations
+
+from testbed.results.model import (
+    SCHEMA_VERSION,
+    Check,
+    CollectiveResult,
+    FabricResult,
+    Fidelity,
+    FidelityVerdict,
+    LinkDirection,
+    LinkResult,
+    Result,
+    render_json,
+)
+from testbed.results.table import render_table
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Check",
+    "CollectiveResult",
+    "FabricResult",
+    "Fidelity",
+    "FidelityVerdict",
+    "LinkDirection",
+    "LinkResult",
+    "Result",
+    "render_json",
+    "render_table",
+]

@@ -1,0 +1,291 @@
+"""The result of a run, and its JSON, which other people's scripts read.
+
+Field names are JSON keys: renaming one breaks those scripts and needs a new `SCHEMA_VERSION`. Adding one does
+not, so a reader skips keys that it does not know. A figure that nothing measured is None (``null``), never 0.
+Times, rates and bandwidths are emulated unless their name begins with ``wall_``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Self, TypeVar
+
+import numpy as np
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+class FidelityVerdict(StrEnum):
+    """Whether this machine could be trusted to emulate the run."""
+
+    TRUSTED = "trusted"
+    DEGRADED = "degraded"
+    INVALID = "invalid"
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveResult:
+    """One collective at one size; see `from_samples`.
+
+    Attributes:
+        collective: Such as ``all_reduce``.
+        algorithm: Such as ``ring``.
+        size_bytes: Size of the buffer on each rank.
+        nranks: Number of ranks.
+        cct_ns: Completion time of each measured iteration, in the order in which they ran.
+        cct_ideal_ns: Completion time over a core that never blocks.
+        cct_ratio: Median of `cct_ns` / `cct_ideal_ns`.
+        algbw_bytes_per_s: Size / median completion time.
+        busbw_bytes_per_s: Algorithm bandwidth times the bytes that each NIC must send per byte of the buffer.
+        predicted_cct_ratio: What the load prediction gave for `cct_ratio` before the run.
+    """
+
+    collective: str
+    algorithm: str
+    size_bytes: int
+    nranks: int
+    cct_ns: tuple[int, ...] = ()
+    cct_ideal_ns: float | None = None
+    cct_ratio: float | None = None
+    algbw_bytes_per_s: float | None = None
+    busbw_bytes_per_s: float | None = None
+    predicted_cct_ratio: float | None = None
+
+    @classmethod
+    def from_samples(
+        cls,
+        *,
+        collective: str,
+        algorithm: str,
+        size_bytes: int,
+        nranks: int,
+        cct_ns: Sequence[int],
+        cct_ideal_ns: float | None,
+        traffic_factor: float,
+        predicted_cct_ratio: float | None = None,
+    ) -> Self:
+        """Return the result with every figure that follows from the samples; None where there are none.
+
+        Args:
+            collective: Name of the collective.
+            algorithm: Name of the algorithm.
+            size_bytes: Size of the buffer on each rank.
+            nranks: Number of ranks.
+            cct_ns: Completion time of each measured iteration.
+            cct_ideal_ns: Completion time over a core that never blocks, if known.
+            traffic_factor: busbw / algbw of the algorithm.
+            predicted_cct_ratio: As in the attribute.
+
+        Source:
+            nccl-tests, doc/PERFORMANCE.md (algbw and busbw).
+        """
+        median_ns = statistics.median(cct_ns) if cct_ns else None
+        algbw = size_bytes * 1e9 / median_ns if median_ns else None
+        return cls(
+            collective=collective,
+            algorithm=algorithm,
+            size_bytes=size_bytes,
+            nranks=nranks,
+            cct_ns=tuple(cct_ns),
+            cct_ideal_ns=cct_ideal_ns,
+            cct_ratio=median_ns / cct_ideal_ns if median_ns and cct_ideal_ns else None,
+            algbw_bytes_per_s=algbw,
+            busbw_bytes_per_s=None if algbw is None else algbw * traffic_factor,
+            predicted_cct_ratio=predicted_cct_ratio,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDirection:
+    """What one port sent over its link.
+
+    Attributes:
+        src: The port that sends, such as ``leaf0/up1``.
+        dst: The port at the other end.
+        bytes: Frame bytes without FCS that left the port's queues.
+        packets: Frames that did.
+        utilisation_fraction: Wire bytes / what the link could have carried while collectives were measured.
+        peak_depth_bytes: Greatest depth of the port's queue.
+        drops_packets: Frames dropped before the queue.
+    """
+
+    src: str
+    dst: str
+    bytes: int | None = None
+    packets: int | None = None
+    utilisation_fraction: float | None = None
+    peak_depth_bytes: int | None = None
+    drops_packets: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinkResult:
+    """One link and what crossed it.
+
+    Attributes:
+        name: Its two nodes, such as ``leaf0:spine1``.
+        directions: The two directions.
+    """
+
+    name: str
+    directions: tuple[LinkDirection, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FabricResult:
+    """What the fabric counted during the measured iterations; attributes are named after what they count."""
+
+    drops_packets: int | None = None
+    headroom_drops_packets: int | None = None
+    out_of_order_packets: int | None = None
+    retransmitted_packets: int | None = None
+    nak_packets: int | None = None
+    ecn_marked_packets: int | None = None
+    cnp_packets: int | None = None
+    pause_frames: int | None = None
+    links: tuple[LinkResult, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """Whether the figures can be trusted, and the evidence.
+
+    Attributes:
+        verdict: A `FidelityVerdict`.
+        reasons: One sentence for each threshold that was missed; empty when trusted.
+        wall_tick_lateness_p50_ns: Median lateness of the engine's ticks, wall time.
+        wall_tick_lateness_p99_ns: 99th percentile of the same.
+        cpu_fraction: Busiest CPU's share of time in use.
+        shaping_error_fraction: Greatest relative error of a shaped rate against the asked one.
+    """
+
+    verdict: FidelityVerdict
+    reasons: tuple[str, ...] = ()
+    wall_tick_lateness_p50_ns: int | None = None
+    wall_tick_lateness_p99_ns: int | None = None
+    cpu_fraction: float | None = None
+    shaping_error_fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of ``expect:`` and what came of it.
+
+    Attributes:
+        expect: The line as written.
+        metric: The result's key that it names.
+        expected: The number to compare with, in the metric's unit.
+        observed: The measured figure, None when nothing measured it.
+        verdict: ``pass``, ``fail`` or ``not_judged``.
+        tolerance: How far `observed` may be off, where the check has one.
+    """
+
+    expect: str
+    metric: str
+    expected: float
+    observed: float | None
+    verdict: str
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All that a run found out.
+
+    Attributes:
+        scenario: The resolved scenario, defaults filled in.
+        seed: Seed of everything that is drawn by chance.
+        time_dilation: Wall time / emulated time.
+        host: Facts about the machine: kernel, CPUs, versions.
+        results: One per collective and size.
+        fabric: What the fabric counted.
+        fidelity: Whether to trust it; None when nothing ran.
+        checks: One per line of ``expect:``.
+        warnings: What to look at before trusting a figure, and what is not modelled.
+        schema_version: Version of this structure.
+    """
+
+    scenario: Mapping[str, Any]
+    seed: int
+    time_dilation: float
+    host: Mapping[str, Any]
+    results: tuple[CollectiveResult, ...] = ()
+    fabric: FabricResult = field(default_factory=FabricResult)
+    fidelity: Fidelity | None = None
+    checks: tuple[Check, ...] = ()
+    warnings: tuple[str, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Return the result as dicts, lists, strings, numbers, booleans and None, ``schema_version`` first."""
+        fields = _plain(self)
+        return {"schema_version": fields.pop("schema_version"), **fields}
+
+    @classmethod
+    def from_json_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Return the result that `to_json_dict` gave.
+
+        Raises:
+            ValueError: If it has another schema version, or a key is missing.
+        """
+        version = fields.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"this is a result of schema version {version}, expected {SCHEMA_VERSION}")
+        try:
+            fabric = fields["fabric"]
+            links = [
+                _load(LinkResult, link, directions=tuple(_load(LinkDirection, way) for way in link["directions"]))
+                for link in fabric["links"]
+            ]
+            fidelity = fields["fidelity"]
+            return _load(
+                cls,
+                fields,
+                results=tuple(_load(CollectiveResult, row, cct_ns=tuple(row["cct_ns"])) for row in fields["results"]),
+                fabric=_load(FabricResult, fabric, links=tuple(links)),
+                fidelity=fidelity
+                and _load(
+                    Fidelity,
+                    fidelity,
+                    verdict=FidelityVerdict(fidelity["verdict"]),
+                    reasons=tuple(fidelity["reasons"]),
+                ),
+                checks=tuple(_load(Check, check) for check in fields["checks"]),
+                warnings=tuple(fields["warnings"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is no result of a run: {error}") from error
+
+
+def render_json(result: Result) -> str:
+    """Return the result as JSON text, two spaces of indent, with a final newline.
+
+    Raises:
+        ValueError: If a figure is NaN or infinite, which JSON has no words for: it should have been None.
+    """
+    return json.dumps(result.to_json_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return a value made of JSON's own types alone."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, str) else value
+
+
+def _load(kind: type[T], fields: Mapping[str, Any], **parsed: Any) -> T:
+    known = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{key: value for key, value in fields.items() if key in known} | parsed)

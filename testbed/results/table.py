@@ -1,0 +1,84 @@
+"""The table that a run prints, in the manner of nccl-tests."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from testbed.results.model import CollectiveResult
+
+UNMEASURED = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    name: str
+    unit: str
+    left: bool = False
+
+
+_COLUMNS = (
+    _Column("size", "(B)"),
+    _Column("nranks", "(count)"),
+    _Column("collective", "", left=True),
+    _Column("algorithm", "", left=True),
+    _Column("iters", "(count)"),
+    _Column("time", "(us)"),
+    _Column("min", "(us)"),
+    _Column("max", "(us)"),
+    _Column("algbw", "(GB/s)"),
+    _Column("busbw", "(GB/s)"),
+    _Column("ideal", "(us)"),
+    _Column("ratio", "(time/ideal)"),
+)
+
+
+def render_table(rows: Sequence[CollectiveResult], comments: Sequence[str] = ()) -> str:
+    """Return the results as text for people and for scripts that skip lines beginning with ``#``.
+
+    Args:
+        rows: One per collective and size.
+        comments: Lines to put above the table, without their ``#``.
+
+    Returns:
+        Comment lines, a header row, a units row and one row per result, each ended by a newline. All figures
+        are emulated; ``time`` is the median over the iterations, 1 GB is 10^9 bytes; ``-`` stands for what
+        was not measured.
+
+    Source:
+        nccl-tests, src/util.cu (the columns and their units).
+    """
+    cells = [[column.name for column in _COLUMNS], [column.unit for column in _COLUMNS]]
+    cells += [_cells(row) for row in rows]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(_COLUMNS))]
+    lines = [f"# {comment}".rstrip() for comment in comments]
+    for number, line in enumerate(cells):
+        padded = [
+            cell.ljust(width) if column.left else cell.rjust(width)
+            for cell, width, column in zip(line, widths, _COLUMNS, strict=True)
+        ]
+        lines.append((("# " if number < 2 else "  ") + "  ".join(padded)).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: CollectiveResult) -> list[str]:
+    times = row.cct_ns
+    return [
+        str(row.size_bytes),
+        str(row.nranks),
+        row.collective,
+        row.algorithm,
+        str(len(times)),
+        _scaled(statistics.median(times) if times else None, 1e3, 2),
+        _scaled(min(times, default=None), 1e3, 2),
+        _scaled(max(times, default=None), 1e3, 2),
+        _scaled(row.algbw_bytes_per_s, 1e9, 2),
+        _scaled(row.busbw_bytes_per_s, 1e9, 2),
+        _scaled(row.cct_ideal_ns, 1e3, 2),
+        _scaled(row.cct_ratio, 1, 4),
+    ]
+
+
+def _scaled(value: float | None, unit: float, digits: int) -> str:
+    return UNMEASURED if value is None else f"{value / unit:.{digits}f}"

@@ -1,0 +1,52 @@
+"""Forwarding tables, the schemes that fill them, and what follows from them: paths, loads, predictions."""
+
+from __future__ import annotations
+
+from testbed.errors import PlanError
+from testbed.routing.ecmp import Ecmp
+from testbed.routing.hashing import FlowKey
+from testbed.routing.paths import Collision, Path, find_collisions, link_loads, trace_path
+from testbed.routing.pinning import Pinning
+from testbed.routing.predict import max_min_rates, nic_port_rates, port_rates, predicted_cct_ratio
+from testbed.routing.protocol import RoutingScheme
+from testbed.routing.tables import NO_GROUP, ForwardingTables, Group, HashField, Selector
+
+__all__ = [
+    "NO_GROUP",
+    "ROUTING_SCHEMES",
+    "Collision",
+    "FlowKey",
+    "ForwardingTables",
+    "Group",
+    "HashField",
+    "Path",
+    "RoutingScheme",
+    "Selector",
+    "find_collisions",
+    "link_loads",
+    "max_min_rates",
+    "nic_port_rates",
+    "port_rates",
+    "predicted_cct_ratio",
+    "routing_scheme",
+    "trace_path",
+]
+
+ROUTING_SCHEMES: dict[str, RoutingScheme] = {
+    "ecmp": Ecmp(),
+    "pinning": Pinning(),
+}
+"""Every routing scheme by the name that scenarios use."""
+
+
+def routing_scheme(name: str) -> RoutingScheme:
+    """Return the routing scheme of that name.
+
+    Raises:
+        PlanError: If there is none.
+    """
+    try:
+        return ROUTING_SCHEMES[name]
+    except KeyError:
+        known = ", ".join(sorted(ROUTING_SCHEMES))
+        raise PlanError(f'there is no routing scheme "{name}"', hint=f"use one of {known}") from None

@@ -1,0 +1,52 @@
+"""The scenario: file format, defaults, and all mistakes of a file at once."""
+
+from testbed.scenario.expect import Expectation, Verdict, evaluate, parse_expectation
+from testbed.scenario.load import load_scenario
+from testbed.scenario.model import (
+    AdmissionScheme,
+    Algorithm,
+    Carrier,
+    ClosFabric,
+    Collective,
+    CollectiveWorkload,
+    CongestionControl,
+    FabricKind,
+    Link,
+    LossRecovery,
+    QpStrategy,
+    RankOrder,
+    RoutingScheme,
+    Scenario,
+    StarFabric,
+    Switch,
+    UdpSourcePort,
+    Uplink,
+    render_json_schema,
+)
+
+__all__ = [
+    "AdmissionScheme",
+    "Algorithm",
+    "Carrier",
+    "ClosFabric",
+    "Collective",
+    "CollectiveWorkload",
+    "CongestionControl",
+    "Expectation",
+    "FabricKind",
+    "Link",
+    "LossRecovery",
+    "QpStrategy",
+    "RankOrder",
+    "RoutingScheme",
+    "Scenario",
+    "StarFabric",
+    "Switch",
+    "UdpSourcePort",
+    "Uplink",
+    "Verdict",
+    "evaluate",
+    "load_scenario",
+    "parse_expectation",
+    "render_json_schema",
+]

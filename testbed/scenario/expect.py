@@ -1,0 +1,139 @@
+"""Lines of ``expect:``: a metric of the result, a comparison, a number.
+
+::
+
+    <metric> <operator> <number with optional unit>
+
+    drops_packets == 0
+    cct_ratio <= 1.05
+    cct_ns < 3 ms
+    busbw_bytes_per_s >= 40 GB/s
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from fractions import Fraction
+
+from testbed.units import UnitError, parse_byte_rate, parse_fraction, parse_number, parse_time
+
+
+class Verdict(StrEnum):
+    """What a check came to."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    NOT_JUDGED = "not_judged"
+
+
+class ExpectationError(ValueError):
+    """A line of ``expect:`` cannot be read; carries the rule it breaks and a hint."""
+
+    def __init__(self, rule: str, hint: str = "") -> None:
+        super().__init__(rule)
+        self.rule = rule
+        self.hint = hint
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """One readable line of ``expect:``.
+
+    Attributes:
+        metric: Key of the result, such as ``cct_ratio``; its name ends in its unit.
+        operator: ``==``, ``!=``, ``<=``, ``<``, ``>=`` or ``>``.
+        value: The number to compare with, in the metric's unit.
+        text: The line as it was written.
+    """
+
+    metric: str
+    operator: str
+    value: float
+    text: str
+
+
+def _parse_time_value(text: str) -> Fraction:
+    """Return nanoseconds; a bare number is in the metric's own unit."""
+    try:
+        return parse_number(text)
+    except UnitError:
+        return Fraction(parse_time(text))
+
+
+METRICS: dict[str, Callable[[str], Fraction]] = {
+    "cct_ratio": parse_fraction,
+    "predicted_cct_ratio": parse_fraction,
+    "cct_ns": _parse_time_value,
+    "algbw_bytes_per_s": parse_byte_rate,
+    "busbw_bytes_per_s": parse_byte_rate,
+    "drops_packets": parse_number,
+    "headroom_drops_packets": parse_number,
+    "out_of_order_packets": parse_number,
+    "retransmitted_packets": parse_number,
+    "nak_packets": parse_number,
+    "ecn_marked_packets": parse_number,
+    "cnp_packets": parse_number,
+    "pause_frames": parse_number,
+}
+"""Every metric that may be named, and how its number is read."""
+
+OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<=": operator.le,
+    "<": operator.lt,
+    ">=": operator.ge,
+    ">": operator.gt,
+}
+
+_LINE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*([=!<>]{1,2})\s*(.+?)\s*", re.ASCII)
+_MAX_LINE = 200
+
+
+def parse_expectation(text: str) -> Expectation:
+    """Return the expectation that a line of ``expect:`` states.
+
+    Args:
+        text: The line, such as ``"cct_ratio <= 1.05"``.
+
+    Raises:
+        ExpectationError: If the line, its metric, its operator or its number cannot be read.
+    """
+    match = _LINE.fullmatch(text) if len(text) <= _MAX_LINE else None
+    if match is None:
+        raise ExpectationError('must be a line such as "cct_ratio <= 1.05"', "write: metric, comparison, number")
+    metric, symbol, number = match[1], match[2], match[3]
+    if metric not in METRICS:
+        near = difflib.get_close_matches(metric, METRICS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"metrics: {', '.join(METRICS)}"
+        raise ExpectationError("names no metric of the result", hint)
+    if symbol not in OPERATORS:
+        raise ExpectationError(f"must compare with one of {' '.join(OPERATORS)}")
+    try:
+        value = METRICS[metric](number)
+    except UnitError as error:
+        raise ExpectationError(f"the number {error}") from None
+    return Expectation(metric, symbol, float(value), text.strip())
+
+
+def evaluate(expectation: Expectation, observed: float | None, trusted: bool) -> Verdict:
+    """Judge an expectation.
+
+    Args:
+        expectation: What was expected.
+        observed: The measured figure, in the metric's unit; ``None`` when nothing measured it.
+        trusted: Whether the run's figures may be judged at all; false when its fidelity verdict is ``invalid``.
+
+    Returns:
+        ``not_judged`` where there is no figure, or none to be trusted.
+    """
+    if observed is None or not trusted or math.isnan(observed):
+        return Verdict.NOT_JUDGED
+    holds = OPERATORS[expectation.operator](observed, expectation.value)
+    return Verdict.PASS if holds else Verdict.FAIL

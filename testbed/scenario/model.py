@@ -1,0 +1,675 @@
+"""The scenario as a value: every key of the file format, its meaning, its default, its limits.
+
+Frozen pydantic models. The alias of a field is its key in the file; the attribute's name ends in the unit of its
+integer, so ``fabric.host_link.rate: 400 Gbit/s`` becomes ``scenario.fabric.host_link.rate_bits_per_s``. Defaults are
+written here as a user would write them. Some keys are known before their mechanism is built: see `not_built`.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Mapping
+from enum import StrEnum
+from fractions import Fraction
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from testbed.scenario import kinds
+from testbed.scenario.expect import Expectation
+
+MAX_HOSTS = 1024
+MAX_SWITCHES = 256
+GIB = 2**30
+
+_RATE = kinds.rate(10**6, 1_600 * 10**9)
+_DELAY = kinds.time(0, 10**9)
+_TIME = kinds.time(0, 3600 * 10**9)
+_TIMEOUT = kinds.auto_or(kinds.time(1, 10 * 10**9))
+_SIZE = kinds.size(1, 16 * GIB)
+_FRACTION = kinds.fraction(Fraction(1))
+_FLAG = kinds.flag()
+_UINT32 = kinds.integer(0, 2**32 - 1)
+_PRIORITY = kinds.integer(0, 7)
+_RANK = kinds.integer(0, MAX_HOSTS - 1)
+_NODE = kinds.text(40, r"[A-Za-z0-9:._-]+", 'must be a node or link such as "leaf0" or "leaf0:spine1"')
+
+
+class FabricKind(StrEnum):
+    """Shape of the fabric."""
+
+    STAR = "star"
+    CLOS = "clos"
+    ZONES = "zones"
+
+
+class RoutingScheme(StrEnum):
+    """How a switch chooses among equal uplinks."""
+
+    ECMP = "ecmp"
+    E_ECMP = "e-ecmp"
+    PINNING = "pinning"
+    TE = "te"
+    FLOWLET = "flowlet"
+    SPRAY = "spray"
+    ADAPTIVE = "adaptive"
+
+
+class Carrier(StrEnum):
+    """What carries the bytes."""
+
+    ENGINE = "engine"
+    RXE = "rxe"
+    TCP = "tcp"
+
+
+class QpStrategy(StrEnum):
+    """How a message is spread over the QPs of its connection."""
+
+    SPLIT = "split"
+    ROUND_ROBIN = "round_robin"
+    DYNAMIC = "dynamic"
+
+
+class UdpSourcePort(StrEnum):
+    """What gets a UDP source port, and so path entropy, of its own."""
+
+    PER_PAIR = "per_pair"
+    PER_QP = "per_qp"
+
+
+class LossRecovery(StrEnum):
+    """What a NIC resends after a loss."""
+
+    GO_BACK_N = "go_back_n"
+    SELECTIVE = "selective"
+
+
+class CongestionControl(StrEnum):
+    """What slows a sender down."""
+
+    NONE = "none"
+    DCQCN = "dcqcn"
+
+
+class AdmissionScheme(StrEnum):
+    """What a sender must be granted before it sends."""
+
+    NONE = "none"
+    CTS = "cts"
+
+
+class Collective(StrEnum):
+    """Collective operations."""
+
+    ALL_REDUCE = "all_reduce"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_GATHER = "all_gather"
+    ALL_TO_ALL = "all_to_all"
+    BROADCAST = "broadcast"
+    REDUCE = "reduce"
+    GATHER = "gather"
+    SCATTER = "scatter"
+    SEND_RECV = "send_recv"
+
+
+class Algorithm(StrEnum):
+    """Schedules of collectives."""
+
+    RING = "ring"
+    DIRECT = "direct"
+    HALVING_DOUBLING = "halving_doubling"
+    DOUBLE_BINARY_TREE = "double_binary_tree"
+    PAIRWISE = "pairwise"
+    HIERARCHICAL = "hierarchical"
+
+
+class RankOrder(StrEnum):
+    """Order in which a ring visits the hosts."""
+
+    RAILS = "rails"
+    PACKED = "packed"
+    RANDOM = "random"
+
+
+class Placement(StrEnum):
+    """Which hosts a job gets."""
+
+    PACKED = "packed"
+    FRAGMENTED = "fragmented"
+    RANDOM = "random"
+
+
+class Pattern(StrEnum):
+    """Traffic patterns beside collectives."""
+
+    INCAST = "incast"
+    PERMUTATION = "permutation"
+    FLOWS = "flows"
+
+
+_FABRIC_KIND = kinds.choice(FabricKind)
+_PATTERN = kinds.choice(Pattern)
+_ORDER = kinds.integers_or(
+    kinds.choice(RankOrder),
+    0,
+    MAX_HOSTS - 1,
+    MAX_HOSTS,
+    'must be rails, packed, random or a list of ranks such as "[0, 2, 1, 3]"',
+)
+_PLACEMENT = kinds.integers_or(
+    kinds.choice(Placement), 0, MAX_HOSTS - 1, MAX_HOSTS, "must be packed, fragmented, random or a list of host numbers"
+)
+_HOSTS_PER_LEAF = kinds.integers_or(
+    kinds.integer(1, MAX_HOSTS),
+    1,
+    MAX_HOSTS,
+    MAX_SWITCHES,
+    f"must be an integer from 1 to {MAX_HOSTS}, or a list of one such integer per leaf",
+)
+
+_NO_DEFAULT = object()
+
+
+def _key(name: str, description: str, *, default: Any = _NO_DEFAULT, example: Any = None) -> Any:
+    """Return the field of one key.
+
+    Args:
+        name: The key in the file.
+        description: What it means; shown by editors.
+        default: As a user would write it; ``None`` for absent. Without a default the key is required.
+        example: A valid value as a user would write it; required keys and lists must have one.
+    """
+    extra: dict[str, Any] = {"examples": [example]} if example is not None else {}
+    if default is _NO_DEFAULT:
+        return Field(alias=name, description=description, json_schema_extra=extra)
+    if default is None:
+        return Field(default=None, validate_default=False, alias=name, description=description, json_schema_extra=extra)
+    return Field(default=default, alias=name, description=description, json_schema_extra=extra)
+
+
+def _list_key(name: str, description: str, *, example: list[Any], required: bool = False) -> Any:
+    """Return the field of a key that holds a list, empty by default; a tuple in the program."""
+    extra: dict[str, Any] = {"examples": [example]}
+    if required:
+        return Field(alias=name, description=description, strict=False, json_schema_extra=extra)
+    return Field(default=(), alias=name, description=description, strict=False, json_schema_extra=extra)
+
+
+def _derived_key(name: str, description: str) -> Any:
+    """Return the field of a key whose default a model fills in from other keys."""
+    return Field(default_factory=lambda: None, alias=name, description=description)
+
+
+class _Section(BaseModel):
+    """A mapping of the file. Unknown keys are mistakes; defaults are read as a user's text would be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class Link(_Section):
+    """One class of links, alike in both directions."""
+
+    rate_bits_per_s: Annotated[int, _RATE] = _key("rate", "Rate of each direction.", example="400 Gbit/s")
+    delay_ns: Annotated[int, _DELAY] = _key("delay", "One-way propagation delay.", default="600 ns")
+
+
+class Uplink(Link):
+    """The links between leaves and spines; what is not given is as on the host links."""
+
+    rate_bits_per_s: Annotated[int, _RATE] = _derived_key("rate", "Rate of each direction. Default: the host links'.")
+    delay_ns: Annotated[int, _DELAY] = _derived_key("delay", "One-way propagation delay. Default: the host links'.")
+
+
+class Switch(_Section):
+    """One switch; all switches of a fabric are alike."""
+
+    buffer_bytes: Annotated[int, _SIZE] = _key(
+        "buffer",
+        "Packet memory of one switch, shared by all its ports. A frame that does not fit is dropped.",
+        default="32 MiB",
+    )
+    alpha: Annotated[Fraction | None, _FRACTION] = _key(
+        "alpha", "Share of the free shared buffer that one queue may take (dynamic threshold).", default=None
+    )
+
+
+class _Fabric(_Section):
+    """What every shape of fabric has."""
+
+    host_link: Link = _key("host_link", "The link between a host's NIC and its leaf.", example={"rate": "400 Gbit/s"})
+    switch: Switch = _key("switch", "The switches.", default={})
+    nics_per_host: Annotated[int, kinds.integer(1, 16)] = _key(
+        "nics_per_host", "NICs, hence rails, of one host.", default=1
+    )
+    gpus_per_host: Annotated[int, kinds.integer(1, 16)] = _key(
+        "gpus_per_host", "GPUs, hence ranks, of one host.", default=1
+    )
+
+
+class StarFabric(_Fabric):
+    """Hosts on one switch, which is named ``switch0``."""
+
+    kind: Annotated[FabricKind, kinds.only(_FABRIC_KIND, "star")] = _key(
+        "kind", "Shape of the fabric: star.", example="star"
+    )
+    hosts_per_leaf: Annotated[int, kinds.integer(2, MAX_HOSTS)] = _key(
+        "hosts_per_leaf", "Hosts on the one switch.", example=2
+    )
+
+    @property
+    def host_counts(self) -> tuple[int, ...]:
+        """Hosts under each leaf."""
+        return (self.hosts_per_leaf,)
+
+    @property
+    def nhosts(self) -> int:
+        """Hosts of the whole fabric."""
+        return self.hosts_per_leaf
+
+
+class ClosFabric(_Fabric):
+    """Leaves, each joined to every spine by one uplink."""
+
+    kind: Annotated[FabricKind, kinds.only(_FABRIC_KIND, "clos")] = _key(
+        "kind", "Shape of the fabric: clos.", example="clos"
+    )
+    leaves: Annotated[int, kinds.integer(1, MAX_SWITCHES)] = _key("leaves", "Number of leaf switches.", example=2)
+    spines: Annotated[int, kinds.integer(0, MAX_SWITCHES)] = _key(
+        "spines", "Number of spine switches; 0 only with a single leaf.", example=1
+    )
+    hosts_per_leaf: Annotated[int | tuple[int, ...], _HOSTS_PER_LEAF] = _key(
+        "hosts_per_leaf", "Hosts under every leaf, or a list with the number under each.", example=1
+    )
+    uplink: Uplink = _derived_key("uplink", "The link between a leaf and a spine. Default: as the host links.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_uplink(cls, data: Any) -> Any:
+        """Fill in what the uplink takes over from the host link."""
+        if not isinstance(data, Mapping):
+            return data
+        host_link, uplink = data.get("host_link"), data.get("uplink", {})
+        if not isinstance(host_link, Mapping) or not isinstance(uplink, Mapping):
+            return data
+        default_delay = Link.model_fields["delay_ns"].default
+        inherited = {"rate": host_link.get("rate"), "delay": host_link.get("delay", default_delay)}
+        return {**data, "uplink": {**inherited, **uplink}}
+
+    @property
+    def host_counts(self) -> tuple[int, ...]:
+        """Hosts under each leaf."""
+        if isinstance(self.hosts_per_leaf, tuple):
+            return self.hosts_per_leaf
+        return (self.hosts_per_leaf,) * self.leaves
+
+    @property
+    def nhosts(self) -> int:
+        """Hosts of the whole fabric."""
+        return sum(self.host_counts)
+
+
+def _select_fabric(data: Any) -> str:
+    kind = data.get("kind") if isinstance(data, Mapping) else getattr(data, "kind", None)
+    return "<star>" if kind == "star" else "<clos>"
+
+
+Fabric: TypeAlias = Annotated[
+    Annotated[ClosFabric, Tag("<clos>")] | Annotated[StarFabric, Tag("<star>")], Discriminator(_select_fabric)
+]
+
+
+class Ecn(_Section):
+    """Marking by switches, on the instantaneous depth of an egress queue."""
+
+    enabled: Annotated[bool, _FLAG] = _key("enabled", "Whether switches mark CE.", default=False)
+    kmin_bytes: Annotated[int | None, _SIZE] = _key("kmin", "Depth up to which nothing is marked.", default=None)
+    kmax_bytes: Annotated[int | None, _SIZE] = _key("kmax", "Depth above which everything is marked.", default=None)
+    pmax: Annotated[Fraction | None, _FRACTION] = _key("pmax", "Probability of a mark at kmax.", default=None)
+
+
+class Pfc(_Section):
+    """Priority flow control, per ingress port and priority."""
+
+    enabled: Annotated[bool, _FLAG] = _key("enabled", "Whether switches pause their neighbours.", default=False)
+    xoff_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = _key(
+        "xoff", "Ingress bytes above which to pause.", default="auto"
+    )
+    xon_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = _key(
+        "xon", "Ingress bytes below which to resume.", default="auto"
+    )
+    headroom_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = _key(
+        "headroom", "Buffer kept per ingress port for what arrives after a pause was sent.", default="auto"
+    )
+    watchdog: Annotated[bool | None, _FLAG] = _key(
+        "watchdog", "Whether a queue paused for too long is released.", default=None
+    )
+
+
+class Qos(_Section):
+    """Priorities, marking and pausing."""
+
+    lossless_priority: Annotated[int, _PRIORITY] = _key(
+        "lossless_priority", "Priority of RoCE data, 0 to 7; its DSCP is eight times this.", default=3
+    )
+    ecn: Ecn = _key("ecn", "Explicit congestion notification.", default={})
+    pfc: Pfc = _key("pfc", "Priority flow control.", default={})
+
+
+class Routing(_Section):
+    """How switches choose among equal paths."""
+
+    scheme: Annotated[RoutingScheme, kinds.choice(RoutingScheme)] = _key(
+        "scheme",
+        "Routing scheme: ecmp hashes the five-tuple, pinning gives each destination slice one uplink.",
+        default="ecmp",
+    )
+    hash_seed: Annotated[int, _UINT32] = _derived_key(
+        "hash_seed", "Seed of the switches' hash. Default: the scenario's seed."
+    )
+    flowlet_gap_ns: Annotated[int | None, _TIME] = _key(
+        "flowlet_gap", "Idle time after which a flow may change its path.", default=None
+    )
+
+
+class Admission(_Section):
+    """Receiver-driven admission."""
+
+    scheme: Annotated[AdmissionScheme, kinds.choice(AdmissionScheme)] = _key(
+        "scheme", "Admission scheme.", default="none"
+    )
+    channels: Annotated[int | None, kinds.integer(1, 64)] = _key("channels", "Channels of a connection.", default=None)
+    channel_buffer_bytes: Annotated[int | None, _SIZE] = _key(
+        "channel_buffer", "Receive buffer of one channel.", default=None
+    )
+    grants: Annotated[int | None, kinds.integer(1, 1024)] = _key("grants", "Grants per channel buffer.", default=None)
+    priority: Annotated[int | None, _PRIORITY] = _key("priority", "Priority of CTS frames.", default=None)
+
+
+class Transport(_Section):
+    """RoCEv2 as NICs and the collective library set it up."""
+
+    carrier: Annotated[Carrier, kinds.choice(Carrier)] = _key("carrier", "What carries the bytes.", default="engine")
+    mtu_bytes: Annotated[int, kinds.one_of((256, 512, 1024, 2048, 4096))] = _key(
+        "mtu", "RDMA payload of a full frame, in bytes.", default=4096
+    )
+    qps_per_connection: Annotated[int, kinds.integer(1, 32)] = _key(
+        "qps_per_connection", "Queue pairs between two ranks.", default=1
+    )
+    qp_strategy: Annotated[QpStrategy, kinds.choice(QpStrategy)] = _key(
+        "qp_strategy", "How a message is spread over the queue pairs.", default="split"
+    )
+    udp_source_port: Annotated[UdpSourcePort, kinds.choice(UdpSourcePort)] = _key(
+        "udp_source_port", "What has a UDP source port of its own.", default="per_qp"
+    )
+    loss_recovery: Annotated[LossRecovery, kinds.choice(LossRecovery)] = _key(
+        "loss_recovery", "What is resent after a loss.", default="go_back_n"
+    )
+    retransmit_timeout_ns: Annotated[int | None, _TIMEOUT] = _key(
+        "retransmit_timeout",
+        "Time without an ACK after which all is resent; auto follows from path and rate.",
+        default="auto",
+    )
+    congestion_control: Annotated[CongestionControl, kinds.choice(CongestionControl)] = _key(
+        "congestion_control", "What slows senders down.", default="none"
+    )
+    admission: Admission = _key("admission", "What senders must be granted.", default={})
+
+
+class _Iterated(_Section):
+    """What every item of a workload has."""
+
+    iters: Annotated[int, kinds.integer(1, 10_000)] = _key("iters", "Measured iterations.", default=3)
+    warmup_iters: Annotated[int, kinds.integer(0, 10_000)] = _key(
+        "warmup_iters", "Iterations before, which are not measured.", default=1
+    )
+
+
+class CollectiveWorkload(_Iterated):
+    """A collective over all ranks of the fabric."""
+
+    collective: Annotated[Collective, kinds.choice(Collective)] = _key(
+        "collective", "The collective operation; send_recv sends to the successor in the order.", example="all_reduce"
+    )
+    algorithm: Annotated[Algorithm, kinds.choice(Algorithm)] = _derived_key(
+        "algorithm", "Its schedule. Default: direct for send_recv, ring for all others."
+    )
+    order: Annotated[RankOrder | tuple[int, ...], _ORDER] = _key(
+        "order",
+        "Order in which the ring visits the ranks: rails changes the leaf at every hop, packed stays under a leaf "
+        "as long as it can, or a list of all ranks.",
+        default="rails",
+    )
+    size_bytes: Annotated[int, _SIZE] = _key("size", "Buffer of each rank.", example="64 MiB")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_algorithm(cls, data: Any) -> Any:
+        """Fill in the usual schedule of the collective."""
+        if not isinstance(data, Mapping):
+            return data
+        usual = Algorithm.DIRECT if data.get("collective") == "send_recv" else Algorithm.RING
+        return {"algorithm": str(usual), **data}
+
+
+class IncastWorkload(_Iterated):
+    """Many hosts send to one."""
+
+    pattern: Annotated[Pattern, kinds.only(_PATTERN, "incast")] = _key(
+        "pattern", "The pattern: incast.", example="incast"
+    )
+    fan_in: Annotated[int, kinds.integer(1, MAX_HOSTS)] = _key("fan_in", "Number of senders.", example=1)
+    size_bytes: Annotated[int, _SIZE] = _key("size", "What each sender sends.", example="1 MiB")
+
+
+class PermutationWorkload(_Iterated):
+    """Every host sends to one other, and receives from one other."""
+
+    pattern: Annotated[Pattern, kinds.only(_PATTERN, "permutation")] = _key(
+        "pattern", "The pattern: permutation.", example="permutation"
+    )
+    size_bytes: Annotated[int, _SIZE] = _key("size", "What each host sends.", example="1 MiB")
+
+
+class Flow(_Section):
+    """One flow between two hosts."""
+
+    src: Annotated[int, _RANK] = _key("src", "Number of the sending host.", example=0)
+    dst: Annotated[int, _RANK] = _key("dst", "Number of the receiving host.", example=1)
+    size_bytes: Annotated[int, _SIZE] = _key("size", "What it sends.", example="1 MiB")
+
+
+_ONE_FLOW = {"src": 0, "dst": 1, "size": "1 MiB"}
+
+
+class FlowsWorkload(_Iterated):
+    """Flows as listed, started together."""
+
+    pattern: Annotated[Pattern, kinds.only(_PATTERN, "flows")] = _key("pattern", "The pattern: flows.", example="flows")
+    flows: tuple[Flow, ...] = _list_key("flows", "The flows.", required=True, example=[_ONE_FLOW])
+
+
+def _select_workload(data: Any) -> str:
+    if isinstance(data, _Section):
+        data = {"pattern": getattr(data, "pattern", None)}
+    pattern = data.get("pattern") if isinstance(data, Mapping) else None
+    if pattern is None:
+        return "<collective>"
+    return f"<{pattern}>" if pattern in ("permutation", "flows") else "<incast>"
+
+
+Workload: TypeAlias = Annotated[
+    Annotated[CollectiveWorkload, Tag("<collective>")]
+    | Annotated[IncastWorkload, Tag("<incast>")]
+    | Annotated[PermutationWorkload, Tag("<permutation>")]
+    | Annotated[FlowsWorkload, Tag("<flows>")],
+    Discriminator(_select_workload),
+]
+UNION_TAGS = frozenset({"<clos>", "<star>", "<collective>", "<incast>", "<permutation>", "<flows>"})
+"""What pydantic inserts into the location of a mistake, behind the place of the fabric or of a workload's item."""
+
+_ONE_WORKLOAD = {"collective": "all_reduce", "size": "64 MiB"}
+
+
+class Job(_Section):
+    """Ranks on some of the hosts, with a workload of their own."""
+
+    name: Annotated[str, kinds.text(40)] = _key("name", "Name of the job.", example="job")
+    placement: Annotated[Placement | tuple[int, ...], _PLACEMENT] = _key(
+        "placement", "Which hosts it runs on.", default="packed"
+    )
+    hosts: Annotated[int | None, kinds.integer(1, MAX_HOSTS)] = _key(
+        "hosts", "On how many hosts it runs.", default=None
+    )
+    workload: tuple[Workload, ...] = _list_key("workload", "What it runs.", required=True, example=[_ONE_WORKLOAD])
+
+
+class LinkLoss(_Section):
+    """Random loss on a link."""
+
+    link: Annotated[str, _NODE] = _key("link", "The link.", example="leaf0:spine0")
+    fraction: Annotated[Fraction, _FRACTION] = _key("fraction", "Share of the packets that are lost.", example="1/100")
+
+
+class LinkRate(_Section):
+    """A link that has become slower."""
+
+    link: Annotated[str, _NODE] = _key("link", "The link.", example="leaf0:spine0")
+    rate_bits_per_s: Annotated[int, _RATE] = _key("rate", "Its rate from now on.", example="100 Gbit/s")
+
+
+class SlowReceiver(_Section):
+    """A host that takes frames more slowly than its link carries them."""
+
+    host: Annotated[str, _NODE] = _key("host", "The host.", example="host0")
+    rate_bits_per_s: Annotated[int, _RATE] = _key("rate", "What it can take.", example="100 Gbit/s")
+
+
+class Fault(_Section):
+    """Something that breaks while traffic runs."""
+
+    at_ns: Annotated[int, _TIME] = _key("at", "When, counted from the first measured iteration.", example="2 ms")
+    for_ns: Annotated[int | None, _TIME] = _key("for", "For how long; without it, to the end.", default=None)
+    link_down: Annotated[str | None, _NODE] = _key("link_down", "Link that goes down.", default=None)
+    switch_down: Annotated[str | None, _NODE] = _key("switch_down", "Switch that goes down.", default=None)
+    loss: LinkLoss | None = _key("loss", "Link that loses packets at random.", default=None)
+    rate: LinkRate | None = _key("rate", "Link that becomes slower.", default=None)
+    slow_receiver: SlowReceiver | None = _key("slow_receiver", "Host that receives slowly.", default=None)
+
+
+class Scenario(_Section):
+    """One experiment: a fabric, how it is run, what runs across it, what is expected."""
+
+    name: Annotated[
+        str,
+        kinds.text(
+            63, r"[A-Za-z0-9][A-Za-z0-9._-]*", "must be a name of letters, digits, dots, dashes, at most 63 long"
+        ),
+    ] = _key("name", "Name of the scenario; results are filed under it.", example="ai-zone")
+    description: Annotated[str, kinds.text(2000)] = _key("description", "What the scenario shows.", default="")
+    fabric: Fabric = _key(
+        "fabric",
+        "Switches, hosts and links.",
+        example={"kind": "star", "hosts_per_leaf": 2, "host_link": {"rate": "400 Gbit/s"}},
+    )
+    qos: Qos = _key("qos", "Priorities, marking and pausing.", default={})
+    routing: Routing = _key("routing", "How switches choose among equal paths.", default={})
+    transport: Transport = _key("transport", "RoCEv2 as NICs and library set it up.", default={})
+    workload: tuple[Workload, ...] = _list_key(
+        "workload", "What runs, one item after the other; at least one.", required=True, example=[_ONE_WORKLOAD]
+    )
+    jobs: tuple[Job, ...] = _list_key(
+        "jobs",
+        "Several workloads at once, each on its own hosts.",
+        example=[{"name": "a", "workload": [_ONE_WORKLOAD]}],
+    )
+    faults: tuple[Fault, ...] = _list_key(
+        "faults",
+        "What breaks, and when.",
+        example=[{"at": "2 ms", "link_down": "leaf0:spine1", "for": "1 ms"}],
+    )
+    expect: tuple[Annotated[Expectation, kinds.expectation()], ...] = _list_key(
+        "expect",
+        "What must hold for the run to pass: metric, comparison, number.",
+        example=["drops_packets == 0", "cct_ratio <= 1.05"],
+    )
+    time_dilation: Annotated[float | None, kinds.auto_or(kinds.number(1, 1_000_000))] = _key(
+        "time_dilation",
+        "Wall time per emulated time; auto takes the smallest that this machine carries.",
+        default="auto",
+    )
+    seed: Annotated[int, _UINT32] = _key("seed", "Seed of all that is random.", default=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_hash_seed(cls, data: Any) -> Any:
+        """Let the switches' hash follow the scenario's seed where it has none of its own."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("routing", {}), Mapping):
+            return data
+        seed = data.get("seed", cls.model_fields["seed"].default)
+        return {**data, "routing": {"hash_seed": seed, **data.get("routing", {})}}
+
+    @property
+    def collectives(self) -> tuple[CollectiveWorkload, ...]:
+        """The items of the workload that are collectives: in this version, all."""
+        return tuple(item for item in self.workload if isinstance(item, CollectiveWorkload))
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the scenario as plain data with every default filled in.
+
+        Keys and units are those of the file; loading the result gives an equal scenario.
+        """
+        dumped: dict[str, Any] = _without_none(self.model_dump(by_alias=True))
+        return dumped
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def find_keys(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the pydantic fields of a section by their keys in the file."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def find_sections(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that a field may hold, itself or as list items."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return find_sections(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType, tuple):
+        return [section for part in typing.get_args(annotation) for section in find_sections(part)]
+    return []
+
+
+def render_json_schema() -> str:
+    """Return the JSON schema of the file format, as shipped in ``schema.json``."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "testbed scenario",
+        **Scenario.model_json_schema(by_alias=True),
+    }
+    return json.dumps(_readable(schema), indent=2, ensure_ascii=False) + "\n"
+
+
+def _readable(schema: Any) -> Any:
+    """Drop generated titles and absent defaults from a JSON schema."""
+    if isinstance(schema, list):
+        return [_readable(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {}
+    for key, value in schema.items():
+        is_generated_title = key == "title" and isinstance(value, str) and value != "testbed scenario"
+        is_absent_default = key == "default" and value is None
+        if not is_generated_title and not is_absent_default:
+            kept[key] = _readable(value)
+    return kept

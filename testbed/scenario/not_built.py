@@ -1,0 +1,128 @@
+"""Keys and values that the format knows but this version does not act on yet.
+
+One line per mechanism: whoever builds it deletes the line. A line names a key, the values that need the mechanism, and
+what is missing. ``[*]`` stands for every item of a list.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from testbed.scenario.keypath import KeyPath, parse_path
+
+
+class NotBuilt(NamedTuple):
+    """One mechanism that is not built yet: where it is asked for, by which values, and what it is."""
+
+    key: str
+    needs_it: Callable[[Any], bool]
+    missing: str
+
+
+def given(value: Any) -> bool:
+    """Any value at all asks for the mechanism."""
+    return value is not None
+
+
+def filled(value: Any) -> bool:
+    """A list asks for the mechanism unless it is empty."""
+    return value is not None and value != []
+
+
+def among(*values: object) -> Callable[[Any], bool]:
+    """Return a predicate: one of ``values`` asks for the mechanism."""
+    return lambda value: any(type(value) is type(one) and value == one for one in values)
+
+
+def other_than(*values: object) -> Callable[[Any], bool]:
+    """Return a predicate: all but ``values`` ask for the mechanism."""
+    return lambda value: value is not None and not among(*values)(value)
+
+
+def metric(*names: str) -> Callable[[Any], bool]:
+    """Return a predicate: an expectation about one of ``names`` asks for the mechanism."""
+    return lambda value: isinstance(value, str) and re.split(r"[\s=!<>]", value.strip(), maxsplit=1)[0] in names
+
+
+NOT_BUILT = (
+    NotBuilt("fabric.kind", among("zones"), "three tiers, zones joined by superspines"),
+    NotBuilt("fabric.nics_per_host", other_than(1), "hosts with several NICs"),
+    NotBuilt("fabric.gpus_per_host", other_than(1), "hosts with several GPUs"),
+    NotBuilt("fabric.switch.alpha", given, "dynamic buffer thresholds"),
+    NotBuilt("qos.ecn.enabled", among(True), "ECN marking"),
+    NotBuilt("qos.ecn.kmin", given, "ECN marking"),
+    NotBuilt("qos.ecn.kmax", given, "ECN marking"),
+    NotBuilt("qos.ecn.pmax", given, "ECN marking"),
+    NotBuilt("qos.pfc.enabled", among(True), "priority flow control"),
+    NotBuilt("qos.pfc.xoff", other_than("auto"), "priority flow control"),
+    NotBuilt("qos.pfc.xon", other_than("auto"), "priority flow control"),
+    NotBuilt("qos.pfc.headroom", other_than("auto"), "priority flow control"),
+    NotBuilt("qos.pfc.watchdog", given, "the PFC watchdog"),
+    NotBuilt("routing.scheme", among("e-ecmp"), "hashing of the destination QP"),
+    NotBuilt("routing.scheme", among("te"), "the traffic engineering controller"),
+    NotBuilt("routing.scheme", among("flowlet"), "flowlet switching"),
+    NotBuilt("routing.scheme", among("spray"), "per-packet spraying"),
+    NotBuilt("routing.scheme", among("adaptive"), "adaptive routing by queue depth"),
+    NotBuilt("routing.flowlet_gap", given, "flowlet switching"),
+    NotBuilt("transport.carrier", among("rxe"), "the kernel's soft-RoCE as a carrier"),
+    NotBuilt("transport.carrier", among("tcp"), "kernel TCP as a carrier"),
+    NotBuilt("transport.qps_per_connection", other_than(1), "several queue pairs per connection"),
+    NotBuilt("transport.qp_strategy", among("round_robin"), "spreading messages round robin over queue pairs"),
+    NotBuilt("transport.qp_strategy", among("dynamic"), "spreading messages over queue pairs by credit"),
+    NotBuilt("transport.loss_recovery", among("selective"), "selective retransmission"),
+    NotBuilt("transport.congestion_control", among("dcqcn"), "DCQCN"),
+    NotBuilt("transport.admission.scheme", among("cts"), "receiver-driven admission"),
+    NotBuilt("transport.admission.channels", given, "receiver-driven admission"),
+    NotBuilt("transport.admission.channel_buffer", given, "receiver-driven admission"),
+    NotBuilt("transport.admission.grants", given, "receiver-driven admission"),
+    NotBuilt("transport.admission.priority", given, "receiver-driven admission"),
+    NotBuilt("workload[*].collective", among("reduce_scatter"), "reduce_scatter on its own"),
+    NotBuilt("workload[*].collective", among("all_gather"), "all_gather on its own"),
+    NotBuilt("workload[*].collective", among("all_to_all"), "all_to_all"),
+    NotBuilt("workload[*].collective", among("broadcast", "reduce"), "rooted collectives"),
+    NotBuilt("workload[*].collective", among("gather", "scatter"), "gather and scatter"),
+    NotBuilt("workload[*].algorithm", among("halving_doubling"), "recursive halving and doubling"),
+    NotBuilt("workload[*].algorithm", among("double_binary_tree"), "double binary trees"),
+    NotBuilt("workload[*].algorithm", among("pairwise"), "pairwise exchange"),
+    NotBuilt("workload[*].algorithm", among("hierarchical"), "hierarchical collectives"),
+    NotBuilt("workload[*].order", among("random"), "random ring orders"),
+    NotBuilt("workload[*].pattern", among("incast"), "the incast pattern"),
+    NotBuilt("workload[*].pattern", among("permutation"), "the permutation pattern"),
+    NotBuilt("workload[*].pattern", among("flows"), "lists of flows"),
+    NotBuilt("jobs", filled, "several jobs at once"),
+    NotBuilt("faults", filled, "faults while traffic runs"),
+    NotBuilt("expect[*]", metric("ecn_marked_packets"), "ECN marking"),
+    NotBuilt("expect[*]", metric("cnp_packets"), "DCQCN"),
+    NotBuilt("expect[*]", metric("pause_frames"), "priority flow control"),
+    NotBuilt("expect[*]", metric("headroom_drops_packets"), "priority flow control"),
+)
+
+
+def find_not_built(data: Any) -> Iterator[tuple[KeyPath, str]]:
+    """Yield what a scenario asks for and this version lacks.
+
+    Args:
+        data: The plain values of the file.
+
+    Yields:
+        Path of the value, and what is missing.
+    """
+    for row in NOT_BUILT:
+        path = parse_path(row.key.replace("[*]", ".*"))
+        assert path is not None, row.key
+        for place, value in _find_values(data, path, ()):
+            if row.needs_it(value):
+                yield place, row.missing
+
+
+def _find_values(data: Any, pattern: KeyPath, place: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
+    if not pattern:
+        yield place, data
+    elif pattern[0] == "*":
+        if isinstance(data, list):
+            for index, item in enumerate(data):
+                yield from _find_values(item, pattern[1:], (*place, index))
+    elif isinstance(data, dict) and pattern[0] in data:
+        yield from _find_values(data[pattern[0]], pattern[1:], (*place, pattern[0]))

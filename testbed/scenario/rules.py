@@ -1,0 +1,171 @@
+"""Rules between keys: combinations of valid values that no fabric can have.
+
+Each rule names the keys that it needs and is skipped where one of them is itself mistaken, so that all mistakes of a
+file are reported at once and none twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from testbed.scenario.keypath import KeyPath
+from testbed.scenario.model import (
+    MAX_HOSTS,
+    Algorithm,
+    ClosFabric,
+    Collective,
+    CollectiveWorkload,
+    FabricKind,
+    Scenario,
+)
+from testbed.units import format_size, format_time
+
+MAX_LINKS = 32_767
+"""A port's number has 16 bits in its MAC address, and every link has two ports."""
+
+MAX_FRAME_HEADER_BYTES = 74
+"""Ethernet 14, IPv4 20, UDP 8, BTH 12, RETH 16, ICRC 4."""
+
+WIRE_OVERHEAD_BYTES = 24
+"""FCS 4, preamble 8, gap 12."""
+
+
+class Violation(NamedTuple):
+    """A rule that does not hold: the key to name, the rule in words, a hint."""
+
+    path: KeyPath
+    rule: str
+    hint: str = ""
+
+
+Valid = Callable[..., bool]
+"""``valid(*paths)``: whether none of these keys is itself mistaken."""
+
+
+def find_violations(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    """Yield every rule between keys that does not hold.
+
+    Args:
+        scenario: The scenario, with stand-ins where keys are mistaken.
+        valid: Tells whether keys may be looked at.
+    """
+    for check in (_check_shape, _check_size, _check_buffer, _check_timeout, _check_workload):
+        yield from check(scenario, valid)
+
+
+_KIND: KeyPath = ("fabric", "kind")
+_LEAVES: KeyPath = ("fabric", "leaves")
+_SPINES: KeyPath = ("fabric", "spines")
+_HOSTS: KeyPath = ("fabric", "hosts_per_leaf")
+_BUFFER: KeyPath = ("fabric", "switch", "buffer")
+_MTU: KeyPath = ("transport", "mtu")
+
+
+def _check_shape(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    fabric = scenario.fabric
+    if not isinstance(fabric, ClosFabric) or fabric.kind is not FabricKind.CLOS or not valid(_KIND):
+        return
+    if valid(_LEAVES, _SPINES) and fabric.spines == 0 and fabric.leaves > 1:
+        yield Violation(
+            _SPINES, f"must be at least 1 to join {fabric.leaves} leaves", "add spines, or use `kind: star`"
+        )
+    if valid(_LEAVES, _HOSTS) and len(fabric.host_counts) != fabric.leaves:
+        rule = f"must have one number per leaf: {fabric.leaves}, not {len(fabric.host_counts)}"
+        yield Violation(_HOSTS, rule, "give one number for all leaves, or a list as long as `leaves`")
+
+
+def _check_size(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    fabric = scenario.fabric
+    if not valid(_KIND, _LEAVES, _HOSTS):
+        return
+    if fabric.nhosts < 2:
+        yield Violation(_HOSTS, "must give at least 2 hosts in total")
+    if fabric.nhosts > MAX_HOSTS:
+        yield Violation(_HOSTS, f"must give at most {MAX_HOSTS} hosts in total, not {fabric.nhosts}")
+    elif isinstance(fabric, ClosFabric) and valid(_SPINES):
+        nlinks = fabric.nhosts + fabric.leaves * fabric.spines
+        if nlinks > MAX_LINKS:
+            yield Violation(_SPINES, f"must keep the fabric at {MAX_LINKS} links or less, not {nlinks}")
+
+
+def _check_buffer(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    frame_bytes = scenario.transport.mtu_bytes + MAX_FRAME_HEADER_BYTES
+    if valid(_BUFFER, _MTU) and scenario.fabric.switch.buffer_bytes < frame_bytes:
+        rule = f"must hold at least one frame of {format_size(frame_bytes)} (mtu {scenario.transport.mtu_bytes})"
+        yield Violation(_BUFFER, rule, "enlarge the buffer, or lower transport.mtu")
+
+
+def idle_rtt_ns(scenario: Scenario) -> int:
+    """Return the round trip of a full frame and its ACK over the longest path, when nothing else is under way.
+
+    Propagation of every link both ways, and the frame's own time on each link; the ACK's is left out.
+    """
+    fabric = scenario.fabric
+    links = [fabric.host_link] * 2
+    if isinstance(fabric, ClosFabric) and fabric.leaves > 1:
+        links += [fabric.uplink] * 2
+    wire_bits = 8 * (scenario.transport.mtu_bytes + MAX_FRAME_HEADER_BYTES + WIRE_OVERHEAD_BYTES)
+    return sum(2 * link.delay_ns + wire_bits * 10**9 // link.rate_bits_per_s for link in links)
+
+
+def _check_timeout(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    path: KeyPath = ("transport", "retransmit_timeout")
+    timeout_ns = scenario.transport.retransmit_timeout_ns
+    if timeout_ns is None or not valid(path, _MTU, _KIND, _LEAVES, ("fabric", "host_link"), ("fabric", "uplink")):
+        return
+    rtt_ns = idle_rtt_ns(scenario)
+    if timeout_ns <= rtt_ns:
+        rule = f"must be longer than the longest path's round trip of {format_time(rtt_ns)}"
+        yield Violation(path, rule, "use `auto`, or several round trips")
+
+
+def _check_workload(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    if valid(("workload",)) and not scenario.workload and not scenario.jobs:
+        yield Violation(("workload",), "must have at least one item", "add {collective: all_reduce, size: 64 MiB}")
+    for index, item in enumerate(scenario.workload):
+        if isinstance(item, CollectiveWorkload):
+            yield from _check_collective(scenario, item, ("workload", index), valid)
+
+
+_ALGORITHMS = {
+    Collective.ALL_REDUCE: {
+        Algorithm.RING,
+        Algorithm.HALVING_DOUBLING,
+        Algorithm.DOUBLE_BINARY_TREE,
+        Algorithm.HIERARCHICAL,
+    },
+    Collective.SEND_RECV: {Algorithm.DIRECT},
+}
+
+
+def _check_collective(scenario: Scenario, item: CollectiveWorkload, path: KeyPath, valid: Valid) -> Iterator[Violation]:
+    order, algorithm = (*path, "order"), (*path, "algorithm")
+    possible = _ALGORITHMS.get(item.collective)
+    if possible is not None and item.algorithm not in possible and valid((*path, "collective"), algorithm):
+        usual = "direct" if item.collective is Collective.SEND_RECV else "ring"
+        yield Violation(algorithm, f"must be an algorithm of {item.collective}", f"use `algorithm: {usual}`")
+    if not valid(_KIND, _LEAVES, _HOSTS):
+        return
+    nranks = scenario.fabric.nhosts
+    if isinstance(item.order, tuple) and valid(order):
+        yield from _check_order(item.order, nranks, order)
+    size = (*path, "size")
+    needs_chunks = item.collective is Collective.ALL_REDUCE and valid((*path, "collective"))
+    if needs_chunks and item.size_bytes < nranks and valid(size):
+        yield Violation(size, f"must be at least one byte for each of the {nranks} ranks")
+
+
+def _check_order(order: tuple[int, ...], nranks: int, path: KeyPath) -> Iterator[Violation]:
+    repeated = sorted(rank for rank, count in Counter(order).items() if count > 1)
+    missing = sorted(set(range(nranks)) - set(order))
+    unknown = sorted(set(order) - set(range(nranks)))
+    if not (repeated or missing or unknown):
+        return
+    parts = [
+        f"{word} {', '.join(map(str, ranks[:8]))}{', …' if len(ranks) > 8 else ''}"
+        for word, ranks in (("repeated:", repeated), ("missing:", missing), ("no such rank:", unknown))
+        if ranks
+    ]
+    yield Violation(path, f"must name each of the ranks 0 to {nranks - 1} once ({'; '.join(parts)})")

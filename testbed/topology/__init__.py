@@ -1,0 +1,33 @@
+"""Nodes, ports, links and addresses of a fabric, as immutable values."""
+
+from testbed.topology.clos import build_clos
+from testbed.topology.model import (
+    HOST_NETWORK,
+    UPLINK_NETWORK,
+    KernelRoute,
+    Link,
+    LinkSpec,
+    NextHop,
+    Node,
+    NodeKind,
+    Port,
+    Topology,
+    format_address,
+)
+from testbed.topology.star import build_star
+
+__all__ = [
+    "HOST_NETWORK",
+    "UPLINK_NETWORK",
+    "KernelRoute",
+    "Link",
+    "LinkSpec",
+    "NextHop",
+    "Node",
+    "NodeKind",
+    "Port",
+    "Topology",
+    "build_clos",
+    "build_star",
+    "format_address",
+]
