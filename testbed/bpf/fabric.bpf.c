@@ -270,6 +270,8 @@ int host_egress(struct __sk_buff *skb)
 	if (queue)
 		account_enqueue(queue, len);
 	choose_transmit_queue(skb, priority);
+	/* Steering reads the hash and has one CPU to choose from: any value spares the flow dissector. */
+	bpf_set_hash(skb, 1);
 	return TC_ACT_OK;
 }
 

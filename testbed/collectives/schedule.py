@@ -6,6 +6,7 @@ proof all execute the same one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
@@ -95,6 +96,14 @@ class Schedule:
     def dependencies(self, transfer: int) -> npt.NDArray[np.int64]:
         """Return the indices of the transfers that must arrive before ``transfer`` may start."""
         return self.deps[self.dep_offsets[transfer] : self.dep_offsets[transfer + 1]]
+
+    def sorted_by_sender(self) -> Schedule:
+        """Return the same schedule with its connections numbered in the order of the ranks that send."""
+        order = sorted(range(len(self.connections)), key=lambda index: self.connections[index])
+        number = np.empty(len(order), np.int32)
+        number[order] = np.arange(len(order), dtype=np.int32)
+        connections = tuple(self.connections[index] for index in order)
+        return dataclasses.replace(self, connection=number[self.connection], connections=connections)
 
     def sent_bytes(self) -> npt.NDArray[np.int64]:
         """Return the payload bytes that each rank sends, shape ``(nranks,)``, int64."""

@@ -48,10 +48,10 @@ ACK_EVERY_PACKETS = 32
 RKEY = 0x7E57BED0
 
 # Header rows of all rings together: a few megabytes, so that they stay in the last-level cache.
-_RING_ROWS = 32768
-_MIN_BLOCK, _MAX_BLOCK = 64, 512
-# Rings refilled in a tick beside those that are nearly empty: spreads the work over ticks.
-_REFILLS_PER_TICK = 2
+_RING_ROWS = 65536
+_MIN_BLOCK, _MAX_BLOCK = 128, 1024
+# Rings refilled at once beside those that are nearly empty: spreads the work over ticks.
+_REFILLS_AT_ONCE = 1
 
 
 class FrameWriter:
@@ -110,10 +110,10 @@ class FrameWriter:
         left = self._end - sent
         low = np.flatnonzero((left <= self.block) & (self._end < self._limit))
         if len(low):
-            if len(low) > _REFILLS_PER_TICK:
+            if len(low) > _REFILLS_AT_ONCE:
                 low = low[np.argsort(left[low], kind="stable")]
             for position, connection in enumerate(low.tolist()):
-                if position < _REFILLS_PER_TICK or left[connection] <= margin:
+                if position < _REFILLS_AT_ONCE or left[connection] <= margin:
                     self._fill(connection, int(self._end[connection]))
 
     def rewind(self, connections: npt.NDArray[np.int64], sent: npt.NDArray[np.int64]) -> None:
@@ -131,9 +131,15 @@ class FrameWriter:
         """Return the ring slots of packets that are ready."""
         return connection * self._depth + packet % self._depth
 
-    def ready(self, sent: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return how many frames of each connection are ready from ``sent`` on."""
-        return self._end - sent
+    @property
+    def ready_until(self) -> npt.NDArray[np.int64]:
+        """Return the first packet of each connection that is not ready, shape ``(connections,)``."""
+        return self._end
+
+    @property
+    def depth(self) -> int:
+        """Return the slots of a connection's ring: packet ``p`` of connection ``c`` is in ``c * depth + p % depth``."""
+        return self._depth
 
     def _fill(self, connection: int, start: int) -> None:
         """Write a block of frames of a connection into its ring."""

@@ -29,8 +29,10 @@ _TIMEOUT_CHECK_TICKS = 16
 RETRY_LIMIT = 7
 # A probe frame every so many ticks: enough samples for a p99, too few to matter.
 _PROBE_TICKS = 8
-# Shaping is judged over spans of many ticks, so a look every so many is enough.
-_SHAPING_TICKS = 4
+# What is judged over spans of many ticks is looked at every so many, as are the rings of frames to come.
+_LOOK_TICKS = 4
+# More than a connection can send between two such looks.
+_REFILL_MARGIN_PACKETS = 4 * _CREDIT_FRAMES
 # Nothing arrived for this many retransmission timeouts: something else than loss is wrong.
 _STALL_TIMEOUTS = 40
 
@@ -103,6 +105,12 @@ class _Recorded:
     wall_duration_ns: int = 0
 
 
+def _adjacent_fields(rows: npt.NDArray[Any], first: str, count: int) -> npt.NDArray[np.int64]:
+    """Return ``count`` neighbouring 64-bit fields of structured rows as a view, shape ``(count, rows)``."""
+    column = rows[first].view(np.int64)
+    return np.lib.stride_tricks.as_strided(column, (count, len(rows)), (8, column.strides[0]))
+
+
 class TickLoop:
     """Runs schedules over a fabric's QPs.
 
@@ -135,7 +143,10 @@ class TickLoop:
         connections = list(setup.connections)
         count = len(connections)
         self._nic = ranks_of(connections)
-        self._by_nic = np.argsort(self._nic, kind="stable")
+        if (np.diff(self._nic) < 0).any():
+            raise ValueError("connections must be in the order of the ranks that send")
+        # The usual case, and the fast one: every NIC sends on one QP.
+        self._one_qp_per_nic = count == len(setup.nic_port) and bool((self._nic == np.arange(count)).all())
         self._configure(qps, connections)
         self._requesters = qps[qp_index(0, REQUESTER) : 2 * count : 2]
         self._responders = qps[qp_index(0, RESPONDER) : 2 * count : 2]
@@ -144,9 +155,9 @@ class TickLoop:
         self._enq_bytes, self._deq_bytes = data["enq_bytes"].view(np.int64), data["deq_bytes"].view(np.int64)
         self._deq_packets = data["deq_packets"].view(np.int64)
         self._rx_messages = self._responders["rx_messages"].view(np.int64)
-        self._acked = self._requesters["acked_packets"].view(np.int64)
-        self._naks = self._requesters["naks_packets"].view(np.int64)
-        self._nak_position = self._requesters["nak_position"].view(np.int64)
+        # acked_packets, naks_packets and nak_position are neighbours: one strided copy takes all three.
+        self._feedback_fields = _adjacent_fields(self._requesters, "acked_packets", 3)
+        self._acked = self._feedback_fields[0]
         dilation = setup.time_dilation
         wall_one_way = np.rint(setup.one_way_ns * dilation).astype(np.int64)
         self._arrivals = DelayLine(wall_one_way, 1, setup.wall_tick_ns)
@@ -199,18 +210,21 @@ class TickLoop:
         nics, count = len(nic_port), len(nic)
         tick_ns = self._setup.wall_tick_ns
         recorded = self._recorded
-        released = progress.released_packets
-        sent = np.zeros(count, np.int64)
-        high_water = np.zeros(count, np.int64)
-        seen_messages = np.zeros(count, np.int64)
-        acked_before = np.zeros(count, np.int64)
+        # Packet counts are absolute, as in the QP table: this iteration's first packet is number `offset`.
+        offset = self._psn_offset
+        released = progress.released_packets + offset
+        sent = offset.copy()
+        acked_before = offset.copy()
+        high_water = offset.copy()
+        seen_messages = self._message_offset.copy()
         retries = np.zeros(count, np.int64)
         retransmitted = 0
         rewound = False  # once a QP went back, sent packets may be sent before
-        self._arrivals.reset((self._rx_messages - self._message_offset)[None, :])
-        self._take_feedback()
-        self._feedback.reset(self._feedback.next_snapshot)
-        self._nak_seen[:] = self._naks
+        credit_bytes = _CREDIT_FRAMES * self._frame_wire_bytes
+        frames_per_byte = 1.0 / self._frame_wire_bytes
+        self._arrivals.reset(self._rx_messages[None, :])
+        self._feedback.reset(self._feedback_fields)
+        self._nak_seen[:] = self._feedback_fields[1]
 
         begin = clock.now_ns()
         progress_ns = np.full(count, begin, np.int64)
@@ -220,17 +234,19 @@ class TickLoop:
             now = clock.now_ns()
             lateness = now - due
 
-            np.subtract(self._rx_messages, self._message_offset, out=self._arrivals.next_snapshot[0])
+            self._arrivals.next_snapshot[0] = self._rx_messages
             arrivals = self._arrivals.advance(now)[0]
-            moved = np.flatnonzero(arrivals > seen_messages)
-            if len(moved):
-                progress.record_arrivals(moved.tolist(), arrivals[moved].tolist())
+            news = arrivals > seen_messages
+            if news.any():
+                moved = np.flatnonzero(news)
+                progress.record_arrivals(moved.tolist(), (arrivals - self._message_offset)[moved].tolist())
                 seen_messages[moved] = arrivals[moved]
+                np.add(progress.released_packets, offset, out=released)
                 last_arrival_ns = now
                 if not progress.pending_transfers:
                     break
 
-            self._take_feedback()
+            self._feedback.next_snapshot[:] = self._feedback_fields
             acked, naks, nak_position = self._feedback.advance(now)
             advanced = acked > acked_before
             if advanced.any():
@@ -246,14 +262,14 @@ class TickLoop:
                 back = np.flatnonzero(refused & (target < sent))
                 sent[back] = target[back]
                 progress_ns[back] = now
-                writer.rewind(back, sent)
+                writer.rewind(back, sent - offset)
                 rewound = True
             if ticks % _TIMEOUT_CHECK_TICKS == 0:
                 back = self._find_timeouts(now, sent, acked_before, progress_ns, retries)
                 if len(back):
                     sent[back] = acked_before[back]
                     progress_ns[back] = now
-                    writer.rewind(back, sent)
+                    writer.rewind(back, sent - offset)
                     rewound = True
                 if now - last_arrival_ns > _STALL_TIMEOUTS * self._wall_timeout_ns:
                     raise RunError(
@@ -262,35 +278,42 @@ class TickLoop:
                     )
                 progress_ns[sent == acked_before] = now
 
-            deq = self._deq_bytes.copy()  # before enq: a depth is never negative
-            depth = self._enq_bytes - deq
-            if record and ticks % _SHAPING_TICKS == 0:
-                self._shaping.observe(now, depth, deq + self._deq_packets * LINK_OVERHEAD_BYTES)
+            deq = self._deq_bytes[nic_port]  # before enq: a depth is never negative
+            room = deq - self._enq_bytes[nic_port]
+            room += credit_bytes
             wants = released - sent
-            active = self._by_nic[(wants > 0)[self._by_nic]]
-            if len(active):
-                credit = _CREDIT_FRAMES - depth[nic_port] // self._frame_wire_bytes
-                active_nic = nic[active]
-                nic_wants = np.bincount(active_nic, weights=wants[active], minlength=nics).astype(np.int64)
-                budget = pacer.budget(now, nic_wants, credit)
-                shares = share_budget(active_nic, wants[active], budget, ticks)
-                taken = self._send(active, active_nic, shares, sent)
+            if wants.any():
+                credit = room * frames_per_byte
+                if self._one_qp_per_nic:
+                    shares = pacer.budget(now, wants, credit)
+                    taken = self._send_runs(shares, sent - offset)
+                    pacer.charge(taken)
+                else:
+                    nic_wants = np.bincount(nic, weights=wants, minlength=nics).astype(np.int64)
+                    budget = pacer.budget(now, nic_wants, credit)
+                    active = np.flatnonzero(wants)
+                    taken = np.zeros(count, np.int64)
+                    shares = share_budget(nic[active], wants[active], budget, ticks)
+                    taken[active] = self._send_interleaved(active, shares, sent - offset)
+                    pacer.charge(np.bincount(nic, weights=taken, minlength=nics))
                 if rewound:
-                    again = np.minimum(taken, high_water[active] - sent[active])
-                    retransmitted += int(np.maximum(again, 0).sum())
-                sent[active] += taken
+                    retransmitted += int(np.maximum(np.minimum(taken, high_water - sent), 0).sum())
+                sent += taken
                 np.maximum(high_water, sent, out=high_water)
-                frames = np.bincount(active_nic, weights=taken, minlength=nics)
-                pacer.charge(now, frames, nic_wants > frames)
-                writer.prepare(sent, _CREDIT_FRAMES)
             else:
                 pacer.rest()
-
+            if ticks % _LOOK_TICKS == 0:
+                writer.prepare(sent - offset, _REFILL_MARGIN_PACKETS)
+                if record:
+                    deq = self._deq_bytes.copy()
+                    depth = self._enq_bytes - deq
+                    self._shaping.observe(now, depth, deq + self._deq_packets * LINK_OVERHEAD_BYTES)
+                    nic_wants = np.bincount(nic, weights=released > sent, minlength=nics)
+                    recorded.nic_lag_ns.append(pacer.lag_ns(now, nic_wants))
             if ticks % _PROBE_TICKS == 0:
                 self._probe.send(now)
             if record:
                 recorded.lateness_ns.append(lateness)
-                recorded.nic_lag_ns.append(float(pacer.lag_ns.max()))
                 recorded.busy_ns.append(clock.now_ns() - now)
             ticks += 1
             due = max(due + tick_ns, now)
@@ -302,13 +325,6 @@ class TickLoop:
         self._psn_offset += streams.packets
         self._message_offset += np.array([len(t) for t in streams.transfers_of], np.int64)
         return IterationResult(last_arrival_ns - begin, retransmitted)
-
-    def _take_feedback(self) -> None:
-        """Write acked, NAK count and NAK position of every requester, in packets of this iteration, as a snapshot."""
-        row = self._feedback.next_snapshot
-        np.subtract(self._acked, self._psn_offset, out=row[0])
-        row[1] = self._naks
-        np.subtract(self._nak_position, self._psn_offset, out=row[2])
 
     def _find_timeouts(
         self,
@@ -330,39 +346,59 @@ class TickLoop:
             raise RunError(f"{self._describe(int(dead[0]))}: no ACK after {RETRY_LIMIT} retries")
         return expired
 
-    def _send(
-        self,
-        active: npt.NDArray[np.int64],
-        nic: npt.NDArray[np.int64],
-        shares: npt.NDArray[np.int64],
-        sent: npt.NDArray[np.int64],
+    def _send_runs(
+        self, shares: npt.NDArray[np.int64], packet: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int64]:
-        """Send ``shares`` packets of the active connections; return how many the kernel took of each.
+        """Send ``shares`` packets of every connection from ``packet`` on, a run of its ring each.
+
+        Returns:
+            How many the kernel took of each, shape ``(connections,)``.
+        """
+        writer, sockets = self._writer, self._sockets
+        depth, send = writer.depth, writer.ring.send_slots
+        np.minimum(shares, writer.ready_until - packet, out=shares)
+        counts = shares.tolist()
+        places = (packet % depth).tolist()
+        for connection, count in enumerate(counts):
+            if count > 0:
+                place = places[connection]
+                run = min(count, depth - place)
+                done = send(sockets[connection], connection * depth + place, run)
+                if done == run and run < count:
+                    done += send(sockets[connection], connection * depth, count - run)
+                if done < count:
+                    shares[connection] = done
+        return shares
+
+    def _send_interleaved(
+        self, active: npt.NDArray[np.intp], shares: npt.NDArray[np.int64], packet: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Send packets of several QPs per NIC, the QPs of a NIC taking turns packet by packet.
 
         Args:
-            active: Connections, in the order of their NICs, shape ``(n,)``.
-            nic: NIC of each.
+            active: Connections that send, ascending, shape ``(n,)``.
             shares: Packets of each.
-            sent: Next packet of every connection.
+            packet: Next packet of every connection.
+
+        Returns:
+            How many the kernel took of each, shape ``(n,)``.
         """
-        writer = self._writer
-        first = sent[active]
-        shares = np.minimum(shares, writer.ready(sent)[active])
+        writer, nic = self._writer, self._nic[active]
+        shares = np.minimum(shares, (writer.ready_until - packet)[active])
         total = int(shares.sum())
         if not total:
             return shares
         row = np.repeat(np.arange(len(active)), shares)
         offset = np.arange(total) - np.repeat(np.cumsum(shares) - shares, shares)
-        if len(nic) > 1 and (nic[1:] == nic[:-1]).any():
-            order = np.lexsort((row, offset, nic[row]))  # QPs of a NIC take turns, packet by packet
-            row, offset = row[order], offset[order]
+        order = np.lexsort((row, offset, nic[row]))
+        row, offset = row[order], offset[order]
         ring = writer.ring
-        ring.load(writer.slots_of(active[row], first[row] + offset))
+        ring.line_up(writer.slots_of(active[row], packet[active][row] + offset))
         position = 0
         taken = shares
         for host, frames in enumerate(np.bincount(nic, weights=shares).astype(np.int64).tolist()):
             if frames:
-                done = ring.send(self._sockets[host], position, frames)
+                done = ring.send_lined_up(self._sockets[host], position, frames)
                 if done < frames:
                     refused = np.bincount(row[position + done : position + frames], minlength=len(active))
                     taken = taken - refused

@@ -16,21 +16,17 @@ class NicPacer:
     Args:
         wall_ns_per_byte: Time of one wire byte on each NIC, shape ``(nics,)``.
         frame_wire_bytes: Wire bytes of a full frame.
-
-    Attributes:
-        lag_ns: How far each NIC is behind its own schedule, shape ``(nics,)``, wall ns; at most about a tick while the
-            machine keeps up.
     """
 
     def __init__(self, wall_ns_per_byte: npt.NDArray[np.float64], frame_wire_bytes: int) -> None:
         self._frame_ns = wall_ns_per_byte * frame_wire_bytes
         self._frames_per_ns = 1.0 / self._frame_ns
         self._free_at = np.zeros(len(wall_ns_per_byte))
-        self._idle = np.ones(len(wall_ns_per_byte), bool)
-        self.lag_ns = np.zeros(len(wall_ns_per_byte))
+        self._busy = np.zeros(len(wall_ns_per_byte), bool)
+        self._scratch = np.zeros(len(wall_ns_per_byte))
 
     def budget(
-        self, now_ns: int, wants: npt.NDArray[np.int64], credit: npt.NDArray[np.int64]
+        self, now_ns: int, wants: npt.NDArray[np.int64], credit: npt.NDArray[np.float64]
     ) -> npt.NDArray[np.int64]:
         """Return how many full frames each NIC may begin by now.
 
@@ -40,25 +36,30 @@ class NicPacer:
             credit: Frames its queue has room for, shape ``(nics,)``; may be negative.
         """
         demand = wants > 0
-        fresh = demand & self._idle
+        fresh = demand > self._busy
         if fresh.any():
             self._free_at[fresh] = np.maximum(self._free_at[fresh], now_ns)
-        np.logical_not(demand, out=self._idle)
-        due = ((now_ns - self._free_at) * self._frames_per_ns + 1.0).astype(np.int64)
-        np.minimum(due, credit, out=due)
+        self._busy = demand
+        np.subtract(now_ns, self._free_at, out=self._scratch)
+        self._scratch *= self._frames_per_ns
+        due = np.minimum(self._scratch + 1.0, credit).astype(np.int64)
         np.minimum(due, wants, out=due)
         return np.maximum(due, 0, out=due)
 
-    def charge(self, now_ns: int, frames: npt.NDArray[np.int64], backlogged: npt.NDArray[np.bool_]) -> None:
-        """Charge the full frames that were sent; note the lag of NICs that still have something to send."""
+    def charge(self, frames: npt.NDArray[np.int64]) -> None:
+        """Charge the full frames that were sent."""
         self._free_at += frames * self._frame_ns
-        np.subtract(now_ns, self._free_at, out=self.lag_ns)
-        self.lag_ns *= backlogged
+
+    def lag_ns(self, now_ns: int, wants: npt.NDArray[np.int64]) -> float:
+        """Return how far the latest NIC that still has ``wants`` frames to send is behind its schedule, wall ns.
+
+        At most about a frame time while the machine keeps up; negative when every NIC is ahead.
+        """
+        return float(((now_ns - self._free_at) * (wants > 0)).max(initial=0.0))
 
     def rest(self) -> None:
         """Note that no NIC has anything to send."""
-        self._idle[:] = True
-        self.lag_ns[:] = 0.0
+        self._busy[:] = False
 
 
 def share_budget(

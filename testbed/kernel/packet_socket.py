@@ -90,24 +90,41 @@ class FrameRing:
         messages["iov_count"] = 3
         # Message headers as rows of eight words: a gather of rows is one fast copy.
         self._messages = messages.view(np.uint64).reshape(slots, MMSGHDR.itemsize // 8)
-        self._batch = np.zeros((1, self._messages.shape[1]), np.uint64)
+        self._messages_address = self._messages.ctypes.data
+        self._resize_batch(64)
 
-    def load(self, slots: npt.NDArray[np.int64]) -> None:
+    def _resize_batch(self, frames: int) -> None:
+        self._batch = np.zeros((frames, self._messages.shape[1]), np.uint64)
+        self._batch_address = self._batch.ctypes.data
+
+    def send_slots(self, fd: int, first: int, count: int) -> int:
+        """Send ``count`` consecutive slots from ``first`` and return how many frames the kernel took.
+
+        Raises:
+            KernelError: For anything but a full queue.
+        """
+        return _send_messages(fd, self._messages_address + first * MMSGHDR.itemsize, count)
+
+    def line_up(self, slots: npt.NDArray[np.int64]) -> None:
         """Line up the frames of a tick, in the order of ``slots``."""
         if len(slots) > len(self._batch):
-            self._batch = np.zeros((2 * len(slots), self._messages.shape[1]), np.uint64)
+            self._resize_batch(2 * len(slots))
         np.take(self._messages, slots, axis=0, out=self._batch[: len(slots)], mode="clip")
 
-    def send(self, fd: int, first: int, count: int) -> int:
+    def send_lined_up(self, fd: int, first: int, count: int) -> int:
         """Send ``count`` of the frames lined up, from the ``first``, and return how many the kernel took.
 
         Raises:
             KernelError: For anything but a full queue.
         """
-        sent: int = _sendmmsg(fd, self._batch.ctypes.data + first * MMSGHDR.itemsize, count, _MSG_DONTWAIT)
-        if sent < 0:
-            code = ctypes.get_errno()
-            if code in _TRANSIENT:
-                return 0
-            raise KernelError("sendmmsg", code)
-        return sent
+        return _send_messages(fd, self._batch_address + first * MMSGHDR.itemsize, count)
+
+
+def _send_messages(fd: int, address: int, count: int) -> int:
+    sent: int = _sendmmsg(fd, address, count, _MSG_DONTWAIT)
+    if sent < 0:
+        code = ctypes.get_errno()
+        if code in _TRANSIENT:
+            return 0
+        raise KernelError("sendmmsg", code)
+    return sent

@@ -99,7 +99,7 @@ def _plan_workload(
     chunk_bytes = item.size_bytes // (len(order) if algorithm.collective is Collective.ALL_REDUCE else 1)
     # Slices below a packet would only add headers.
     slices = max(1, min(SLICES_PER_CHUNK, chunk_bytes // mtu))
-    schedule = algorithm.build_schedule(order, item.size_bytes, slices)
+    schedule = algorithm.build_schedule(order, item.size_bytes, slices).sorted_by_sender()
     connections = build_connections(
         list(schedule.connections),
         build_endpoints(topology),

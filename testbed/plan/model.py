@@ -26,12 +26,15 @@ from testbed.routing import ForwardingTables, Path
 from testbed.scenario import CollectiveWorkload, Scenario
 from testbed.topology import NodeKind, Topology
 
-# Shapers run this much faster than the links they stand for: at exactly equal rates a drained token bucket never refills, and
-# then every frame waits for a timer of its own. NICs are paced by the engine at the exact rate. The price is this much error where
-# a switch port is the bottleneck.
-SHAPER_SPEEDUP = 1.003
-# A bucket holds at least this many full frames, and two ticks' worth: a hop without a queue then needs no timers.
+# Shapers run faster than the links they stand for: at exactly equal rates a drained token bucket never refills, and then every
+# frame waits for a timer of its own (7 µs each). NICs are paced by the engine at the exact rate, so their shapers, which only
+# the kernel's own traffic feels, may be faster still; where a switch port is the bottleneck, its speedup is the error.
+SWITCH_SHAPER_SPEEDUP = 1.005
+NIC_SHAPER_SPEEDUP = 1.05
+# A bucket holds at least this many full frames, and some ticks' worth: hops without a queue then need no timers, also when a
+# tick comes late.
 MIN_BURST_FRAMES = 8
+BURST_TICKS = 6
 # Room for the largest headers beside the payload (IP, UDP, BTH, RETH, ICRC: 60 bytes).
 _MTU_HEADROOM_BYTES = 104
 _MIN_MTU_BYTES = 1500
@@ -100,7 +103,7 @@ class Plan:
     def burst_bytes(self, rate_bits_per_s: int) -> int:
         """Return the bucket of a port's shaper."""
         tick_bytes = self.wall_rate_bytes_per_s(rate_bits_per_s) * self.dilation.wall_tick_ns / 1e9
-        return max(MIN_BURST_FRAMES * self.frame_wire_bytes, int(2 * tick_bytes) + 2 * self.frame_wire_bytes)
+        return max(MIN_BURST_FRAMES, round(BURST_TICKS * tick_bytes / self.frame_wire_bytes)) * self.frame_wire_bytes
 
     def operations(self, namespaces: Sequence[str]) -> tuple[Operation, ...]:
         """Return what builds the fabric, in order.
@@ -121,7 +124,8 @@ class Plan:
             for port_id in node.ports:
                 port = topology.port(port_id)
                 peer = topology.port(port.peer)
-                rate = self.wall_rate_bytes_per_s(port.rate_bits_per_s) * SHAPER_SPEEDUP
+                speedup = NIC_SHAPER_SPEEDUP if node.kind is NodeKind.HOST else SWITCH_SHAPER_SPEEDUP
+                rate = self.wall_rate_bytes_per_s(port.rate_bits_per_s) * speedup
                 result.append(
                     ShapePort(
                         node.index,

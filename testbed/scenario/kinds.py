@@ -200,12 +200,12 @@ def fraction(high: Fraction) -> Kind:
     return Kind(parse, units.format_fraction, {"anyOf": forms, "examples": ["1/8", 0.2, "20 %"]})
 
 
-def number(low: float, high: float) -> Kind:
+def number(low: int, high: int) -> Kind:
     """Return the kind of plain numbers from ``low`` to ``high``."""
 
     def parse(value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise RuleError(f"must be a number from {low:g} to {high:g}")
+            raise RuleError(f"must be a number from {low} to {high}")
         return float(value)
 
     def render(value: float) -> float | int:

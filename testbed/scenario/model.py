@@ -497,7 +497,7 @@ def _select_workload(data: Any) -> str:
     pattern = data.get("pattern") if isinstance(data, Mapping) else None
     if pattern is None:
         return "<collective>"
-    return f"<{pattern}>" if pattern in ("permutation", "flows") else "<incast>"
+    return f"<{pattern}>" if pattern in ("incast", "flows") else "<permutation>"
 
 
 Workload: TypeAlias = Annotated[

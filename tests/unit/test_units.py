@@ -74,7 +74,15 @@ def test_ambiguous_size_is_refused(value: object) -> None:
 
 @pytest.mark.parametrize(
     ("value", "ns"),
-    [("600 ns", 600), ("1.5 us", 1500), ("1.5 µs", 1500), ("1.5 μs", 1500), ("2 ms", 2 * 10**6), ("1 s", 10**9), (0, 0)],
+    [
+        ("600 ns", 600),
+        ("1.5 us", 1500),
+        ("1.5 µs", 1500),
+        ("1.5 μs", 1500),
+        ("2 ms", 2 * 10**6),
+        ("1 s", 10**9),
+        (0, 0),
+    ],
 )
 def test_time_is_read_exactly(value: object, ns: int) -> None:
     assert parse_time(value) == ns
@@ -88,7 +96,13 @@ def test_time_without_a_unit_or_below_a_nanosecond_is_refused(value: object) -> 
 
 @pytest.mark.parametrize(
     ("value", "fraction"),
-    [("1/8", Fraction(1, 8)), (0.2, Fraction(1, 5)), ("20 %", Fraction(1, 5)), ("0.2", Fraction(1, 5)), (1, Fraction(1))],
+    [
+        ("1/8", Fraction(1, 8)),
+        (0.2, Fraction(1, 5)),
+        ("20 %", Fraction(1, 5)),
+        ("0.2", Fraction(1, 5)),
+        (1, Fraction(1)),
+    ],
 )
 def test_fraction_is_read_exactly(value: object, fraction: Fraction) -> None:
     assert parse_fraction(value) == fraction

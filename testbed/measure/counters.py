@@ -1,0 +1,99 @@
+"""What the fabric's counters say about a stretch of time: the difference of two snapshots.
+
+The eBPF programs only ever add, so a reader takes a baseline and subtracts it. The exception is the greatest depth of a
+queue, which the reader sets to 0 before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Copies of the counters at one time.
+
+    Attributes:
+        queues: The egress queue of each port and priority, shape ``(ports + 1, 8)``, dtype ``layout.QUEUE``.
+        out_of_order_packets: Sum over all QPs.
+        nak_packets: NAKs received by requesters, sum over all QPs.
+    """
+
+    queues: npt.NDArray[Any]
+    out_of_order_packets: int
+    nak_packets: int
+
+    @classmethod
+    def of(cls, queues: npt.NDArray[Any], qps: npt.NDArray[Any]) -> Self:
+        """Return a snapshot of the running fabric's arrays."""
+        return cls(queues.copy(), int(qps["out_of_order_packets"].sum()), int(qps["naks_packets"].sum()))
+
+
+@dataclass(frozen=True, eq=False)
+class FabricCounters:
+    """What the fabric did over some stretches of time.
+
+    Attributes:
+        sent_bytes: Frame bytes without FCS that left each port's queues, shape ``(ports + 1,)``, int64; by port id.
+        sent_packets: Frames that did, the same shape.
+        drops_packets: Frames dropped before each port's queues, the same shape.
+        peak_bytes: Greatest depth of any queue of each port, the same shape.
+        out_of_order_packets: Frames that receivers refused for their PSN.
+        nak_packets: NAKs that reached their requester.
+        wall_duration_ns: Length of those stretches.
+    """
+
+    sent_bytes: npt.NDArray[np.int64]
+    sent_packets: npt.NDArray[np.int64]
+    drops_packets: npt.NDArray[np.int64]
+    peak_bytes: npt.NDArray[np.int64]
+    out_of_order_packets: int
+    nak_packets: int
+    wall_duration_ns: int
+
+    @classmethod
+    def between(cls, before: Snapshot, after: Snapshot, *, wall_duration_ns: int) -> Self:
+        """Return what was counted between two snapshots of one run of the QP table."""
+
+        def moved(name: str) -> npt.NDArray[np.int64]:
+            difference: npt.NDArray[np.int64] = (after.queues[name] - before.queues[name]).astype(np.int64)
+            return difference.sum(axis=1)
+
+        return cls(
+            sent_bytes=moved("deq_bytes"),
+            sent_packets=moved("deq_packets"),
+            drops_packets=moved("drop_packets"),
+            peak_bytes=after.queues["peak_bytes"].max(axis=1).astype(np.int64),
+            out_of_order_packets=after.out_of_order_packets - before.out_of_order_packets,
+            nak_packets=after.nak_packets - before.nak_packets,
+            wall_duration_ns=wall_duration_ns,
+        )
+
+    def __add__(self, other: FabricCounters) -> FabricCounters:
+        """Return the counters of both stretches together."""
+        return FabricCounters(
+            self.sent_bytes + other.sent_bytes,
+            self.sent_packets + other.sent_packets,
+            self.drops_packets + other.drops_packets,
+            np.maximum(self.peak_bytes, other.peak_bytes),
+            self.out_of_order_packets + other.out_of_order_packets,
+            self.nak_packets + other.nak_packets,
+            self.wall_duration_ns + other.wall_duration_ns,
+        )
+
+    def utilisation_fraction(self, port: int, *, wall_rate_bytes_per_s: float, overhead_bytes: int) -> float | None:
+        """Return how full a port's link was: wire bytes over what it could have carried; None where no time passed.
+
+        Args:
+            port: Port id.
+            wall_rate_bytes_per_s: Line rate on this machine's clock.
+            overhead_bytes: Bytes on the wire beside each frame.
+        """
+        if not self.wall_duration_ns:
+            return None
+        wire_bytes = int(self.sent_bytes[port]) + overhead_bytes * int(self.sent_packets[port])
+        return wire_bytes * 1e9 / (wall_rate_bytes_per_s * self.wall_duration_ns)

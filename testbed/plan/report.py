@@ -1,0 +1,231 @@
+"""What a plan says to people and scripts: the paths of its flows, and its figures as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from testbed.plan.model import Plan, PlannedWorkload
+from testbed.routing import find_collisions, link_loads
+from testbed.topology import format_address
+
+
+@dataclass(frozen=True, slots=True)
+class FlowPath:
+    """One flow and the way its data takes.
+
+    Attributes:
+        name: Its two hosts and QP, such as ``host0>host4#0x100``.
+        workload: Index of the workload item it belongs to.
+        src: Sending host.
+        dst: Receiving host.
+        qpn: QP of the sender.
+        dst_qpn: QP of the receiver.
+        udp_source_port: Source port of its frames.
+        path: Names of the nodes visited, both hosts included.
+        ports: The port it leaves each node by, such as ``leaf0/up1``.
+    """
+
+    name: str
+    workload: int
+    src: str
+    dst: str
+    qpn: int
+    dst_qpn: int
+    udp_source_port: int
+    path: tuple[str, ...]
+    ports: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLoad:
+    """What one direction of a link is asked to carry.
+
+    Attributes:
+        name: Its two ports, such as ``leaf0/up1>spine1/down0``.
+        workload: Index of the workload item.
+        flows: Number of flows that cross it.
+        load_fraction: What they offer when every NIC sends at line rate, over the link's rate; above 1 they must slow down.
+    """
+
+    name: str
+    workload: int
+    flows: int
+    load_fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class PathCollision:
+    """A switch port that several flows leave by.
+
+    Attributes:
+        port: Such as ``leaf0/up1``.
+        workload: Index of the workload item.
+        flows: Names of the flows.
+    """
+
+    port: str
+    workload: int
+    flows: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PathReport:
+    """Every flow's path and what follows from them, before anything is built.
+
+    Items of a workload run one after the other: loads and collisions are those of each item alone.
+
+    Attributes:
+        flows: All flows, item by item.
+        links: Every direction of every link that a flow crosses.
+        collisions: Switch ports with more than one flow; a port towards a host is among them.
+        predicted_cct_ratio: Completion time over that of a non-blocking core, of the worst item.
+    """
+
+    flows: tuple[FlowPath, ...]
+    links: tuple[LinkLoad, ...]
+    collisions: tuple[PathCollision, ...]
+    predicted_cct_ratio: float
+
+
+def describe_paths(plan: Plan) -> PathReport:
+    """Return the path of every flow of a plan, the load of every link and the prediction."""
+    flows: list[FlowPath] = []
+    links: list[LinkLoad] = []
+    collisions: list[PathCollision] = []
+    for index, planned in enumerate(plan.workloads):
+        described = _describe_flows(plan, index, planned)
+        flows += described
+        links += _describe_loads(plan, index, planned)
+        paths = {flow.name: path for flow, path in zip(described, planned.paths, strict=True)}
+        collisions += [
+            PathCollision(collision.port_name, index, collision.flows)
+            for collision in find_collisions(plan.topology, paths)
+        ]
+    worst = max(planned.predicted_cct_ratio for planned in plan.workloads)
+    return PathReport(tuple(flows), tuple(links), tuple(collisions), worst)
+
+
+def _describe_flows(plan: Plan, index: int, planned: PlannedWorkload) -> list[FlowPath]:
+    topology = plan.topology
+    flows = []
+    for connection, path in zip(planned.connections, planned.paths, strict=True):
+        end = connection.requester
+        nodes = tuple(topology.nodes[node].name for node in path.nodes)
+        flows.append(
+            FlowPath(
+                name=f"{nodes[0]}>{nodes[-1]}#{end.qpn:#x}",
+                workload=index,
+                src=nodes[0],
+                dst=nodes[-1],
+                qpn=end.qpn,
+                dst_qpn=end.peer_qpn,
+                udp_source_port=end.udp_source_port,
+                path=nodes,
+                ports=tuple(topology.port_name(port) for port in path.ports),
+            )
+        )
+    return flows
+
+
+def _describe_loads(plan: Plan, index: int, planned: PlannedWorkload) -> list[LinkLoad]:
+    topology = plan.topology
+    flows = link_loads(topology, planned.paths)
+    # The flows of a NIC share its rate.
+    weights = [topology.port(path.ports[0]).rate_bits_per_s / int(flows[path.ports[0]]) for path in planned.paths]
+    offered = link_loads(topology, planned.paths, weights)
+    return [
+        LinkLoad(
+            name=f"{topology.port_name(port.id)}>{topology.port_name(port.peer)}",
+            workload=index,
+            flows=int(flows[port.id]),
+            load_fraction=round(float(offered[port.id]) / port.rate_bits_per_s, 9),
+        )
+        for port in topology.ports
+        if flows[port.id]
+    ]
+
+
+def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
+    """Return what ``testbed plan`` shows, as plain data for JSON.
+
+    Args:
+        plan: The plan.
+        operations: Add ``operations[]``: the equal shell commands, in order.
+    """
+    topology, dilation = plan.topology, plan.dilation
+    ports: list[Mapping[str, Any]] = [
+        {
+            "name": topology.port_name(port.id),
+            "node": topology.nodes[port.node].name,
+            "ifname": port.ifname,
+            "mac": port.mac,
+            "address": format_address(port.address),
+            "peer": topology.port_name(port.peer),
+            "rate_bits_per_s": port.rate_bits_per_s,
+            "wall_rate_bytes_per_s": plan.wall_rate_bytes_per_s(port.rate_bits_per_s),
+            "delay_ns": port.delay_ns,
+        }
+        for port in topology.ports
+    ]
+    report: dict[str, Any] = {
+        "name": plan.scenario.name,
+        "time_dilation": dilation.value,
+        "dilation": {
+            "value": dilation.value,
+            "bound": str(dilation.bound),
+            "capacity_value": dilation.capacity_value,
+            "fidelity_value": dilation.fidelity_value,
+            "smallest_time_ns": dilation.smallest_time_ns,
+            "smallest_time_name": dilation.smallest_time_name,
+            "wall_tick_ns": dilation.wall_tick_ns,
+            "offered_packets_per_s": dilation.offered_packets_per_s,
+            "capacity_packets_per_s": dilation.capacity_packets_per_s,
+        },
+        "nodes": [
+            {"name": node.name, "kind": str(node.kind), "ports": [topology.port(port).ifname for port in node.ports]}
+            for node in topology.nodes
+        ],
+        "ports": ports,
+        "links": [
+            {
+                "name": link.name,
+                "ends": [topology.port_name(link.a), topology.port_name(link.b)],
+                "rate_bits_per_s": link.rate_bits_per_s,
+                "wall_rate_bytes_per_s": plan.wall_rate_bytes_per_s(link.rate_bits_per_s),
+                "delay_ns": link.delay_ns,
+            }
+            for link in topology.links
+        ],
+        "workloads": [
+            {
+                "collective": str(planned.workload.collective),
+                "algorithm": str(planned.workload.algorithm),
+                "size_bytes": planned.workload.size_bytes,
+                "nranks": len(planned.order),
+                "iters": planned.workload.iters,
+                "warmup_iters": planned.workload.warmup_iters,
+                "connections": len(planned.connections),
+                "transfers": len(planned.schedule.nbytes),
+                "cct_ideal_ns": planned.ideal_cct_ns,
+                "predicted_cct_ratio": planned.predicted_cct_ratio,
+                "wall_duration_ns": expected_wall_ns(plan, planned),
+            }
+            for planned in plan.workloads
+        ],
+        "buffer_bytes": plan.buffer_bytes,
+        "retransmit_timeout_ns": plan.retransmit_timeout_ns,
+        "warnings": list(plan.warnings),
+    }
+    if operations:
+        names = [node.name for node in topology.nodes]
+        # The namespace of each command: links are made in the namespace of their first end.
+        report["operations"] = [operation.describe() for operation in plan.operations(names)]
+    return report
+
+
+def expected_wall_ns(plan: Plan, planned: PlannedWorkload) -> float:
+    """Return how long all iterations of a workload should take on this machine's clock."""
+    rounds = planned.workload.iters + planned.workload.warmup_iters
+    return planned.ideal_cct_ns * planned.predicted_cct_ratio * plan.dilation.value * rounds
