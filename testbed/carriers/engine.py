@@ -12,7 +12,7 @@ from testbed.engine.loop import EngineSetup, TickLoop
 from testbed.engine.stream import build_streams
 from testbed.fabric import Fabric
 from testbed.kernel.probe_link import ProbeLink
-from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread
+from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
 from testbed.plan.model import Plan
 
 
@@ -50,19 +50,18 @@ class EngineCarrier:
             describe_connection=lambda index: describe_connection(plan, workload, index),
         )
         streams = build_streams(planned.schedule, plan.scenario.transport.mtu_bytes)
-        self._probe.restart()
         warmups, iters = planned.workload.warmup_iters, planned.workload.iters
         results = []
         for number in range(warmups + iters):
             warmup = number < warmups
             listener.iteration(number if warmup else number - warmups, warmups if warmup else iters, warmup=warmup)
-            result = loop.run_iteration(planned.schedule, record=not warmup, streams=streams)
+            result = loop.run_iteration(planned.schedule, streams)
             if not warmup:
                 results.append(result)
         return WorkloadSamples(
             tuple(result.wall_ns / plan.dilation.value for result in results),
             sum(result.retransmitted_packets for result in results),
-            loop.samples(),
+            tuple(result.machine for result in results),
         )
 
 
@@ -81,6 +80,8 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
         wall_port_rate_bytes_per_s=np.array(rates),
         data_priority=plan.scenario.qos.lossless_priority,
         retransmit_timeout_ns=plan.retransmit_timeout_ns,
+        max_backlog_frames=read_max_backlog(),
+        resolution_error_fraction=planned.resolution_error_fraction,
     )
 
 

@@ -15,12 +15,12 @@ class WorkloadSamples:
     Attributes:
         cct_ns: Completion time of each measured iteration, emulated.
         retransmitted_packets: In the measured iterations.
-        machine: What was noted about the machine meanwhile.
+        machine: What was noted about the machine in each measured iteration.
     """
 
     cct_ns: tuple[float, ...]
     retransmitted_packets: int
-    machine: MachineSamples
+    machine: tuple[MachineSamples, ...]
 
 
 class ProgressListener(Protocol):

@@ -125,9 +125,7 @@ class FrameWriter:
                 self._fill(connection, start)
                 self._fill(connection, start + self.block)
 
-    def slots_of(
-        self, connection: npt.NDArray[np.int64], packet: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
+    def slots_of(self, connection: npt.NDArray[np.int64], packet: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the ring slots of packets that are ready."""
         return connection * self._depth + packet % self._depth
 
@@ -175,7 +173,11 @@ class FrameWriter:
         if len(long):
             message = streams.message[flat + start + long]
             self._write_long(
-                first + long, connection, [column[long] for column in columns], self._va[message], self._lengths[message]
+                first + long,
+                connection,
+                [column[long] for column in columns],
+                self._va[message],
+                self._lengths[message],
             )
         for row in np.flatnonzero(odd).tolist():
             index = flat + start + row
@@ -215,9 +217,7 @@ class FrameWriter:
         self.ring.icrcs[slots] = icrc
         self.ring.header_lengths[slots] = RETH_OFFSET + RETH_BYTES
 
-    def _write_odd(
-        self, slot: int, connection: int, opcode: int, psn: int, payload: int, va: int, length: int
-    ) -> None:
+    def _write_odd(self, slot: int, connection: int, opcode: int, psn: int, payload: int, va: int, length: int) -> None:
         """Fill the slot of a frame with another payload length: the end of a message, which always asks for an ACK."""
         pad = -payload % 4
         has_reth = opcode == Opcode.WRITE_ONLY

@@ -21,8 +21,11 @@ from testbed.engine.stream import PacketStreams, build_streams
 from testbed.errors import RunError
 from testbed.roce.wire import LINK_OVERHEAD_BYTES, Opcode, frame_bytes
 
-# Frames in a host's queue beyond which its NIC waits: a paused or starved host then stops by itself.
-_CREDIT_FRAMES = 48
+# Frames in a host's queue beyond which its NIC waits, at most: a paused or starved host then stops by itself.
+_MAX_CREDIT_FRAMES = 48
+_MIN_CREDIT_FRAMES = 8
+# While the fabric's CPU stalls, what all hosts may have sent must fit into its backlog (net.core.netdev_max_backlog).
+_BACKLOG_SHARE = 0.6
 # Timeouts are looked for this often; a timeout is hundreds of ticks.
 _TIMEOUT_CHECK_TICKS = 16
 # IB's retry_cnt is three bits: seven retries.
@@ -32,7 +35,9 @@ _PROBE_TICKS = 8
 # What is judged over spans of many ticks is looked at every so many, as are the rings of frames to come.
 _LOOK_TICKS = 4
 # More than a connection can send between two such looks.
-_REFILL_MARGIN_PACKETS = 4 * _CREDIT_FRAMES
+_REFILL_MARGIN_PACKETS = 2 * _MAX_CREDIT_FRAMES
+# Nothing moved for this many ticks: the fabric is at rest. Far more than the slowest frame time of a dilated link.
+_REST_TICKS = 200
 # Nothing arrived for this many retransmission timeouts: something else than loss is wrong.
 _STALL_TIMEOUTS = 40
 
@@ -53,8 +58,11 @@ class Probe(Protocol):
     def send(self, now_ns: int) -> None:
         """Send a probe unless one is under way."""
 
+    def restart(self) -> None:
+        """Forget the waits so far."""
+
     def waits_ns(self) -> list[int]:
-        """Return the wait of every probe so far."""
+        """Return the wait of every probe since the last restart."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,8 @@ class EngineSetup:
         wall_port_rate_bytes_per_s: Line rate of each port id, shape ``(ports + 1,)``.
         data_priority: Priority of the data frames.
         retransmit_timeout_ns: Emulated.
+        max_backlog_frames: Frames that wait for the fabric's CPU before the kernel drops.
+        resolution_error_fraction: What a tick more of latency would add to the ideal completion time.
     """
 
     connections: Sequence[Connection]
@@ -82,6 +92,8 @@ class EngineSetup:
     wall_port_rate_bytes_per_s: npt.NDArray[np.float64]
     data_priority: int
     retransmit_timeout_ns: int
+    max_backlog_frames: int = 1000
+    resolution_error_fraction: float = 0.0
 
 
 @dataclass
@@ -91,10 +103,12 @@ class IterationResult:
     Attributes:
         wall_ns: From release to the last arrival.
         retransmitted_packets: Packets sent again.
+        machine: What was noted about the machine.
     """
 
     wall_ns: int
     retransmitted_packets: int
+    machine: MachineSamples
 
 
 @dataclass
@@ -102,7 +116,6 @@ class _Recorded:
     lateness_ns: list[int] = field(default_factory=list)
     busy_ns: list[int] = field(default_factory=list)
     nic_lag_ns: list[float] = field(default_factory=list)
-    wall_duration_ns: int = 0
 
 
 def _adjacent_fields(rows: npt.NDArray[Any], first: str, count: int) -> npt.NDArray[np.int64]:
@@ -167,12 +180,14 @@ class TickLoop:
         self._frame_wire_bytes = frame_bytes(Opcode.WRITE_MIDDLE, setup.mtu) + LINK_OVERHEAD_BYTES
         self._pacer = NicPacer(1e9 / nic_rate, self._frame_wire_bytes)
         self._shaping = ShapingObserver(setup.wall_port_rate_bytes_per_s, self._frame_wire_bytes)
+        senders = len(np.unique(self._nic))
+        credit = int(_BACKLOG_SHARE * setup.max_backlog_frames) // senders
+        self._credit_frames = max(_MIN_CREDIT_FRAMES, min(_MAX_CREDIT_FRAMES, credit))
         initial_psns = np.array([connection.initial_psn for connection in connections], np.int64)
         self._writer = FrameWriter([c.requester for c in connections], initial_psns, setup.mtu)
         self._psn_offset = np.zeros(count, np.int64)
         self._message_offset = np.zeros(count, np.int64)
         self._nak_seen = np.zeros(count, np.int64)
-        self._recorded = _Recorded()
 
     def _configure(self, qps: npt.NDArray[Any], connections: list[Connection]) -> None:
         """Write the QP table; a QP is made active last."""
@@ -189,14 +204,11 @@ class TickLoop:
                 row["initial_tx_psn"] = connection.initial_psn
         qps["active"][: 2 * len(connections)] = 1
 
-    def run_iteration(
-        self, schedule: Schedule, *, record: bool, streams: PacketStreams | None = None
-    ) -> IterationResult:
+    def run_iteration(self, schedule: Schedule, streams: PacketStreams | None = None) -> IterationResult:
         """Run a schedule once, from the release of its first transfers to its last arrival.
 
         Args:
             schedule: What to send; its connections are the setup's.
-            record: Keep the machine's samples (not while warming up).
             streams: ``build_streams(schedule, mtu)``, if the caller has it.
 
         Raises:
@@ -209,7 +221,9 @@ class TickLoop:
         nic, nic_port = self._nic, self._setup.nic_port
         nics, count = len(nic_port), len(nic)
         tick_ns = self._setup.wall_tick_ns
-        recorded = self._recorded
+        recorded = _Recorded()
+        self._shaping.restart()
+        self._probe.restart()
         # Packet counts are absolute, as in the QP table: this iteration's first packet is number `offset`.
         offset = self._psn_offset
         released = progress.released_packets + offset
@@ -220,7 +234,7 @@ class TickLoop:
         retries = np.zeros(count, np.int64)
         retransmitted = 0
         rewound = False  # once a QP went back, sent packets may be sent before
-        credit_bytes = _CREDIT_FRAMES * self._frame_wire_bytes
+        credit_bytes = self._credit_frames * self._frame_wire_bytes
         frames_per_byte = 1.0 / self._frame_wire_bytes
         self._arrivals.reset(self._rx_messages[None, :])
         self._feedback.reset(self._feedback_fields)
@@ -304,27 +318,36 @@ class TickLoop:
                 pacer.rest()
             if ticks % _LOOK_TICKS == 0:
                 writer.prepare(sent - offset, _REFILL_MARGIN_PACKETS)
-                if record:
-                    deq = self._deq_bytes.copy()
-                    depth = self._enq_bytes - deq
-                    self._shaping.observe(now, depth, deq + self._deq_packets * LINK_OVERHEAD_BYTES)
-                    nic_wants = np.bincount(nic, weights=released > sent, minlength=nics)
-                    recorded.nic_lag_ns.append(pacer.lag_ns(now, nic_wants))
+                deq = self._deq_bytes.copy()
+                depth = self._enq_bytes - deq
+                self._shaping.observe(now, depth, deq + self._deq_packets * LINK_OVERHEAD_BYTES)
+                nic_wants = np.bincount(nic, weights=released > sent, minlength=nics)
+                recorded.nic_lag_ns.append(pacer.lag_ns(now, nic_wants))
             if ticks % _PROBE_TICKS == 0:
                 self._probe.send(now)
-            if record:
-                recorded.lateness_ns.append(lateness)
-                recorded.busy_ns.append(clock.now_ns() - now)
+            recorded.lateness_ns.append(lateness)
+            recorded.busy_ns.append(clock.now_ns() - now)
             ticks += 1
             due = max(due + tick_ns, now)
             clock.sleep_until_ns(due)
-        end = clock.now_ns()
-        if record:
-            recorded.wall_duration_ns += end - begin
-        self._settle(streams)
+        self._shaping.finish()
+        waits_ns = self._probe.waits_ns()
+        unaccounted_bytes = self._settle(streams)
         self._psn_offset += streams.packets
         self._message_offset += np.array([len(t) for t in streams.transfers_of], np.int64)
-        return IterationResult(last_arrival_ns - begin, retransmitted)
+        machine = MachineSamples(
+            wall_tick_ns=tick_ns,
+            wall_lateness_ns=np.array(recorded.lateness_ns, np.int64),
+            wall_busy_ns=np.array(recorded.busy_ns, np.int64),
+            wall_probe_ns=np.array(waits_ns, np.int64),
+            wall_nic_lag_ns=np.array(recorded.nic_lag_ns),
+            wall_lost_ns=self._shaping.lost_ns.copy(),
+            wall_backlogged_ns=self._shaping.backlogged_ns.copy(),
+            wall_duration_ns=last_arrival_ns - begin,
+            unaccounted_bytes=unaccounted_bytes,
+            resolution_error_fraction=self._setup.resolution_error_fraction,
+        )
+        return IterationResult(last_arrival_ns - begin, retransmitted, machine)
 
     def _find_timeouts(
         self,
@@ -346,9 +369,7 @@ class TickLoop:
             raise RunError(f"{self._describe(int(dead[0]))}: no ACK after {RETRY_LIMIT} retries")
         return expired
 
-    def _send_runs(
-        self, shares: npt.NDArray[np.int64], packet: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
+    def _send_runs(self, shares: npt.NDArray[np.int64], packet: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Send ``shares`` packets of every connection from ``packet`` on, a run of its ring each.
 
         Returns:
@@ -405,33 +426,33 @@ class TickLoop:
                 position += frames
         return taken
 
-    def _settle(self, streams: PacketStreams) -> None:
-        """Wait until every packet is acknowledged and every data queue empty.
+    def _settle(self, streams: PacketStreams) -> int:
+        """Wait until every packet is acknowledged and nothing moves in the data queues any more.
 
         What is still under way when the last transfer arrives is ACKs and, after a loss, duplicates.
-        """
-        deadline = self._clock.now_ns() + self._wall_timeout_ns * _STALL_TIMEOUTS
-        total = self._psn_offset + streams.packets
-        while self._clock.now_ns() < deadline:
-            unacked = self._acked < total
-            if int(self._deq_bytes.sum()) == int(self._enq_bytes.sum()):
-                if not unacked.any():
-                    return
-                # The data queues are empty and control queues drain in microseconds: this ACK is lost, its data is not.
-                self._acked[unacked] = total[unacked]
-            self._clock.sleep_until_ns(self._clock.now_ns() + self._setup.wall_tick_ns)
-        raise RunError("the fabric did not drain after the last transfer")
 
-    def samples(self) -> MachineSamples:
-        """Return what was noted about the machine in the recorded iterations."""
-        self._shaping.finish()
-        recorded = self._recorded
-        return MachineSamples(
-            np.array(recorded.lateness_ns, np.int64),
-            np.array(recorded.busy_ns, np.int64),
-            np.array(self._probe.waits_ns(), np.int64),
-            np.array(recorded.nic_lag_ns),
-            self._shaping.lost_ns,
-            self._shaping.backlogged_ns,
-            recorded.wall_duration_ns,
-        )
+        Returns:
+            Bytes that entered a queue and never left it. The qdiscs never drop, so the kernel lost them between two ports
+            (softnet backlog); the counters are put right for the next iteration.
+
+        Raises:
+            RunError: The fabric never comes to rest.
+        """
+        total = self._psn_offset + streams.packets
+        deadline = self._clock.now_ns() + self._wall_timeout_ns * _STALL_TIMEOUTS
+        still, moved = 0, -1
+        while self._clock.now_ns() < deadline:
+            left = self._enq_bytes.sum() - self._deq_bytes.sum()
+            unacked = self._acked < total
+            if not left and not unacked.any():
+                return 0
+            before, moved = moved, int(self._deq_bytes.sum()) + int(self._acked.sum())
+            still = still + 1 if moved == before else 0
+            if still > _REST_TICKS:
+                # An ACK that is not here by now is lost; its data is not.
+                self._acked[unacked] = total[unacked]
+                lost = int((self._enq_bytes - self._deq_bytes).sum())
+                self._deq_bytes[:] = self._enq_bytes
+                return lost
+            self._clock.sleep_until_ns(self._clock.now_ns() + self._setup.wall_tick_ns)
+        raise RunError("the fabric did not come to rest after the last transfer")

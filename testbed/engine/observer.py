@@ -37,7 +37,12 @@ class ShapingObserver:
         self._ticks = np.zeros(ports, np.int64)
         self.lost_ns = np.zeros(ports)
         self.backlogged_ns = np.zeros(ports)
-        self.sent_in_backlog_bytes = np.zeros(ports)
+
+    def restart(self) -> None:
+        """Forget what was seen."""
+        self._ticks[:] = 0
+        self.lost_ns[:] = 0.0
+        self.backlogged_ns[:] = 0.0
 
     def observe(self, now_ns: int, depth_bytes: npt.NDArray[np.int64], deq_wire_bytes: npt.NDArray[np.int64]) -> None:
         """Take a tick's depth and bytes sent of every port."""
@@ -65,5 +70,4 @@ class ShapingObserver:
             lost = span_ns - sent / self._rate_per_ns
         self.lost_ns[judged] += np.maximum(0.0, lost[judged])
         self.backlogged_ns[judged] += span_ns[judged]
-        self.sent_in_backlog_bytes[judged] += sent[judged]
         self._ticks[ended] = 0

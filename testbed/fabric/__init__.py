@@ -1,5 +1,6 @@
 """A running fabric: apply a plan, look at it, remove it."""
 
 from testbed.fabric.fabric import Fabric
+from testbed.fabric.inspect import Lab, LabDirection, LabLink, LabLinkEnd, LabNode, read_lab
 
-__all__ = ["Fabric"]
+__all__ = ["Fabric", "Lab", "LabDirection", "LabLink", "LabLinkEnd", "LabNode", "read_lab"]

@@ -11,7 +11,15 @@ from testbed.errors import TestbedError
 from testbed.kernel import links, rps, tc
 from testbed.kernel.namespaces import create_namespace, entered
 from testbed.kernel.netlink import Message, RouteSocket
-from testbed.plan.operations import AddAddress, AddRoute, AttachPrograms, CreateLink, CreateNamespace, Operation, ShapePort
+from testbed.plan.operations import (
+    AddAddress,
+    AddRoute,
+    AttachPrograms,
+    CreateLink,
+    CreateNamespace,
+    Operation,
+    ShapePort,
+)
 
 # The interface index of port id 0 in every namespace of a lab; high enough to stay clear of lo and what a user adds.
 IFINDEX_BASE = 1000

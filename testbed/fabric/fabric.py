@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from testbed.errors import LabError
 from testbed.fabric.apply import IFINDEX_BASE, apply_operations
+from testbed.fabric.signals import signals_held
 from testbed.kernel import bpf, layout, registry
 from testbed.kernel.links import mac_bytes
 from testbed.kernel.namespaces import entered, open_namespace
@@ -28,6 +30,11 @@ from testbed.topology import HOST_NETWORK, NodeKind
 _QP_ROWS = 16384
 # Priorities 6 and 7 (CNP, ACK, network control) have the control queue.
 CONTROL_PRIORITIES = 0b1100_0000
+# A frame of 4 KiB leaves a 400 Gbit/s port every 0.1 s at the greatest dilation (10^6): a queue that stands for longer is stuck.
+_STUCK_S = 1.0
+# What a killed run leaves behind drains in less.
+_BUSY_S = 30.0
+_DRAIN_LOOK_S = 0.01
 
 
 class Fabric:
@@ -58,66 +65,84 @@ class Fabric:
             LabError: The name is taken.
             KernelError: The kernel refused something; nothing is left behind.
         """
-        return cls._create(plan, name, ephemeral=False)
+        with cls._created(plan, name, ephemeral=False) as fabric:
+            return fabric
 
     @classmethod
     @contextlib.contextmanager
     def build(cls, plan: Plan, name: str) -> Iterator[Fabric]:
-        """Build a lab for the block and remove it after."""
-        fabric = cls._create(plan, name, ephemeral=True)
-        try:
+        """Build a lab for the block and remove it after.
+
+        Raises:
+            LabError: The name is taken.
+            KernelError: The kernel refused something; nothing is left behind.
+        """
+        with cls._created(plan, name, ephemeral=True) as fabric:
             yield fabric
-        finally:
-            fabric.destroy()
 
     @classmethod
-    def _create(cls, plan: Plan, name: str, *, ephemeral: bool) -> Fabric:
+    @contextlib.contextmanager
+    def _created(cls, plan: Plan, name: str, *, ephemeral: bool) -> Iterator[Fabric]:
+        """Record and build a lab; keep it only if it is not ephemeral and the block ends well."""
         require_root()
         nodes = [node.name for node in plan.topology.nodes]
-        state, lock = registry.create_lab(name, nodes, ephemeral=ephemeral, scenario=plan.scenario.resolved())
-        try:
-            entries = _map_entries(plan)
-            loaded = bpf.load_object(
-                map_entries=entries,
-                initial_values={
-                    ".rodata.config": layout.pack_config(
-                        ifindex_base=IFINDEX_BASE,
-                        ports=len(plan.topology.ports) + 1,
-                        slots=plan.topology.slots,
-                        host_network=HOST_NETWORK,
-                        qpn_base=QPN_BASE,
-                        qps=_QP_ROWS,
-                        control_priorities=CONTROL_PRIORITIES,
-                    ),
-                    ".rodata.crc": layout.pack_crc_table(),
-                },
-                programs=layout.FABRIC_PROGRAMS,
-            )
+        # No signal between the lab's record and the block that undoes it, nor while it is undone.
+        with signals_held() as signals:
+            state, lock = registry.create_lab(name, nodes, ephemeral=ephemeral, scenario=plan.scenario.resolved())
+            kept = False
             try:
-                arrays = layout.MappedArrays(loaded.maps, entries)
-                _fill_tables(plan, arrays)
-                _, port_cpus = choose_cpus()
-                state.details = {
-                    "maps": {map_name: bpf.read_id(fd) for map_name, fd in loaded.maps.items()},
-                    "entries": entries,
-                    "time_dilation": plan.dilation.value,
-                    "port_cpus": list(port_cpus),
-                }
-                apply_operations(
-                    plan.operations(list(state.namespaces.values())),
-                    mark=state.mark,
-                    cpu_of_node=lambda node: port_cpus[node % len(port_cpus)],
-                    programs=loaded.programs,
-                )
+                signals.release()
+                yield cls(plan, state, lock, cls._build(plan, state))
+                kept = not ephemeral
             finally:
-                loaded.close()
-            state.ready = True
-            registry.write_state(state)
-        except BaseException:
-            registry.delete_lab(state)
-            lock.close()
-            raise
-        return cls(plan, state, lock, arrays)
+                try:
+                    signals.hold()
+                finally:
+                    if not kept:
+                        registry.delete_lab(state)
+                        lock.close()
+
+    @staticmethod
+    def _build(plan: Plan, state: registry.LabState) -> layout.MappedArrays:
+        """Load the programs, fill the maps, build everything and record the lab as ready."""
+        entries = _map_entries(plan)
+        loaded = bpf.load_object(
+            map_entries=entries,
+            initial_values={
+                ".rodata.config": layout.pack_config(
+                    ifindex_base=IFINDEX_BASE,
+                    ports=len(plan.topology.ports) + 1,
+                    slots=plan.topology.slots,
+                    host_network=HOST_NETWORK,
+                    qpn_base=QPN_BASE,
+                    qps=_QP_ROWS,
+                    control_priorities=CONTROL_PRIORITIES,
+                ),
+                ".rodata.crc": layout.pack_crc_table(),
+            },
+            programs=layout.FABRIC_PROGRAMS,
+        )
+        try:
+            arrays = layout.MappedArrays(loaded.maps, entries)
+            _fill_tables(plan, arrays)
+            _, port_cpus = choose_cpus()
+            state.details = {
+                "maps": {map_name: bpf.read_id(fd) for map_name, fd in loaded.maps.items()},
+                "entries": entries,
+                "time_dilation": plan.dilation.value,
+                "port_cpus": list(port_cpus),
+            }
+            apply_operations(
+                plan.operations(list(state.namespaces.values())),
+                mark=state.mark,
+                cpu_of_node=lambda node: port_cpus[node % len(port_cpus)],
+                programs=loaded.programs,
+            )
+        finally:
+            loaded.close()
+        state.ready = True
+        registry.write_state(state)
+        return arrays
 
     @classmethod
     def attach(cls, plan: Plan, name: str) -> Fabric:
@@ -137,12 +162,18 @@ class Fabric:
             if not state.ready:
                 raise LabError(f"lab {name!r} was never finished", hint="`testbed gc` removes it")
             resolved = plan.scenario.resolved()
+            hint = f"`testbed destroy {name}` and deploy this scenario, or run it without --name"
             for section in ("fabric", "qos", "routing"):
                 if resolved.get(section) != state.scenario.get(section):
-                    raise LabError(
-                        f"lab {name!r} was deployed with another `{section}`",
-                        hint=f"`testbed destroy {name}` and deploy this scenario, or run it without --name",
-                    )
+                    raise LabError(f"lab {name!r} was deployed with another `{section}`", hint=hint)
+            if resolved["transport"]["mtu"] != state.scenario["transport"]["mtu"]:
+                raise LabError(f"lab {name!r} was deployed with another `transport.mtu`", hint=hint)
+            if plan.dilation.value != state.details["time_dilation"]:
+                raise LabError(
+                    f"lab {name!r} runs at time_dilation {state.details['time_dilation']:g}, "
+                    f"the plan at {plan.dilation.value:g}",
+                    hint="leave `time_dilation` at auto: the lab's is then taken",
+                )
             entries = state.details["entries"]
             maps = {map_name: bpf.open_map(map_id) for map_name, map_id in state.details["maps"].items()}
             try:
@@ -150,6 +181,7 @@ class Fabric:
             finally:
                 for fd in maps.values():
                     os.close(fd)
+            _wait_until_drained(name, arrays)
         except BaseException:
             lock.close()
             raise
@@ -158,7 +190,9 @@ class Fabric:
     def __enter__(self) -> Fabric:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -177,8 +211,9 @@ class Fabric:
 
     def destroy(self) -> list[str]:
         """Remove the lab; return namespaces left alone because they are not its own."""
-        foreign = registry.delete_lab(self.state)
-        self.close()
+        with signals_held():
+            foreign = registry.delete_lab(self.state)
+            self.close()
         return foreign
 
     def namespace_of(self, node: str) -> str:
@@ -220,6 +255,32 @@ def namespace_of(state: registry.LabState, node: str) -> str:
     except KeyError:
         known = ", ".join(state.namespaces)
         raise LabError(f"lab {state.name!r} has no node {node!r} (nodes: {known})") from None
+
+
+def _wait_until_drained(name: str, arrays: layout.MappedArrays) -> None:
+    """Wait until no frame of an earlier run is under way: it would be taken for one of the next.
+
+    Raises:
+        LabError: Frames stay in the queues, or keep coming.
+    """
+    begin = moved_at = time.monotonic()
+    moved = -1
+    while True:
+        left = int(arrays.queues["deq_bytes"].sum())  # before what entered
+        standing = int(arrays.queues["enq_bytes"].sum()) - left
+        if standing <= 0:
+            return
+        now = time.monotonic()
+        if left != moved:
+            moved, moved_at = left, now
+        if now - moved_at > _STUCK_S:
+            raise LabError(
+                f"{standing} bytes stand in the queues of lab {name!r} and do not move",
+                hint=f"`testbed destroy {name}` and deploy it again",
+            )
+        if now - begin > _BUSY_S:
+            raise LabError(f"something else sends through lab {name!r}", hint="end it, then run again")
+        time.sleep(_DRAIN_LOOK_S)
 
 
 def _map_entries(plan: Plan) -> dict[str, int]:

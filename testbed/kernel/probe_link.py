@@ -24,7 +24,9 @@ from testbed.kernel.tc import TC_H_INGRESS_HOOK, attach_filter, create_clsact
 
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
-_FRAME = bytes.fromhex("020000000002020000000001 88b5".replace(" ", "")) + bytes(46)  # IEEE local experimental EtherType
+_FRAME = bytes.fromhex("020000000002020000000001 88b5".replace(" ", "")) + bytes(
+    46
+)  # IEEE local experimental EtherType
 
 
 class ProbeLink:
@@ -91,7 +93,7 @@ class ProbeLink:
 
     def restart(self) -> None:
         """Forget the waits so far."""
-        self._waits.clear()
+        self._waits = []
 
     def waits_ns(self) -> list[int]:
         """Return the wait of every probe so far, and the age of one that has not arrived."""

@@ -8,6 +8,7 @@ import gc
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from testbed.errors import MachineError
 
@@ -31,6 +32,16 @@ def choose_cpus() -> tuple[int, tuple[int, ...]]:
     if len(cpus) == 1:
         return cpus[0], (cpus[0],)
     return cpus[-1], tuple(cpus[:-1])
+
+
+def read_max_backlog() -> int:
+    """Return how many frames may wait for a CPU between two ports (``sysctl net.core.netdev_max_backlog``)."""
+    return int(Path("/proc/sys/net/core/netdev_max_backlog").read_text())
+
+
+def read_softnet_drops() -> int:
+    """Return how many frames all CPUs have dropped because too many waited (``/proc/net/softnet_stat``, column 2)."""
+    return sum(int(line.split()[1], 16) for line in Path("/proc/net/softnet_stat").read_text().splitlines())
 
 
 @contextlib.contextmanager

@@ -8,24 +8,30 @@ import numpy as np
 import numpy.typing as npt
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class MachineSamples:
-    """Raw figures of one run about the machine, wall time.
+    """What one measured iteration noted about the machine, in wall time.
 
     Attributes:
-        wall_lateness_ns: How late each tick began.
-        wall_busy_ns: How long each tick worked.
-        wall_probe_ns: How long each probe frame took to reach the fabric's CPU; -1 for one that had not.
-        wall_nic_lag_ns: Largest lag behind schedule of any NIC, per tick.
-        lost_ns: Time lost by each port, see :class:`ShapingObserver`.
-        backlogged_ns: Time each port was backlogged.
-        wall_duration_ns: Length of the measured iterations.
+        wall_tick_ns: Length of a tick.
+        wall_lateness_ns: How late each tick began, shape ``(ticks,)``.
+        wall_busy_ns: How long each tick worked, shape ``(ticks,)``.
+        wall_probe_ns: How long each probe frame took to reach the fabric's CPU, shape ``(probes,)``.
+        wall_nic_lag_ns: How far the latest NIC was behind its schedule, at every look, shape ``(looks,)``.
+        wall_lost_ns: Time each port lost while its queue was never empty, shape ``(ports + 1,)``.
+        wall_backlogged_ns: Time each port's queue was never empty, shape ``(ports + 1,)``.
+        wall_duration_ns: Length of the iteration.
+        unaccounted_bytes: Bytes that entered a queue and never left one: lost by the machine, not by the fabric.
+        resolution_error_fraction: What a tick more of latency would add to the ideal completion time.
     """
 
+    wall_tick_ns: int
     wall_lateness_ns: npt.NDArray[np.int64]
     wall_busy_ns: npt.NDArray[np.int64]
     wall_probe_ns: npt.NDArray[np.int64]
     wall_nic_lag_ns: npt.NDArray[np.float64]
-    lost_ns: npt.NDArray[np.float64]
-    backlogged_ns: npt.NDArray[np.float64]
+    wall_lost_ns: npt.NDArray[np.float64]
+    wall_backlogged_ns: npt.NDArray[np.float64]
     wall_duration_ns: int
+    unaccounted_bytes: int
+    resolution_error_fraction: float

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from testbed.collectives import find_algorithm, ideal_cct_ns, largest_frame_wire_bytes, ring_order
 from testbed.collectives.schedule import SLICES_PER_CHUNK, Collective
 from testbed.errors import PlanError
-from testbed.plan.dilation import choose_dilation
+from testbed.plan.dilation import choose_dilation, choose_tick_ns
 from testbed.plan.lint import find_warnings
 from testbed.plan.model import Plan, PlannedWorkload
 from testbed.roce.queue_pairs import Connection, Endpoint, build_connections
 from testbed.roce.wire import IP_PROTOCOL_UDP, LINK_OVERHEAD_BYTES, ROCE_UDP_PORT, Opcode, frame_bytes
 from testbed.routing import FlowKey, ForwardingTables, Path, predicted_cct_ratio, routing_scheme, trace_path
-from testbed.scenario import CollectiveWorkload, Scenario, UdpSourcePort
+from testbed.scenario import CollectiveWorkload, Scenario, StarFabric, UdpSourcePort
 from testbed.topology import LinkSpec, Topology, build_clos, build_star
 
 # Retransmission timeout "auto": several loop times beside what the deepest queue of the path can add.
@@ -25,7 +27,7 @@ def build_topology(scenario: Scenario) -> Topology:
     """Return the nodes, ports and links of a scenario."""
     fabric = scenario.fabric
     host_link = LinkSpec(fabric.host_link.rate_bits_per_s, fabric.host_link.delay_ns)
-    if fabric.kind == "star":
+    if isinstance(fabric, StarFabric):
         return build_star(hosts=fabric.nhosts, host_link=host_link)
     uplink = LinkSpec(fabric.uplink.rate_bits_per_s, fabric.uplink.delay_ns)
     return build_clos(hosts_per_leaf=fabric.host_counts, spines=fabric.spines, host_link=host_link, uplink=uplink)
@@ -60,9 +62,10 @@ def compile_plan(scenario: Scenario, *, capacity_packets_per_s: float | None) ->
 
     rates = {rank: topology.host_port(rank).rate_bits_per_s for rank in range(len(topology.hosts))}
     frame_bits = 8 * (frame_bytes(Opcode.WRITE_MIDDLE, scenario.transport.mtu_bytes) + LINK_OVERHEAD_BYTES)
-    offered, hops = 0.0, 1.0
+    offered, hops, most_senders = 0.0, 1.0, 1
     for planned in workloads:
         senders = {connection.requester.local.rank for connection in planned.connections}
+        most_senders = max(most_senders, len(senders))
         load = sum(rates[rank] for rank in senders) / frame_bits
         if load >= offered:
             offered, hops = load, float(np.mean([len(path.ports) for path in planned.paths]))
@@ -76,6 +79,15 @@ def compile_plan(scenario: Scenario, *, capacity_packets_per_s: float | None) ->
         capacity_packets_per_s=capacity_packets_per_s,
         smallest_time_ns=smallest,
         smallest_time_name="one-way path delay" if smallest else "none: links have no delay",
+        wall_tick_ns=choose_tick_ns(most_senders),
+    )
+    tick_ns = round(dilation.wall_tick_ns / dilation.value)
+    workloads = tuple(
+        replace(
+            planned,
+            resolution_error_fraction=_ideal_cct_ns(planned, topology, scenario, tick_ns) / planned.ideal_cct_ns - 1.0,
+        )
+        for planned in workloads
     )
     plan = Plan(
         scenario=scenario,
@@ -87,7 +99,7 @@ def compile_plan(scenario: Scenario, *, capacity_packets_per_s: float | None) ->
         retransmit_timeout_ns=_retransmit_timeout_ns(scenario, topology, workloads),
         warnings=(),
     )
-    return Plan(**{**plan.__dict__, "warnings": find_warnings(plan)})
+    return replace(plan, warnings=find_warnings(plan))
 
 
 def _plan_workload(
@@ -112,21 +124,33 @@ def _plan_workload(
     one_way = np.array(
         [round(path.delay_ns + sum(times)) for path, times in zip(paths, frame_ns, strict=True)], np.int64
     )
-    latency = np.zeros((len(order), len(order)), np.int64)
-    for connection, total, times in zip(connections, one_way, frame_ns, strict=True):
-        latency[connection.requester.local.rank, connection.responder.local.rank] = total - round(times[0])
-    nic_rates = np.array([topology.host_port(rank).rate_bits_per_s for rank in range(len(order))])
-    return PlannedWorkload(
+    planned = PlannedWorkload(
         workload=item,
         order=order,
         schedule=schedule,
         connections=tuple(connections),
         paths=paths,
         one_way_ns=one_way,
-        ideal_cct_ns=ideal_cct_ns(schedule, nic_rate_bits_per_s=nic_rates, latency_ns=latency, mtu=mtu),
+        ideal_cct_ns=0.0,
         predicted_cct_ratio=predicted_cct_ratio(topology, [[path] for path in paths]),
         traffic_factor=algorithm.traffic_factor(len(order)),
+        resolution_error_fraction=0.0,
     )
+    return replace(planned, ideal_cct_ns=_ideal_cct_ns(planned, topology, scenario, 0))
+
+
+def _ideal_cct_ns(planned: PlannedWorkload, topology: Topology, scenario: Scenario, extra_ns: int) -> float:
+    """Return the completion time over a non-blocking core with ``extra_ns`` more latency on every path."""
+    mtu = scenario.transport.mtu_bytes
+    nranks = len(planned.order)
+    wire = largest_frame_wire_bytes(planned.schedule.nbytes, mtu)
+    latency = np.zeros((nranks, nranks), np.int64)
+    for connection, path, total in zip(planned.connections, planned.paths, planned.one_way_ns.tolist(), strict=True):
+        # The first frame time is part of the NIC's own time.
+        first_frame_ns = round(8e9 * wire / topology.port(path.ports[0]).rate_bits_per_s)
+        latency[connection.requester.local.rank, connection.responder.local.rank] = total - first_frame_ns + extra_ns
+    nic_rates = np.array([topology.host_port(rank).rate_bits_per_s for rank in range(nranks)])
+    return ideal_cct_ns(planned.schedule, nic_rate_bits_per_s=nic_rates, latency_ns=latency, mtu=mtu)
 
 
 def flow_of(connection: Connection) -> FlowKey:

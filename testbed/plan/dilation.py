@@ -15,6 +15,8 @@ from enum import StrEnum
 
 # The engine's tick. Shorter ticks cost more CPU than they add fidelity; at D = 2000 this is half a microsecond emulated.
 WALL_TICK_NS = 1_000_000
+# Every sender costs a system call a tick; above this many of them the tick grows in proportion.
+SENDERS_PER_TICK = 20
 # A tick is at most this part of the smallest emulated time in use.
 TICK_FRACTION = 4
 # Share of the measured capacity that a run may plan for: the rest is for ACKs, bursts and a neighbour's CPU time.
@@ -31,6 +33,11 @@ class DilationBound(StrEnum):
     CAPACITY = "capacity"
     FIDELITY = "fidelity"
     FIXED = "fixed"
+
+
+def choose_tick_ns(senders: int) -> int:
+    """Return the wall length of a tick for a number of hosts that send at once."""
+    return WALL_TICK_NS * max(1, -(-senders // SENDERS_PER_TICK))
 
 
 @dataclass(frozen=True, slots=True)

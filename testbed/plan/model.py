@@ -54,6 +54,8 @@ class PlannedWorkload:
         ideal_cct_ns: Completion time over a non-blocking core.
         predicted_cct_ratio: Expected CCT over ideal, from the forwarding tables.
         traffic_factor: busbw / algbw.
+        resolution_error_fraction: What a tick more of latency adds to the ideal completion time: how coarse the engine's
+            reaction is for this workload.
     """
 
     workload: CollectiveWorkload
@@ -65,6 +67,7 @@ class PlannedWorkload:
     ideal_cct_ns: float
     predicted_cct_ratio: float
     traffic_factor: float
+    resolution_error_fraction: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +117,8 @@ class Plan:
         topology = self.topology
         mtu = max(_MIN_MTU_BYTES, self.scenario.transport.mtu_bytes + _MTU_HEADROOM_BYTES)
         result: list[Operation] = [
-            CreateNamespace(node.index, namespaces[node.index], node.kind is not NodeKind.HOST) for node in topology.nodes
+            CreateNamespace(node.index, namespaces[node.index], node.kind is not NodeKind.HOST)
+            for node in topology.nodes
         ]
         for link in topology.links:
             a, b = topology.port(link.a), topology.port(link.b)

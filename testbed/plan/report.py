@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from testbed.plan.model import Plan, PlannedWorkload
+from testbed.plan.operations import CreateLink, Operation
 from testbed.routing import find_collisions, link_loads
 from testbed.topology import format_address
 
@@ -152,7 +153,7 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
 
     Args:
         plan: The plan.
-        operations: Add ``operations[]``: the equal shell commands, in order.
+        operations: Add ``operations[]``: the equal shell commands, in order, each with its node.
     """
     topology, dilation = plan.topology, plan.dilation
     ports: list[Mapping[str, Any]] = [
@@ -220,9 +221,16 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
     }
     if operations:
         names = [node.name for node in topology.nodes]
-        # The namespace of each command: links are made in the namespace of their first end.
-        report["operations"] = [operation.describe() for operation in plan.operations(names)]
+        report["operations"] = [
+            {"node": names[_node_of(operation)], "command": operation.describe()}
+            for operation in plan.operations(names)
+        ]
     return report
+
+
+def _node_of(operation: Operation) -> int:
+    """Return the node in whose namespace an operation happens; a link is made from its first end."""
+    return operation.a.node if isinstance(operation, CreateLink) else operation.node
 
 
 def expected_wall_ns(plan: Plan, planned: PlannedWorkload) -> float:

@@ -162,8 +162,13 @@ class Fidelity:
         reasons: One sentence for each threshold that was missed; empty when trusted.
         wall_tick_lateness_p50_ns: Median lateness of the engine's ticks, wall time.
         wall_tick_lateness_p99_ns: 99th percentile of the same.
-        cpu_fraction: Busiest CPU's share of time in use.
-        shaping_error_fraction: Greatest relative error of a shaped rate against the asked one.
+        cpu_fraction: Share of its CPU that the engine used.
+        shaping_error_fraction: Largest share of an iteration that a port lost while its queue was never empty.
+        estimated_error_fraction: The machine's estimated share in the completion time, from above.
+        wall_nic_lag_max_ns: How far a NIC fell behind its own schedule at most, wall time.
+        wall_fabric_wait_p99_ns: 99th percentile of how long a frame waits for the fabric's CPU, wall time.
+        softnet_drops_packets: Frames the kernel dropped between two ports.
+        steal_fraction: Share of the CPU time that a hypervisor gave to others.
     """
 
     verdict: FidelityVerdict
@@ -172,6 +177,11 @@ class Fidelity:
     wall_tick_lateness_p99_ns: int | None = None
     cpu_fraction: float | None = None
     shaping_error_fraction: float | None = None
+    estimated_error_fraction: float | None = None
+    wall_nic_lag_max_ns: int | None = None
+    wall_fabric_wait_p99_ns: int | None = None
+    softnet_drops_packets: int | None = None
+    steal_fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,491 @@
+"""Everything that the command line does, as documented, typed calls.
+
+::
+
+    import testbed
+
+    scenario = testbed.load("scenarios/ai-zone.yaml", ["routing.scheme=ecmp"])
+    print(testbed.paths(scenario).predicted_cct_ratio)   # no root, nothing is built
+    result = testbed.run(scenario)                       # root: builds the fabric, runs, removes it
+    print(result.results[0].cct_ratio, result.fidelity.verdict)
+
+    with testbed.deploy(scenario, name="zone"):          # stays until testbed.destroy("zone")
+        pass
+    testbed.execute("zone", "host0", ["ping", "-c1", "10.0.0.3"])
+    testbed.run(scenario, name="zone")
+    testbed.destroy("zone")
+
+What cannot be done is a :class:`testbed.errors.TestbedError`. Imports are made where they are needed: looking at a scenario
+loads neither scapy nor the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from testbed.errors import LabError, MachineError, TestbedError
+
+if TYPE_CHECKING:
+    from testbed.carriers.protocol import WorkloadSamples
+    from testbed.fabric import Fabric, Lab
+    from testbed.kernel.probe import Finding
+    from testbed.measure.counters import FabricCounters
+    from testbed.plan.model import Plan
+    from testbed.plan.report import PathReport
+    from testbed.results import Result
+    from testbed.scenario import Scenario
+
+# Room for "-99" behind a name, within what a lab's name may be.
+_LAB_NAME_LENGTH = 37
+_MAX_LABS_OF_A_SCENARIO = 99
+_SIGNAL_EXIT = 128
+
+
+class RunListener(Protocol):
+    """Told what a run is doing; must be quick, for it is called in the engine's process."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line began."""
+
+    def iteration(self, number: int, of: int, *, warmup: bool) -> None:
+        """An iteration begins, ``number`` counting from 0."""
+
+
+class SilentListener:
+    """Hears everything, says nothing."""
+
+    def note(self, text: str) -> None:
+        """Ignore it."""
+
+    def iteration(self, number: int, of: int, *, warmup: bool) -> None:
+        """Ignore it."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
+    """Return the scenario in a file.
+
+    Args:
+        path: The YAML file.
+        overrides: Changes such as ``"fabric.spines=8"``, applied in order.
+
+    Raises:
+        ScenarioError: With every mistake in the file.
+    """
+    from testbed.scenario import load_scenario
+
+    return load_scenario(Path(path), overrides)
+
+
+def build_plan(scenario: Scenario, *, measure: bool = True) -> Plan:
+    """Return the plan of a scenario; nothing is built, nothing is measured, no root is needed.
+
+    Args:
+        scenario: The scenario.
+        measure: Take this machine's capacity from the cache, if it was ever measured. False gives the plan of a machine
+            whose capacity is not known: the same everywhere.
+
+    Raises:
+        PlanError: No fabric can be planned from it.
+    """
+    from testbed.plan.compile import compile_plan
+
+    capacity = None
+    if measure:
+        from testbed.measure.capacity import known_capacity
+
+        capacity = known_capacity()
+    return compile_plan(scenario, capacity_packets_per_s=capacity)
+
+
+def paths(scenario: Scenario) -> PathReport:
+    """Return every flow's path, the load of each link and the predicted slowdown; nothing is built.
+
+    Raises:
+        PlanError: No fabric can be planned from it.
+    """
+    from testbed.plan.report import describe_paths
+
+    return describe_paths(build_plan(scenario, measure=False))
+
+
+def run(
+    scenario: Scenario,
+    *,
+    name: str | None = None,
+    listener: RunListener | None = None,
+    output: Path | None = None,
+) -> Result:
+    """Run a scenario's workload and return what was found out. Needs root.
+
+    The process takes a real-time priority and one CPU of its own meanwhile. The first run on a machine with an automatic
+    time dilation measures the machine's capacity and caches it.
+
+    Args:
+        scenario: The scenario.
+        name: A deployed lab to run on, at that lab's time dilation; None builds a lab for the run and removes it after.
+        listener: Told of the progress.
+        output: Folder for ``result.json`` and ``scenario.yaml``; made if missing. None writes nothing.
+
+    Raises:
+        LabError: There is no lab ``name``, it is in use, or it was built from another fabric.
+        MachineError: This machine lacks something.
+        KernelError: The kernel refused something; nothing is left behind.
+        RunError: The workload could not finish.
+    """
+    from testbed.kernel.netlink import require_root
+
+    require_root()
+    heard = listener or SilentListener()
+    with _result_folder(output), contextlib.ExitStack() as stack:
+        if name is None:
+            plan = _plan_with_capacity(scenario, heard)
+            heard.note(_building(plan))
+            fabric = stack.enter_context(_ephemeral_fabric(plan))
+        else:
+            plan = _plan_for_lab(scenario, name)
+            fabric = stack.enter_context(_attached(plan, name))
+            heard.note(f"lab {name}: time dilation {plan.dilation.value:g}")
+        result = _run_on(fabric, heard)
+        if output is not None:
+            save_result(result, output)
+    return result
+
+
+def deploy(scenario: Scenario, name: str | None = None, *, listener: RunListener | None = None) -> Fabric:
+    """Build a lab that stays until it is destroyed. Needs root.
+
+    Args:
+        scenario: The scenario.
+        name: The lab's name; by default the scenario's.
+        listener: Told of the progress.
+
+    Returns:
+        The lab, held by this process until it is closed: use it in a ``with`` block, or close it.
+
+    Raises:
+        LabError: The name is taken, or cannot name a lab.
+        KernelError: The kernel refused something; nothing is left behind.
+    """
+    from testbed.fabric import Fabric
+    from testbed.kernel.netlink import require_root
+    from testbed.kernel.registry import check_lab_name
+
+    require_root()
+    heard = listener or SilentListener()
+    lab_name = lab_name_of(scenario) if name is None else name
+    check_lab_name(lab_name)
+    plan = _plan_with_capacity(scenario, heard)
+    heard.note(_building(plan))
+    return Fabric.deploy(plan, lab_name)
+
+
+def inspect(name: str | None = None) -> Lab:
+    """Return a lab as it is now: nodes, links, queue depths, counters. Needs root, for the counters.
+
+    Args:
+        name: The lab; may be left out when there is exactly one.
+
+    Raises:
+        LabError: There is no such lab, or none is named and there is not exactly one.
+    """
+    from testbed.fabric import read_lab
+
+    return read_lab(find_lab(name))
+
+
+def labs() -> list[str]:
+    """Return the names of all labs on this machine, sorted."""
+    from testbed.kernel.registry import list_labs
+
+    return list_labs()
+
+
+def find_lab(name: str | None = None) -> str:
+    """Return the name of the lab that is meant: the one named, or the only one there is.
+
+    Raises:
+        LabError: None is named and there is not exactly one.
+    """
+    if name is not None:
+        return name
+    known = labs()
+    if not known:
+        raise LabError("there is no lab", hint="`testbed deploy FILE` builds one")
+    if len(known) > 1:
+        raise LabError(f"there are {len(known)} labs ({', '.join(known)})", hint="name the one you mean")
+    return known[0]
+
+
+def execute(name: str | None, node: str, command: Sequence[str]) -> int:
+    """Run a command in the network namespace of a lab's node, on this process's standard streams. Needs root.
+
+    Args:
+        name: The lab; None for the only one there is.
+        node: Such as ``host0`` or ``leaf1``.
+        command: Program and arguments.
+
+    Returns:
+        Its exit code; 128 + N when signal N ended it.
+
+    Raises:
+        LabError: There is no such lab or node.
+        MachineError: There is no such program.
+    """
+    import os
+    import signal
+    import subprocess
+
+    from testbed.fabric.fabric import namespace_of
+    from testbed.kernel.namespaces import entered, open_namespace
+    from testbed.kernel.registry import read_state
+
+    if not command:
+        raise TestbedError("there is no command to execute", hint="testbed exec NODE -- COMMAND")
+    descriptor = open_namespace(namespace_of(read_state(find_lab(name)), node))
+    try:
+        with entered(descriptor):  # a child begins in the namespace of the thread that makes it
+            child = subprocess.Popen(list(command))
+    except FileNotFoundError:
+        raise MachineError(f"there is no program {command[0]!r}", hint="install it, or check its name") from None
+    except PermissionError:
+        raise MachineError(f"{command[0]!r} cannot be executed", hint="check its permissions") from None
+    finally:
+        os.close(descriptor)
+    # A Ctrl-C at the terminal reaches the child as well, which decides what it means.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code = child.wait()
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    return code if code >= 0 else _SIGNAL_EXIT - code
+
+
+def destroy(name: str) -> list[str]:
+    """Remove a lab. Needs root.
+
+    Returns:
+        Namespaces that bear a name of the lab but are not its own; they are left alone.
+
+    Raises:
+        LabError: There is no such lab, or another process uses it.
+    """
+    from testbed.fabric.signals import signals_held
+    from testbed.kernel import registry
+    from testbed.kernel.netlink import require_root
+
+    require_root()
+    lock = registry.lock_lab(name)
+    try:
+        with signals_held():
+            return registry.delete_lab(registry.read_state(name))
+    finally:
+        lock.close()
+
+
+def collect_garbage() -> tuple[list[str], list[str]]:
+    """Remove what killed processes left behind; labs in use and deployed labs are kept. Needs root.
+
+    Returns:
+        Names of the labs removed, and namespaces left alone because they are not ours.
+    """
+    from testbed.fabric.signals import signals_held
+    from testbed.kernel import registry
+    from testbed.kernel.netlink import require_root
+
+    require_root()
+    with signals_held():
+        return registry.collect_garbage()
+
+
+def probe_machine() -> tuple[Finding, ...]:
+    """Try everything that runs need on this machine and say what was found; nothing is left behind."""
+    from testbed.kernel.probe import probe_capacity, probe_machine
+
+    return (*probe_machine(), probe_capacity(_known_capacity_or_none()))
+
+
+def save_result(result: Result, folder: Path) -> None:
+    """Write ``result.json`` and ``scenario.yaml`` (the resolved scenario) into a folder, made if missing.
+
+    Raises:
+        TestbedError: They cannot be written.
+    """
+    from ruamel.yaml import YAML
+
+    from testbed.results import render_json
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # keys in the order of the file format
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "scenario.yaml").open("w") as file:
+            yaml.dump(dict(result.scenario), file)
+        draft = folder / "result.json.new"
+        draft.write_text(render_json(result))
+        draft.rename(folder / "result.json")  # whole, or not there
+    except OSError as error:
+        raise TestbedError(f"results cannot be written to {folder}: {error.strerror}", hint="use --output") from None
+
+
+def lab_name_of(scenario: Scenario) -> str:
+    """Return the name of a scenario's lab: its own in what characters a lab's name may have."""
+    cleaned = re.sub(r"[^a-z0-9_.-]", "-", scenario.name.lower())[:_LAB_NAME_LENGTH]
+    return cleaned.strip("_.-") or "lab"
+
+
+@contextlib.contextmanager
+def _result_folder(output: Path | None) -> Iterator[None]:
+    """Make the folder of the results before anything is built; take it away again if nothing came of it."""
+    if output is None:
+        yield
+        return
+    made = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TestbedError(f"results cannot be written to {output}: {error.strerror}", hint="use --output") from None
+    try:
+        yield
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                output.rmdir()
+        raise
+
+
+def _known_capacity_or_none() -> float | None:
+    from testbed.measure.capacity import known_capacity
+
+    return known_capacity()
+
+
+def _plan_with_capacity(scenario: Scenario, listener: RunListener) -> Plan:
+    """Return the plan, after measuring this machine's capacity where that decides and was never done."""
+    if scenario.time_dilation is None and _known_capacity_or_none() is None:
+        from testbed.measure.capacity import measure_capacity
+
+        build_plan(scenario, measure=False)  # what cannot be planned needs no measurement
+        listener.note("measuring what this machine can carry (once; the figure is cached)")
+        measure_capacity(listener)
+    return build_plan(scenario)
+
+
+def _plan_for_lab(scenario: Scenario, name: str) -> Plan:
+    """Return the plan of a scenario at the time dilation of a deployed lab.
+
+    Raises:
+        LabError: There is no such lab, it was never finished, or the scenario asks for another dilation.
+    """
+    from testbed.kernel.registry import read_state
+
+    dilation = read_state(name).details.get("time_dilation")
+    if dilation is None:
+        raise LabError(f"lab {name!r} was never finished", hint="`testbed gc` removes it")
+    if scenario.time_dilation is None:
+        scenario = scenario.model_copy(update={"time_dilation": float(dilation)})
+    return build_plan(scenario)
+
+
+@contextlib.contextmanager
+def _attached(plan: Plan, name: str) -> Iterator[Fabric]:
+    from testbed.fabric import Fabric
+
+    with Fabric.attach(plan, name) as fabric:
+        yield fabric
+
+
+@contextlib.contextmanager
+def _ephemeral_fabric(plan: Plan) -> Iterator[Fabric]:
+    """Build a lab for the block, named after the scenario, with a number where that name is taken."""
+    from testbed.fabric import Fabric
+
+    base = lab_name_of(plan.scenario)
+    with contextlib.ExitStack() as stack:
+        for number in range(1, _MAX_LABS_OF_A_SCENARIO + 1):
+            name = base if number == 1 else f"{base}-{number}"
+            if name in labs():
+                continue
+            try:
+                fabric = stack.enter_context(Fabric.build(plan, name))
+            except LabError:
+                if name in labs():  # another run was quicker
+                    continue
+                raise
+            break
+        else:
+            raise LabError(f"there are {_MAX_LABS_OF_A_SCENARIO} labs named after {base!r}", hint="testbed gc")
+        yield fabric
+
+
+def _building(plan: Plan) -> str:
+    topology, dilation = plan.topology, plan.dilation
+    return (
+        f"building {len(topology.nodes)} nodes and {len(topology.links)} links "
+        f"at time dilation {dilation.value:g} ({dilation.bound})"
+    )
+
+
+class _BaselineListener:
+    """Passes progress on, and takes the baseline of the counters when the first measured iteration begins."""
+
+    def __init__(self, fabric: Fabric, listener: RunListener) -> None:
+        from testbed.measure.counters import Snapshot
+
+        self._fabric = fabric
+        self._listener = listener
+        self.baseline = Snapshot.of(fabric.arrays.queues, fabric.arrays.qps)
+
+    def iteration(self, number: int, of: int, *, warmup: bool) -> None:
+        from testbed.measure.counters import Snapshot
+
+        if number == 0 and not warmup:
+            self._fabric.arrays.queues["peak_bytes"] = 0
+            self.baseline = Snapshot.of(self._fabric.arrays.queues, self._fabric.arrays.qps)
+        self._listener.iteration(number, of, warmup=warmup)
+
+
+def _run_on(fabric: Fabric, listener: RunListener) -> Result:
+    """Run every workload item over a fabric, one after the other."""
+    from testbed.assemble import assemble_result
+    from testbed.carriers.engine import engine_carrier
+    from testbed.host import MachineCounters, read_host_facts
+    from testbed.measure.counters import FabricCounters, Snapshot
+    from testbed.measure.verdict import judge
+    from testbed.units import format_size
+
+    plan = fabric.plan
+    host = read_host_facts()
+    samples: list[WorkloadSamples] = []
+    counters: FabricCounters | None = None
+    with engine_carrier(fabric) as (carrier, refused):
+        before = MachineCounters.read()
+        for index, planned in enumerate(plan.workloads):
+            item = planned.workload
+            listener.note(f"{item.collective} ({item.algorithm}) of {format_size(item.size_bytes)}")
+            heard = _BaselineListener(fabric, listener)
+            samples.append(carrier.run(index, heard))
+            counted = FabricCounters.between(
+                heard.baseline,
+                Snapshot.of(fabric.arrays.queues, fabric.arrays.qps),
+                wall_duration_ns=samples[-1].machine.wall_duration_ns,
+            )
+            counters = counted if counters is None else counters + counted
+        after = MachineCounters.read()
+    if counters is None:
+        raise TestbedError("the workload is empty")
+    fidelity = judge(
+        [sample.machine for sample in samples],
+        wall_tick_ns=plan.dilation.wall_tick_ns,
+        softnet_drops=after.drops_since(before),
+        steal_fraction=after.steal_fraction_since(before),
+    )
+    return assemble_result(plan, samples, counters, fidelity, host=host, warnings=refused)

@@ -1,0 +1,131 @@
+"""How many packets a second this machine carries: measured once with the real data plane and engine, and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from testbed.carriers.engine import engine_carrier
+from testbed.fabric import Fabric
+from testbed.plan.compile import compile_plan
+from testbed.plan.dilation import WALL_TICK_NS
+from testbed.scenario import load_scenario
+
+# Loads tried, packets per second over four hops; the last that was carried is the capacity.
+_STEPS_PACKETS_PER_S = (30_000, 45_000, 60_000, 75_000, 90_000, 105_000, 120_000, 140_000, 160_000, 190_000, 220_000)
+_STEP_WALL_SECONDS = 0.5
+# A load counts as carried when its transfers took at most this much longer than asked.
+_CARRIED_RATIO = 1.01
+_ATTEMPTS = 3
+_CACHE_VERSION = 2
+# The wire bits of a full frame: 4096 + 58 + 24 bytes.
+_FRAME_BITS = 4178 * 8
+_RATE_BITS_PER_S = 400_000_000_000
+_HOSTS = 16
+_REFERENCE = """
+name: capacity
+fabric:
+  kind: clos
+  leaves: 4
+  spines: 4
+  hosts_per_leaf: 4
+  host_link: {rate: 400 Gbit/s, delay: 600 ns}
+  switch: {buffer: 64 MiB}
+routing: {scheme: pinning}
+workload:
+  - {collective: send_recv, order: rails, size: 1 MiB, iters: 1, warmup_iters: 0}
+"""
+
+
+class _Quiet:
+    def iteration(self, number: int, of: int, *, warmup: bool) -> None:
+        """Say nothing."""
+
+
+def cache_path() -> Path:
+    """Return the file that remembers the capacity of this machine."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "testbed" / "capacity.json"
+
+
+def machine_key() -> str:
+    """Return what identifies this machine, as far as its speed goes: CPUs, kernel, and the version of the measurement."""
+    model = ""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line
+                break
+    except OSError:
+        pass
+    facts = (_CACHE_VERSION, model, sorted(os.sched_getaffinity(0)), platform.release(), platform.machine(), WALL_TICK_NS)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def known_capacity() -> float | None:
+    """Return the cached capacity of this machine in packets per second, or None when it was not measured."""
+    try:
+        data: dict[str, Any] = json.loads(cache_path().read_text())
+        return float(data[machine_key()]["packets_per_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def measure_capacity(report: Callable[[str], None] = lambda text: None) -> float:
+    """Measure the capacity of this machine, remember and return it.
+
+    Rising loads run over a 4x4x4 fabric until one takes more than a percent longer than asked.
+
+    Args:
+        report: Told what is being tried.
+
+    Returns:
+        Packets per second over host, leaf, spine, leaf, host.
+
+    Raises:
+        KernelError: The fabric could not be built.
+    """
+    carried = 0.0
+    for asked in _STEPS_PACKETS_PER_S:
+        if not any(try_load(asked) <= _CARRIED_RATIO for _ in range(_ATTEMPTS)):
+            break
+        carried = float(asked)
+        report(f"carries {asked:,} packets/s")
+    capacity = carried or _STEPS_PACKETS_PER_S[0] / 2
+    path = cache_path()
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        known = {}
+    known[machine_key()] = {"packets_per_s": capacity}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known, indent=1))
+    except OSError:
+        report(f"{path} cannot be written: the capacity will be measured again")
+    return capacity
+
+
+def try_load(packets_per_s: float, *, leaves: int = 4, seconds: float = _STEP_WALL_SECONDS) -> float:
+    """Run a load over the reference fabric for a moment; return its completion time over the ideal, inf when frames were lost.
+
+    Args:
+        packets_per_s: Asked of all hosts together, wall time.
+        leaves: Leaves of the reference fabric, four hosts each.
+        seconds: How long, wall time.
+    """
+    hosts = 4 * leaves
+    dilation = hosts * _RATE_BITS_PER_S / _FRAME_BITS / packets_per_s
+    size = max(1, round(packets_per_s * seconds / hosts)) * 4096
+    settings = [f"time_dilation={dilation:.3f}", f"workload.0.size={size}", f"fabric.leaves={leaves}"]
+    plan = compile_plan(load_scenario(_REFERENCE, settings), capacity_packets_per_s=None)
+    with Fabric.build(plan, f"capacity-{os.getpid()}") as fabric, engine_carrier(fabric) as (carrier, _):
+        samples = carrier.run(0, _Quiet())
+    if samples.retransmitted_packets or any(one.unaccounted_bytes for one in samples.machine):
+        return float("inf")
+    return samples.cct_ns[0] / plan.workloads[0].ideal_cct_ns
