@@ -95,7 +95,7 @@ def build_plan(scenario: Scenario, *, measure: bool = True) -> Plan:
 
     capacity = None
     if measure:
-        from testbed.measure.capacity import known_capacity
+        from testbed.carriers.capacity import known_capacity
 
         capacity = known_capacity()
     return compile_plan(scenario, capacity_packets_per_s=capacity)
@@ -236,7 +236,6 @@ def execute(name: str | None, node: str, command: Sequence[str]) -> int:
         MachineError: There is no such program.
     """
     import os
-    import signal
     import subprocess
 
     from testbed.fabric.fabric import namespace_of
@@ -255,16 +254,12 @@ def execute(name: str | None, node: str, command: Sequence[str]) -> int:
         raise MachineError(f"{command[0]!r} cannot be executed", hint="check its permissions") from None
     finally:
         os.close(descriptor)
-    # A Ctrl-C at the terminal reaches the child as well, which decides what it means.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         code = child.wait()
-    except BaseException:
+    except BaseException:  # Ctrl-C reached the child as well, SIGTERM did not
         child.terminate()
         child.wait()
         raise
-    finally:
-        signal.signal(signal.SIGINT, previous)
     return code if code >= 0 else _SIGNAL_EXIT - code
 
 
@@ -363,7 +358,7 @@ def _result_folder(output: Path | None) -> Iterator[None]:
 
 
 def _known_capacity_or_none() -> float | None:
-    from testbed.measure.capacity import known_capacity
+    from testbed.carriers.capacity import known_capacity
 
     return known_capacity()
 
@@ -371,11 +366,11 @@ def _known_capacity_or_none() -> float | None:
 def _plan_with_capacity(scenario: Scenario, listener: RunListener) -> Plan:
     """Return the plan, after measuring this machine's capacity where that decides and was never done."""
     if scenario.time_dilation is None and _known_capacity_or_none() is None:
-        from testbed.measure.capacity import measure_capacity
+        from testbed.carriers.capacity import measure_capacity
 
         build_plan(scenario, measure=False)  # what cannot be planned needs no measurement
         listener.note("measuring what this machine can carry (once; the figure is cached)")
-        measure_capacity(listener)
+        measure_capacity(listener.note)
     return build_plan(scenario)
 
 
@@ -476,14 +471,14 @@ def _run_on(fabric: Fabric, listener: RunListener) -> Result:
             counted = FabricCounters.between(
                 heard.baseline,
                 Snapshot.of(fabric.arrays.queues, fabric.arrays.qps),
-                wall_duration_ns=samples[-1].machine.wall_duration_ns,
+                wall_duration_ns=sum(one.wall_duration_ns for one in samples[-1].machine),
             )
             counters = counted if counters is None else counters + counted
         after = MachineCounters.read()
     if counters is None:
         raise TestbedError("the workload is empty")
     fidelity = judge(
-        [sample.machine for sample in samples],
+        [one for sample in samples for one in sample.machine],
         wall_tick_ns=plan.dilation.wall_tick_ns,
         softnet_drops=after.drops_since(before),
         steal_fraction=after.steal_fraction_since(before),

@@ -63,7 +63,14 @@ def machine_key() -> str:
                 break
     except OSError:
         pass
-    facts = (_CACHE_VERSION, model, sorted(os.sched_getaffinity(0)), platform.release(), platform.machine(), WALL_TICK_NS)
+    facts = (
+        _CACHE_VERSION,
+        model,
+        sorted(os.sched_getaffinity(0)),
+        platform.release(),
+        platform.machine(),
+        WALL_TICK_NS,
+    )
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 

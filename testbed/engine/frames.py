@@ -8,6 +8,8 @@ differs (``roce/icrc.py``). Frames whose length differs from the template's (the
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -171,13 +173,13 @@ class FrameWriter:
         odd = streams.payload_bytes[flat + start : flat + stop] != self._mtu
         long = np.flatnonzero(begins & ~odd)
         if len(long):
-            message = streams.message[flat + start + long]
+            of = streams.message[flat + start + long]
             self._write_long(
                 first + long,
                 connection,
                 [column[long] for column in columns],
-                self._va[message],
-                self._lengths[message],
+                self._va[of],
+                self._lengths[of],
             )
         for row in np.flatnonzero(odd).tolist():
             index = flat + start + row
@@ -198,14 +200,15 @@ class FrameWriter:
         self,
         slots: npt.NDArray[np.intp],
         connection: int,
-        columns: list[npt.NDArray[np.int64]],
+        columns: Sequence[npt.NDArray[Any]],
         va: npt.NDArray[np.int64],
         length: npt.NDArray[np.int64],
     ) -> None:
         """Fill slots of full-size frames that carry a RETH."""
         block = np.repeat(self._long[connection][None, :], len(slots), axis=0)
-        columns = columns + [(va >> shift) & 0xFF for shift in (32, 24, 16, 8, 0)]
-        columns += [(length >> shift) & 0xFF for shift in (24, 16, 8, 0)]
+        reth = [(va >> shift) & 0xFF for shift in (32, 24, 16, 8, 0)]
+        reth += [(length >> shift) & 0xFF for shift in (24, 16, 8, 0)]
+        columns = [*columns, *reth]
         icrc = np.full(len(slots), self._long_icrc[connection], np.uint32)
         icrc ^= self._long_tables[0][columns[0] ^ np.uint8(Opcode.WRITE_FIRST)]
         for values, table in zip(columns[1:], self._long_tables[1:], strict=True):
@@ -273,6 +276,6 @@ def _templates(
 def _ipv4_checksum(header: bytearray) -> int:
     """Return the checksum of a 20-byte IPv4 header, whatever its checksum field holds."""
     words = struct.unpack("!10H", header)
-    total = sum(words) - words[5]
+    total: int = sum(words) - words[5]
     total = (total & 0xFFFF) + (total >> 16)
     return ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF

@@ -15,10 +15,10 @@ from testbed.engine.frames import FrameWriter
 from testbed.engine.nic import NicPacer, share_budget
 from testbed.engine.observer import ShapingObserver
 from testbed.engine.progress import Progress
-from testbed.measure.samples import MachineSamples
-from testbed.roce.queue_pairs import REQUESTER, RESPONDER, Connection, qp_index, ranks_of
 from testbed.engine.stream import PacketStreams, build_streams
 from testbed.errors import RunError
+from testbed.measure.samples import MachineSamples
+from testbed.roce.queue_pairs import REQUESTER, RESPONDER, Connection, qp_index, ranks_of
 from testbed.roce.wire import LINK_OVERHEAD_BYTES, Opcode, frame_bytes
 
 # Frames in a host's queue beyond which its NIC waits, at most: a paused or starved host then stops by itself.

@@ -6,6 +6,8 @@ begun by now, so a late tick catches up and the rate is exact over any stretch i
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -26,7 +28,7 @@ class NicPacer:
         self._scratch = np.zeros(len(wall_ns_per_byte))
 
     def budget(
-        self, now_ns: int, wants: npt.NDArray[np.int64], credit: npt.NDArray[np.float64]
+        self, now_ns: int, wants: npt.NDArray[np.int64], credit: npt.NDArray[np.floating[Any]]
     ) -> npt.NDArray[np.int64]:
         """Return how many full frames each NIC may begin by now.
 
