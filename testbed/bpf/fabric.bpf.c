@@ -103,7 +103,8 @@ static __always_inline void account_dequeue(const struct tb_port *port, const st
 	struct tb_queue *queue;
 	struct tb_node *node;
 
-	if (MAC_INGRESS(eth->h_source) == TB_INGRESS_KERNEL)
+	/* Whatever source MAC a host writes, its egress program has counted the frame. */
+	if (!(port->flags & TB_PORT_PEER_HOST) && MAC_INGRESS(eth->h_source) == TB_INGRESS_KERNEL)
 		return;
 	queue = queue_of(port->peer, priority);
 	if (queue) {
@@ -117,11 +118,11 @@ static __always_inline void account_dequeue(const struct tb_port *port, const st
 	}
 }
 
-static __always_inline void account_enqueue(struct tb_queue *queue, __u32 len)
+static __always_inline void account_enqueue(struct tb_queue *queue, __u32 len, __u32 packets)
 {
 	__u64 depth = __sync_fetch_and_add(&queue->enq_bytes, len) + len - queue->deq_bytes;
 
-	__sync_fetch_and_add(&queue->enq_packets, 1);
+	__sync_fetch_and_add(&queue->enq_packets, packets);
 	if (depth > queue->peak_bytes)
 		queue->peak_bytes = depth;
 }
@@ -132,6 +133,14 @@ static __always_inline int pull(struct __sk_buff *skb, __u32 want)
 	if ((void *)(long)skb->data + want <= (void *)(long)skb->data_end)
 		return 0;
 	return bpf_skb_pull_data(skb, want < skb->len ? want : skb->len);
+}
+
+/* Unicast IPv4 without a VLAN tag is what the fabric carries and counts; all programs must agree on it. A tag stands
+ * in the frame when a host sends it and beside it (vlan_present) once it was received.
+ */
+static __always_inline int is_carried(const struct __sk_buff *skb, const struct ethhdr *eth)
+{
+	return eth->h_proto == bpf_htons(ETH_P_IP) && !(eth->h_dest[0] & 1) && !skb->vlan_present;
 }
 
 struct flow_words {
@@ -160,7 +169,7 @@ int switch_ingress(struct __sk_buff *skb)
 	end = (void *)(long)skb->data_end;
 	eth = data;
 	ip = data + TB_ETH_HLEN;
-	if ((void *)(ip + 1) > end || eth->h_proto != bpf_htons(ETH_P_IP) || (eth->h_dest[0] & 1))
+	if ((void *)(ip + 1) > end || !is_carried(skb, eth))
 		return TC_ACT_OK;
 	port = port_of(id);
 	if (!port)
@@ -222,13 +231,13 @@ int switch_ingress(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	}
 	__sync_fetch_and_add(&node->used_bytes, (__s64)len);
-	account_enqueue(queue, len);
+	account_enqueue(queue, len, 1);
 
-	/* RFC 1624 for TTL - 1: the checksum grows by 0x0100. */
+	/* As ip_decrease_ttl(): the checksum grows by 0x0100, and is never 0xffff (RFC 1624). */
 	{
 		__u32 check = bpf_ntohs(ip->check) + 0x0100;
 
-		ip->check = bpf_htons(check + (check >> 16));
+		ip->check = bpf_htons(check + (check >= 0xffff));
 		ip->ttl--;
 	}
 	__builtin_memcpy(eth->h_dest, egress_port->peer_mac, 6);
@@ -251,7 +260,8 @@ no_route:
 SEC("tc")
 int host_egress(struct __sk_buff *skb)
 {
-	__u32 len = skb->len, priority;
+	/* What the kernel still has to cut (TCP, UDP_SEGMENT) is counted as the frames that will leave. */
+	__u32 len = skb->wire_len, packets = skb->gso_segs ?: 1, priority;
 	struct tb_queue *queue;
 	struct ethhdr *eth;
 	struct iphdr *ip;
@@ -263,12 +273,12 @@ int host_egress(struct __sk_buff *skb)
 	end = (void *)(long)skb->data_end;
 	eth = data;
 	ip = data + TB_ETH_HLEN;
-	if ((void *)(ip + 1) > end || eth->h_proto != bpf_htons(ETH_P_IP) || (eth->h_dest[0] & 1))
+	if ((void *)(ip + 1) > end || !is_carried(skb, eth))
 		return TC_ACT_OK;
 	priority = priority_of(ip);
 	queue = queue_of(skb->ifindex - config.ifindex_base, priority);
 	if (queue)
-		account_enqueue(queue, len);
+		account_enqueue(queue, len, packets);
 	choose_transmit_queue(skb, priority);
 	/* Steering reads the hash and has one CPU to choose from: any value spares the flow dissector. */
 	bpf_set_hash(skb, 1);
@@ -433,7 +443,7 @@ int host_ingress(struct __sk_buff *skb)
 	end = (void *)(long)skb->data_end;
 	eth = data;
 	ip = data + TB_ETH_HLEN;
-	if ((void *)(ip + 1) > end || eth->h_proto != bpf_htons(ETH_P_IP) || (eth->h_dest[0] & 1))
+	if ((void *)(ip + 1) > end || !is_carried(skb, eth))
 		return TC_ACT_OK;
 	port = port_of(skb->ifindex - config.ifindex_base);
 	if (!port)

@@ -13,6 +13,7 @@ from testbed.engine.stream import build_streams
 from testbed.fabric import Fabric
 from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
+from testbed.kernel.softirq import raised_softirq_priority
 from testbed.plan.model import Plan
 
 
@@ -102,8 +103,11 @@ def engine_carrier(fabric: Fabric) -> Iterator[tuple[EngineCarrier, list[str]]]:
         The carrier, and warnings about what the machine refused.
     """
     clock = MonotonicClock()
-    engine_cpu, _ = choose_cpus()
-    with fabric.packet_sockets() as sockets, contextlib.closing(ProbeLink(fabric.probe_cpu, clock.now_ns)) as probe:
-        with engine_thread(engine_cpu) as warnings:
-            descriptors = [one.fileno() for one in sockets]
-            yield EngineCarrier(fabric, descriptors, probe, clock), warnings
+    engine_cpu, port_cpus = choose_cpus()
+    with (
+        fabric.packet_sockets() as sockets,
+        contextlib.closing(ProbeLink(fabric.probe_cpu, clock.now_ns)) as probe,
+        raised_softirq_priority(port_cpus) as softirq_warnings,
+        engine_thread(engine_cpu) as warnings,
+    ):
+        yield EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock), softirq_warnings + warnings

@@ -44,9 +44,10 @@ class NicPacer:
         self._busy = demand
         np.subtract(now_ns, self._free_at, out=self._scratch)
         self._scratch *= self._frames_per_ns
-        due = np.minimum(self._scratch + 1.0, credit).astype(np.int64)
+        due: npt.NDArray[np.int64] = np.minimum(self._scratch + 1.0, credit).astype(np.int64)
         np.minimum(due, wants, out=due)
-        return np.maximum(due, 0, out=due)
+        np.maximum(due, 0, out=due)
+        return due
 
     def charge(self, frames: npt.NDArray[np.int64]) -> None:
         """Charge the full frames that were sent."""

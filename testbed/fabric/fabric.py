@@ -30,6 +30,7 @@ from testbed.topology import HOST_NETWORK, NodeKind
 _QP_ROWS = 16384
 # Priorities 6 and 7 (CNP, ACK, network control) have the control queue.
 CONTROL_PRIORITIES = 0b1100_0000
+_PROBE_MAP = "tb_probe"
 # A frame of 4 KiB leaves a 400 Gbit/s port every 0.1 s at the greatest dilation (10^6): a queue that stands for longer is stuck.
 _STUCK_S = 1.0
 # What a killed run leaves behind drains in less.
@@ -127,7 +128,7 @@ class Fabric:
             _fill_tables(plan, arrays)
             _, port_cpus = choose_cpus()
             state.details = {
-                "maps": {map_name: bpf.read_id(fd) for map_name, fd in loaded.maps.items()},
+                "maps": {name: bpf.read_id(fd) for name, fd in loaded.maps.items() if name != _PROBE_MAP},
                 "entries": entries,
                 "time_dilation": plan.dilation.value,
                 "port_cpus": list(port_cpus),
@@ -174,13 +175,7 @@ class Fabric:
                     f"the plan at {plan.dilation.value:g}",
                     hint="leave `time_dilation` at auto: the lab's is then taken",
                 )
-            entries = state.details["entries"]
-            maps = {map_name: bpf.open_map(map_id) for map_name, map_id in state.details["maps"].items()}
-            try:
-                arrays = layout.MappedArrays(maps, entries)
-            finally:
-                for fd in maps.values():
-                    os.close(fd)
+            arrays = open_arrays(state)
             _wait_until_drained(name, arrays)
         except BaseException:
             lock.close()
@@ -257,6 +252,24 @@ def namespace_of(state: registry.LabState, node: str) -> str:
         raise LabError(f"lab {state.name!r} has no node {node!r} (nodes: {known})") from None
 
 
+def open_arrays(state: registry.LabState) -> layout.MappedArrays:
+    """Map the eBPF arrays of a deployed lab.
+
+    Raises:
+        KernelError: They are gone (ENOENT), or may not be read (EPERM).
+    """
+    descriptors: dict[str, int] = {}
+    try:
+        for map_name, map_id in state.details["maps"].items():
+            descriptors[map_name] = bpf.open_map(map_id)
+        # No program of a lab uses the probe's map, so that it went with the process that loaded it; the column is not read.
+        descriptors[_PROBE_MAP] = descriptors["tb_nodes"]
+        return layout.MappedArrays(descriptors, state.details["entries"])
+    finally:
+        for descriptor in set(descriptors.values()):
+            os.close(descriptor)
+
+
 def _wait_until_drained(name: str, arrays: layout.MappedArrays) -> None:
     """Wait until no frame of an earlier run is under way: it would be taken for one of the next.
 
@@ -294,7 +307,7 @@ def _map_entries(plan: Plan) -> dict[str, int]:
         "tb_groups": len(tables.groups),
         "tb_members": sum(len(group.members) for group in tables.groups),
         "tb_qps": _QP_ROWS,
-        "tb_probe": 8,
+        _PROBE_MAP: 8,
     }
 
 

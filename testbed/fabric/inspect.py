@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-import os
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from testbed.errors import KernelError
-from testbed.kernel import bpf, layout, registry
+from testbed.fabric.fabric import open_arrays
+from testbed.kernel import registry
 from testbed.plan.compile import build_topology
 from testbed.scenario import Scenario
 from testbed.topology import Port, Topology, format_address
@@ -160,18 +160,12 @@ def _describe_direction(
 
 def _read_queues(state: registry.LabState) -> dict[str, npt.NDArray[np.int64]] | None:
     """Return copies of the queue counters, each of shape ``(ports + 1, 8)``, or None where the maps are gone."""
-    descriptors: dict[str, int] = {}
     try:
-        for map_name, map_id in state.details["maps"].items():
-            descriptors[map_name] = bpf.open_map(map_id)
-        arrays = layout.MappedArrays(descriptors, state.details["entries"])
-        # What left before what entered: a depth is then never negative.
-        names = ("deq_bytes", "deq_packets", "enq_bytes", "peak_bytes", "drop_packets")
-        return {name: arrays.queues[name].astype(np.int64) for name in names}
+        arrays = open_arrays(state)
     except KernelError as error:
         if error.code == errno.ENOENT:  # the namespaces, and with them programs and maps, were removed by hand
             return None
         raise
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+    # What left before what entered: a depth is then never negative.
+    names = ("deq_bytes", "deq_packets", "enq_bytes", "peak_bytes", "drop_packets")
+    return {name: arrays.queues[name].astype(np.int64) for name in names}

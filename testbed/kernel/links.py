@@ -31,6 +31,7 @@ _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFF_UP = 1
 _NUD_PERMANENT = 0x80
 _RT_TABLE_MAIN, _RTPROT_STATIC, _RT_SCOPE_UNIVERSE, _RT_SCOPE_LINK, _RTN_UNICAST = 254, 4, 0, 253, 1
+_RTN_UNREACHABLE = 7
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_MULTIPATH = 1, 4, 5, 9
 
 # Two transmit queues: 0 for data (shaped and paused), 1 for control (ACK, CNP, PFC).
@@ -126,25 +127,26 @@ def create_route(prefix: int, prefix_len: int, next_hops: Sequence[tuple[int, in
     Args:
         prefix: Destination network.
         prefix_len: Its length in bits.
-        next_hops: ``(gateway address, interface index)``, several for a multipath route.
+        next_hops: ``(gateway address, interface index)``, several for a multipath route, none for an unreachable one.
     """
-    scope = _RT_SCOPE_UNIVERSE
+    scope, kind = _RT_SCOPE_UNIVERSE, _RTN_UNICAST if next_hops else _RTN_UNREACHABLE
     payload = struct.pack(
-        "=BBBBBBBBI", socket.AF_INET, prefix_len, 0, 0, _RT_TABLE_MAIN, _RTPROT_STATIC, scope, _RTN_UNICAST, 0
+        "=BBBBBBBBI", socket.AF_INET, prefix_len, 0, 0, _RT_TABLE_MAIN, _RTPROT_STATIC, scope, kind, 0
     )
     if prefix_len:
         payload += attribute(_RTA_DST, struct.pack("!I", prefix))
     if len(next_hops) == 1:
         gateway, index = next_hops[0]
         payload += attribute(_RTA_GATEWAY, struct.pack("!I", gateway)) + attribute_u32(_RTA_OIF, index)
-    else:
+    elif next_hops:
         hops = b""
         for gateway, index in next_hops:
             nested = attribute(_RTA_GATEWAY, struct.pack("!I", gateway))
             hops += struct.pack("=HBBi", 8 + len(nested), 0, 0, index) + nested
         payload += attribute(_RTA_MULTIPATH, hops)
     via = " ".join(f"nexthop via {address_text(gateway)} dev {index}" for gateway, index in next_hops)
-    return Message(f"ip route add {address_text(prefix)}/{prefix_len} {via}", RTM_NEWROUTE, NLM_F_CREATE, payload)
+    operation = f"ip route add {address_text(prefix)}/{prefix_len} {via or 'type unreachable'}"
+    return Message(operation, RTM_NEWROUTE, NLM_F_CREATE, payload)
 
 
 def disable_offloads(ifname: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 from collections.abc import Callable
 
@@ -41,6 +42,7 @@ class ProbeLink:
         self._now_ns = now_ns
         self._sent = 0
         self._sent_ns = 0
+        self._refused_ns = 0
         self._waits: list[int] = []
         origin = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -83,13 +85,21 @@ class ProbeLink:
 
     def send(self, now_ns: int) -> None:
         """Note the last probe's wait and send the next, unless one is still under way."""
-        if self._sent:
+        if self._sent and not self._refused_ns:
             if int(self._arrival[1]) < self._sent:
                 return
             self._waits.append(max(0, int(self._arrival[0]) - self._sent_ns))
-        self._sent_ns = self._now_ns()
+        start_ns = self._refused_ns or self._now_ns()
+        try:
+            self._socket.send(_FRAME)
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            # The CPU's backlog is full: this probe waits outside, from now until it is let in.
+            self._refused_ns = start_ns
+            return
+        self._sent_ns, self._refused_ns = start_ns, 0
         self._sent += 1
-        self._socket.send(_FRAME)
 
     def restart(self) -> None:
         """Forget the waits so far."""

@@ -9,8 +9,9 @@ What the machine can do to a completion time, and how it is seen without knowing
 * *stalls*: the fabric's CPU did nothing for a while; probe frames waited;
 * *lost time*: a port whose queue was never empty sent less than its rate.
 
-Each is a time; their sum over the iteration's length estimates the relative error of its completion time from above. The
-result reports the median iteration, so the median estimate is judged.
+Each is a time. Ports have saved a few ticks' worth of their rate in their token buckets and catch up by that much at once;
+what lag and stalls take beyond it, with lost time and resolution, over the iteration's length estimates the relative error of
+its completion time from above. The result reports the median iteration, so the median estimate is judged.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ TRUSTED_ERROR_FRACTION = 0.0075
 INVALID_ERROR_FRACTION = 0.05
 # A probe that waits less than a tick is hidden by the tick itself.
 _STALL_TICKS = 1.0
+# What the buckets of the ports absorb in an iteration: two thirds of plan.BURST_TICKS, for a bucket is not always full.
+_ABSORBED_TICKS = 4
 # Steal is time the hypervisor gave to others; what it does shows as lag and stalls, this much alone makes them unreliable.
 _DEGRADED_STEAL_FRACTION = 0.25
 # No p99 below this many samples.
@@ -54,12 +57,16 @@ class ErrorEstimate:
 def estimate_error(samples: MachineSamples) -> ErrorEstimate:
     """Return the machine's estimated share in one iteration's completion time."""
     duration = max(1, samples.wall_duration_ns)
+    tick = samples.wall_tick_ns
     lateness = float(samples.wall_lateness_ns.mean()) if len(samples.wall_lateness_ns) else 0.0
-    waits = samples.wall_probe_ns.astype(np.float64) - _STALL_TICKS * samples.wall_tick_ns
+    waits = samples.wall_probe_ns.astype(np.float64) - _STALL_TICKS * tick
+    stalls = float(np.maximum(waits, 0.0).sum())
+    lag = max(0.0, float(samples.wall_nic_lag_ns.max(initial=0.0)) - tick)
+    excess = max(0.0, stalls + lag - _ABSORBED_TICKS * tick) / max(1.0, stalls + lag)
     return ErrorEstimate(
-        resolution=samples.resolution_error_fraction * (1.0 + lateness / samples.wall_tick_ns),
-        lag=max(0.0, float(samples.wall_nic_lag_ns.max(initial=0.0)) - samples.wall_tick_ns) / duration,
-        stalls=float(np.maximum(waits, 0.0).sum()) / duration,
+        resolution=samples.resolution_error_fraction * (1.0 + lateness / tick),
+        lag=lag * excess / duration,
+        stalls=stalls * excess / duration,
         lost=float(samples.wall_lost_ns.max(initial=0.0)) / duration,
     )
 

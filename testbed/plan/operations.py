@@ -94,7 +94,7 @@ class AddAddress:
 
 @dataclass(frozen=True, slots=True)
 class AddRoute:
-    """A route of the kernel that mirrors the tables; ``next_hops`` are (gateway address, port id)."""
+    """A route of the kernel that mirrors the tables; ``next_hops`` are (gateway address, port id), none: unreachable."""
 
     node: int
     prefix: int
@@ -103,8 +103,11 @@ class AddRoute:
 
     def describe(self) -> str:
         """Return the equal shell command."""
+        prefix = f"{IPv4Address(self.prefix)}/{self.prefix_len}"
+        if not self.next_hops:
+            return f"ip route add unreachable {prefix}"
         hops = " ".join(f"nexthop via {IPv4Address(gateway)}" for gateway, _ in self.next_hops)
-        return f"ip route add {IPv4Address(self.prefix)}/{self.prefix_len} {hops}"
+        return f"ip route add {prefix} {hops}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,7 +139,7 @@ class NextHop(NamedTuple):
 
 
 class KernelRoute(NamedTuple):
-    """A route for the kernel of a node; several next hops make it multipath, each of weight 1."""
+    """A route for the kernel of a node; several next hops make it multipath, each of weight 1, none unreachable."""
 
     prefix: int
     prefix_length: int
@@ -299,9 +299,10 @@ class Topology:
     def kernel_routes(self, node: Node) -> list[KernelRoute]:
         """Return the routes of the node's own kernel, which mirror the forwarding tables.
 
-        Hosts send everything to their leaf; a leaf sends all of the fabric but its own host links (which are
-        connected routes, and longer prefixes) over all spines; a spine knows the block of each leaf. Routes
-        to the switches' uplink addresses are left out.
+        Hosts send everything to their leaf; a leaf sends all of the fabric but its own block over all spines; a
+        spine knows the block of each leaf. Of its own block a leaf reaches its host links, which are connected
+        routes; the rest is unreachable, or packets for an empty slot would travel up and down until their TTL
+        ends. Routes to the switches' uplink addresses are left out.
 
         Returns:
             The routes in order of their prefixes.
@@ -312,7 +313,10 @@ class Topology:
             uplinks = self.uplinks(node)
             if not uplinks:
                 return []
-            return [KernelRoute(HOST_NETWORK, FABRIC_PREFIX_LENGTH, self._next_hops(uplinks))]
+            return [
+                KernelRoute(HOST_NETWORK, FABRIC_PREFIX_LENGTH, self._next_hops(uplinks)),
+                KernelRoute(*self.subnet_of_leaf(node), ()),
+            ]
         return [
             KernelRoute(*self.subnet_of_leaf(self.peer_node(port.id)), self._next_hops([port]))
             for port in self.down_ports(node)

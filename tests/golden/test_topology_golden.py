@@ -43,7 +43,8 @@ def render(topology: Topology, tables: dict[str, ForwardingTables]) -> Iterator[
             hops = ", ".join(
                 f"{format_address(hop.address)} dev {topology.port(hop.port).ifname}" for hop in route.next_hops
             )
-            yield f"  route {format_address(route.prefix)}/{route.prefix_length} via {hops}"
+            where = f"via {hops}" if hops else "unreachable"
+            yield f"  route {format_address(route.prefix)}/{route.prefix_length} {where}"
     yield ""
     for link in topology.links:
         yield f"link {link.index} {link.name} {link.a} {link.b}"

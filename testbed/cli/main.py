@@ -1,0 +1,62 @@
+"""The ``testbed`` command.
+
+Exit codes: 0 ok; 1 an error we name; 2 usage; 3 the run finished and a check failed; 4 the figure cannot be trusted; 128 + N
+ended by signal N.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+import typer
+
+from testbed.cli import doctor, lab, run, scenario
+from testbed.cli.text import print_error
+from testbed.errors import TestbedError
+
+app = typer.Typer(
+    help="What does this fabric do to my all-reduce? RoCE CLOS fabrics, packet by packet, on Linux network namespaces.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("doctor")(doctor.doctor)
+app.command("validate")(scenario.validate)
+app.command("plan")(scenario.plan)
+app.command("paths")(scenario.paths)
+app.command("schema")(scenario.schema)
+app.command("run")(run.run)
+app.command("deploy")(lab.deploy)
+app.command("inspect")(lab.inspect)
+app.command("exec")(lab.execute)
+app.command("destroy")(lab.destroy)
+app.command("gc")(lab.collect_garbage)
+
+_SIGNAL_EXIT = 128
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    for number in _ENDING_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays what it is
+            signal.signal(number, _end_on_signal)
+    try:
+        app()
+    except TestbedError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+
+
+def _end_on_signal(number: int, _frame: FrameType | None) -> None:
+    """Leave by way of every ``with`` and ``finally``, so that nothing stays behind."""
+    print(f"ended by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+    raise SystemExit(_SIGNAL_EXIT + number)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Commands that look at a scenario and build nothing: validate, plan, paths, schema. None needs root."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from testbed.cli.options import Format, OutputFormat, ScenarioFile, Set, read_overrides
+
+if TYPE_CHECKING:
+    from testbed.plan.model import Plan
+
+
+def validate(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Scenarios.", show_default=False)],
+    overrides: Set = None,
+) -> None:
+    """Report every mistake in scenarios, with file, line, key, rule and value."""
+    from testbed import api
+    from testbed.cli.text import print_error
+    from testbed.errors import ScenarioError
+
+    failed = False
+    for file in files:
+        try:
+            api.load(file, read_overrides(overrides))
+        except ScenarioError as error:
+            failed = True
+            print_error(error)
+        else:
+            print(f"{file}: ok")
+    if failed:
+        raise typer.Exit(1)
+
+
+def plan(
+    file: ScenarioFile,
+    overrides: Set = None,
+    output_format: Format = OutputFormat.TABLE,
+    operations: Annotated[
+        bool, typer.Option("--operations", envvar="TESTBED_OPERATIONS", help="Show every command that would be done.")
+    ] = False,
+) -> None:
+    """Show what would be built and expected: nodes, links, rates, dilation, ideal completion time, warnings."""
+    from testbed import api
+    from testbed.cli.text import render_json
+    from testbed.plan.report import describe_plan
+
+    built = api.build_plan(api.load(file, read_overrides(overrides)))
+    if output_format is OutputFormat.JSON:
+        print(render_json(describe_plan(built, operations=operations)))
+    else:
+        print(_render_plan(built, operations=operations), end="")
+
+
+def paths(file: ScenarioFile, overrides: Set = None, output_format: Format = OutputFormat.TABLE) -> None:
+    """Show each flow's path, the load of each link, collisions and the slowdown they predict."""
+    from testbed import api
+    from testbed.cli.text import render_columns, render_json
+
+    report = api.paths(api.load(file, read_overrides(overrides)))
+    if output_format is OutputFormat.JSON:
+        print(render_json(report))
+        return
+    flows = [(flow.name, flow.udp_source_port, " > ".join(flow.path)) for flow in report.flows]
+    links = [
+        (load.name, load.flows, f"{load.load_fraction:.2f}")
+        for load in sorted(report.links, key=lambda load: -load.load_fraction)
+    ]
+    print(render_columns(("flow", "sport", "path"), flows, right=("sport",)))
+    print(render_columns(("link", "flows", "load"), links, right=("flows", "load")))
+    for collision in report.collisions:
+        print(f"collision at {collision.port}: {', '.join(collision.flows)}")
+    print(f"predicted completion time over ideal: {report.predicted_cct_ratio:.3f}")
+
+
+def schema() -> None:
+    """Print the JSON schema of scenarios, for editors."""
+    from testbed.scenario import render_json_schema
+
+    sys.stdout.write(render_json_schema())
+
+
+def _render_plan(plan: Plan, *, operations: bool) -> str:
+    """Return a plan as text for people."""
+    from testbed.cli.text import render_columns
+    from testbed.plan.report import describe_plan
+    from testbed.units import format_byte_rate, format_rate, format_size, format_time
+
+    report = describe_plan(plan, operations=operations)
+    lines = [f"{plan.scenario.name}: {plan.scenario.description}".rstrip(": ") + "\n\n"]
+    nodes = [(node["name"], node["kind"], " ".join(node["ports"])) for node in report["nodes"]]
+    lines.append(render_columns(("node", "kind", "ports"), nodes) + "\n")
+    links = [
+        (
+            link["name"],
+            " ".join(link["ends"]),
+            format_rate(link["rate_bits_per_s"]),
+            format_byte_rate(round(link["wall_rate_bytes_per_s"]), significant=4),
+            format_time(link["delay_ns"]),
+        )
+        for link in report["links"]
+    ]
+    lines.append(
+        render_columns(("link", "ends", "rate", "wall rate", "delay"), links, right=("rate", "wall rate")) + "\n"
+    )
+    lines += [f"switch buffer       {format_size(plan.buffer_bytes)}\n"]
+    lines += [f"retransmit timeout  {format_time(plan.retransmit_timeout_ns, significant=4)}\n"]
+    lines += _dilation_lines(report["dilation"])
+    items = [
+        (
+            item["collective"],
+            item["algorithm"],
+            format_size(item["size_bytes"]),
+            item["nranks"],
+            f"{item['warmup_iters']}+{item['iters']}",
+            format_time(round(item["cct_ideal_ns"]), significant=5),
+            f"{item['predicted_cct_ratio']:.3f}",
+            format_time(round(item["wall_duration_ns"]), significant=3),
+        )
+        for item in report["workloads"]
+    ]
+    header = ("workload", "algorithm", "size", "nranks", "iters", "ideal", "predicted ratio", "wall time")
+    lines.append("\n" + render_columns(header, items, right=header[2:]))
+    lines += [f"warning: {warning}\n" for warning in plan.warnings]
+    if operations:
+        lines.append(
+            "\n" + render_columns(("node", "command"), [(o["node"], o["command"]) for o in report["operations"]])
+        )
+    return "".join(lines)
+
+
+def _dilation_lines(dilation: dict[str, Any]) -> list[str]:
+    """Return the dilation, both its bounds and which of them binds."""
+    from testbed.units import format_time
+
+    capacity = dilation["capacity_value"]
+    measured = dilation["capacity_packets_per_s"]
+    if capacity is None:
+        capacity_text = "not known: this machine's capacity was not measured yet, the first run does"
+    else:
+        offered = dilation["offered_packets_per_s"]
+        capacity_text = f"{capacity:.0f} (offers {offered:.4g} packets/s, this machine carries {measured:,.0f})"
+    smallest = dilation["smallest_time_ns"]
+    fidelity_text = f"{dilation['fidelity_value']:.0f}"
+    if smallest:
+        tick = format_time(dilation["wall_tick_ns"])
+        fidelity_text += f" (tick of {tick} against a {dilation['smallest_time_name']} of {format_time(smallest)})"
+    return [
+        f"time dilation       {dilation['value']:g}, set by: {dilation['bound']}\n",
+        f"  capacity bound    {capacity_text}\n",
+        f"  fidelity bound    {fidelity_text}\n",
+    ]

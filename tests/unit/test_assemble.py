@@ -1,0 +1,119 @@
+"""Counters, checks and the quota: figures that a result states, from values made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from testbed.assemble import fabric_result, judge_check
+from testbed.kernel.layout import QUEUE
+from testbed.kernel.probe import read_cpu_quota
+from testbed.measure.counters import FabricCounters, Snapshot
+from testbed.plan.compile import compile_plan
+from testbed.results import CollectiveResult, FabricResult
+from testbed.scenario import load_scenario, parse_expectation
+
+STAR = """
+name: two
+fabric: {kind: star, hosts_per_leaf: 2, host_link: {rate: 8 Gbit/s, delay: 1 us}}
+workload: [{collective: all_reduce, size: 64 KiB}]
+time_dilation: 1000
+"""
+
+
+def counters(ports: int) -> FabricCounters:
+    queues = np.zeros((ports + 1, 8), QUEUE)
+    queues["deq_bytes"][1, 3], queues["deq_packets"][1, 3] = 1_000, 10
+    before = Snapshot(queues.copy(), 3, 1)
+    queues["deq_bytes"][1, 3], queues["deq_packets"][1, 3] = 1_000 + 4_154 * 10, 20
+    queues["deq_bytes"][1, 6], queues["deq_packets"][1, 6] = 62, 1
+    queues["drop_packets"][2, 3] = 5
+    queues["peak_bytes"][1, 3], queues["peak_bytes"][1, 6] = 9_000, 62
+    return FabricCounters.between(before, Snapshot(queues, 7, 1), wall_duration_ns=100_000_000)
+
+
+def test_counters_are_the_difference_of_two_snapshots() -> None:
+    counted = counters(4)
+    assert counted.sent_bytes.tolist() == [0, 41_540 + 62, 0, 0, 0]
+    assert counted.sent_packets[1] == 11
+    assert counted.drops_packets.tolist() == [0, 0, 5, 0, 0]
+    assert counted.peak_bytes[1] == 9_000
+    assert (counted.out_of_order_packets, counted.nak_packets) == (4, 0)
+
+
+def test_counters_of_two_stretches_add_up_but_for_the_peak() -> None:
+    both = counters(4) + counters(4)
+    assert both.sent_packets[1] == 22
+    assert both.peak_bytes[1] == 9_000
+    assert both.wall_duration_ns == 200_000_000
+
+
+def test_utilisation_is_wire_bytes_over_what_the_link_carries_on_the_wall_clock() -> None:
+    plan = compile_plan(load_scenario(STAR), capacity_packets_per_s=None)
+    result = fabric_result(plan, counters(len(plan.topology.ports)), retransmitted_packets=2)
+    way = result.links[0].directions[0]
+    # 8 Gbit/s at D = 1000 is 1 MB/s on the wall clock: 100 kB in 100 ms.
+    assert way.utilisation_fraction == pytest.approx((41_602 + 11 * 24) / 100_000)
+    assert (way.src, way.dst) == ("host0/eth0", "switch0/down0")
+    assert result.links[0].directions[1].drops_packets == 5
+    assert (result.drops_packets, result.retransmitted_packets) == (5, 2)
+    assert result.ecn_marked_packets is None
+    assert result.cnp_packets is None
+    assert result.pause_frames is None
+
+
+def row(ratio: float | None) -> CollectiveResult:
+    return CollectiveResult("all_reduce", "ring", 1024, 4, cct_ns=(1_000, 3_000, 2_000), cct_ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("line", "ratios", "observed", "verdict"),
+    [
+        ("cct_ratio <= 1.05", (1.01, 1.2), 1.2, "fail"),
+        ("cct_ratio >= 1.05", (1.1, 1.2), 1.1, "pass"),
+        ("cct_ratio == 1", (1.0, 1.5), 1.5, "fail"),
+        ("cct_ratio <= 1.05", (1.01, None), None, "not_judged"),
+        ("cct_ns < 3 us", (1.0,), 2_000, "pass"),
+        ("drops_packets == 0", (1.0,), 5, "fail"),
+        ("pause_frames == 0", (1.0,), None, "not_judged"),
+    ],
+)
+def test_check_looks_at_the_item_furthest_from_holding(
+    line: str, ratios: tuple[float | None, ...], observed: float | None, verdict: str
+) -> None:
+    rows = [row(ratio) for ratio in ratios]
+    check = judge_check(parse_expectation(line), rows, FabricResult(drops_packets=5), trusted=True)
+    assert (check.observed, check.verdict) == (observed, verdict)
+
+
+def test_nothing_is_judged_on_a_machine_that_cannot_be_trusted() -> None:
+    check = judge_check(parse_expectation("drops_packets == 0"), [], FabricResult(drops_packets=0), trusted=False)
+    assert check.verdict == "not_judged"
+
+
+def test_smallest_cpu_quota_on_the_way_up_counts(tmp_path: Path) -> None:
+    group = tmp_path / "a" / "b"
+    group.mkdir(parents=True)
+    (group / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "a" / "cpu.max").write_text("50000 100000\n")
+    membership = tmp_path / "cgroup"
+    membership.write_text("0::/a/b\n")
+    assert read_cpu_quota(tmp_path, membership) == 0.5
+
+
+def test_cpu_quota_of_the_first_cgroup_version_is_read(tmp_path: Path) -> None:
+    group = tmp_path / "cpu,cpuacct" / "job"
+    group.mkdir(parents=True)
+    (group / "cpu.cfs_quota_us").write_text("150000\n")
+    (group / "cpu.cfs_period_us").write_text("100000\n")
+    membership = tmp_path / "cgroup"
+    membership.write_text("3:cpu,cpuacct:/job\n2:memory:/job\n")
+    assert read_cpu_quota(tmp_path, membership) == 1.5
+
+
+def test_no_quota_is_none(tmp_path: Path) -> None:
+    membership = tmp_path / "cgroup"
+    membership.write_text("0::/\n")
+    assert read_cpu_quota(tmp_path, membership) is None
