@@ -319,7 +319,8 @@ def save_result(result: Result, folder: Path) -> None:
 
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # keys in the order of the file format
+    # Keys in the order of the file format; ruamel's annotation knows only the default.
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "scenario.yaml").open("w") as file:

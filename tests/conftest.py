@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-# Labs of tests are named so: other labs on the machine may come and go meanwhile.
-TEST_LAB_PREFIX = "tbtest-"
+# Labs of this run of the tests are named so: others on the machine may come and go meanwhile.
+TEST_LAB_PREFIX = f"tbtest-{os.getpid()}-"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

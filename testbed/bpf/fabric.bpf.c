@@ -459,7 +459,7 @@ int host_ingress(struct __sk_buff *skb)
 	if (key >= config.qps)
 		return TC_ACT_OK;
 	qp = bpf_map_lookup_elem(&tb_qps, &key);
-	if (!qp || !qp->active)
+	if (!qp || !qp->active || qp->port != skb->ifindex - config.ifindex_base)
 		return TC_ACT_OK;
 
 	switch (bth->opcode) {

@@ -95,7 +95,8 @@ struct tb_qp {                 /* qps[qpn - qpn_base]; two cache lines */
 	__u64 acked_packets;       /* cumulative */
 	__u64 naks_packets;        /* NAKs received */
 	__u64 nak_position;        /* rewind to this many packets */
-	__u64 reserved[2];
+	__u64 port;                /* loader: the NIC it lives on; elsewhere its number is unknown */
+	__u64 reserved;
 };
 
 #endif

@@ -11,9 +11,9 @@ from testbed.carriers.protocol import ProgressListener, WorkloadSamples
 from testbed.engine.loop import EngineSetup, TickLoop
 from testbed.engine.stream import build_streams
 from testbed.fabric import Fabric
+from testbed.kernel.host_tuning import tuned_host
 from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
-from testbed.kernel.softirq import raised_softirq_priority
 from testbed.plan.model import Plan
 
 
@@ -107,7 +107,7 @@ def engine_carrier(fabric: Fabric) -> Iterator[tuple[EngineCarrier, list[str]]]:
     with (
         fabric.packet_sockets() as sockets,
         contextlib.closing(ProbeLink(fabric.probe_cpu, clock.now_ns)) as probe,
-        raised_softirq_priority(port_cpus) as softirq_warnings,
+        tuned_host(port_cpus) as host_warnings,
         engine_thread(engine_cpu) as warnings,
     ):
-        yield EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock), softirq_warnings + warnings
+        yield EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock), host_warnings + warnings

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from testbed.cli.options import Format, LabName, OutputFormat, ScenarioFile, Set, read_overrides
+from testbed.cli.signals import ignore_signals
 
 if TYPE_CHECKING:
     from testbed.fabric import Lab
@@ -18,8 +19,15 @@ def deploy(file: ScenarioFile, overrides: Set = None, name: LabName = None) -> N
     from testbed import api
     from testbed.cli.run import StderrListener
 
-    with api.deploy(api.load(file, read_overrides(overrides)), name, listener=StderrListener()) as fabric:
+    fabric = api.deploy(api.load(file, read_overrides(overrides)), name, listener=StderrListener())
+    try:
         print(f"lab {fabric.name}: {len(fabric.plan.topology.nodes)} nodes, {len(fabric.plan.topology.links)} links")
+        sys.stdout.flush()
+        ignore_signals()
+    except BaseException:  # whoever ended it now has seen no success
+        fabric.destroy()
+        raise
+    fabric.close()
 
 
 def inspect(

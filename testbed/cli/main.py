@@ -6,13 +6,12 @@ ended by signal N.
 
 from __future__ import annotations
 
-import signal
 import sys
-from types import FrameType
 
 import typer
 
 from testbed.cli import doctor, lab, run, scenario
+from testbed.cli.signals import end_on_signals
 from testbed.cli.text import print_error
 from testbed.errors import TestbedError
 
@@ -36,26 +35,15 @@ app.command("exec")(lab.execute)
 app.command("destroy")(lab.destroy)
 app.command("gc")(lab.collect_garbage)
 
-_SIGNAL_EXIT = 128
-_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 def main() -> None:
     """Run the command line and exit."""
-    for number in _ENDING_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays what it is
-            signal.signal(number, _end_on_signal)
+    end_on_signals()
     try:
         app()
     except TestbedError as error:
         print_error(error)
         sys.exit(error.exit_code)
-
-
-def _end_on_signal(number: int, _frame: FrameType | None) -> None:
-    """Leave by way of every ``with`` and ``finally``, so that nothing stays behind."""
-    print(f"ended by {signal.Signals(number).name}", file=sys.stderr, flush=True)
-    raise SystemExit(_SIGNAL_EXIT + number)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from testbed.collectives.broadcast import BinaryTreeBroadcast, RingBroadcast
+from testbed.collectives.direct_all_to_all import DirectAllToAll
+from testbed.collectives.double_binary_tree import DoubleBinaryTreeAllReduce
+from testbed.collectives.gather import DirectGather
+from testbed.collectives.halving_doubling import HalvingDoublingAllReduce
 from testbed.collectives.ideal import ideal_arrivals_ns, ideal_cct_ns, largest_frame_wire_bytes, wire_bytes
 from testbed.collectives.order import RingOrder, ring_order
+from testbed.collectives.pairwise import PairwiseAllToAll
+from testbed.collectives.patterns import (
+    Flow,
+    Pattern,
+    build_flows,
+    busiest_nic_bytes,
+    incast_flows,
+    permutation_flows,
+)
+from testbed.collectives.reduce import BinaryTreeReduce, RingReduce
 from testbed.collectives.ring import RingAllReduce
+from testbed.collectives.ring_all_gather import RingAllGather
+from testbed.collectives.ring_reduce_scatter import RingReduceScatter
+from testbed.collectives.scatter import DirectScatter
 from testbed.collectives.schedule import (
     SLICES_PER_CHUNK,
     Collective,
@@ -20,9 +38,21 @@ from testbed.collectives.schedule import (
 )
 from testbed.collectives.send_recv import RingSendRecv
 
+
+def _by_name(*algorithms: CollectiveAlgorithm) -> Mapping[str, CollectiveAlgorithm]:
+    return {algorithm.name: algorithm for algorithm in algorithms}
+
+
 ALGORITHMS: Mapping[Collective, Mapping[str, CollectiveAlgorithm]] = {
-    Collective.ALL_REDUCE: {"ring": RingAllReduce()},
-    Collective.SEND_RECV: {"direct": RingSendRecv()},
+    Collective.ALL_REDUCE: _by_name(RingAllReduce(), HalvingDoublingAllReduce(), DoubleBinaryTreeAllReduce()),
+    Collective.REDUCE_SCATTER: _by_name(RingReduceScatter()),
+    Collective.ALL_GATHER: _by_name(RingAllGather()),
+    Collective.ALL_TO_ALL: _by_name(DirectAllToAll(), PairwiseAllToAll()),
+    Collective.BROADCAST: _by_name(RingBroadcast(), BinaryTreeBroadcast()),
+    Collective.REDUCE: _by_name(RingReduce(), BinaryTreeReduce()),
+    Collective.GATHER: _by_name(DirectGather()),
+    Collective.SCATTER: _by_name(DirectScatter()),
+    Collective.SEND_RECV: _by_name(RingSendRecv()),
 }
 """Every algorithm by collective and name; the first of a collective is its default."""
 
@@ -48,16 +78,22 @@ __all__ = [
     "SLICES_PER_CHUNK",
     "Collective",
     "CollectiveAlgorithm",
+    "Flow",
+    "Pattern",
     "RingAllReduce",
     "RingOrder",
     "RingSendRecv",
     "Schedule",
     "ScheduleBuilder",
     "TransferOp",
+    "build_flows",
+    "busiest_nic_bytes",
     "find_algorithm",
     "ideal_arrivals_ns",
     "ideal_cct_ns",
+    "incast_flows",
     "largest_frame_wire_bytes",
+    "permutation_flows",
     "ring_order",
     "wire_bytes",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,16 +28,26 @@ missing often overtakes it.
 """
 
 
-def expected_result(collective: Collective, order: Sequence[int], inputs: Buffers) -> Buffers:
+class Expected(NamedTuple):
+    """What a collective promises.
+
+    Attributes:
+        values: What each rank must hold, shape ``(nranks, size_bytes)``, int64; any number where nothing is promised.
+        promised: Whether a byte is promised, same shape. What is left over from the work is not, nor what a rank would
+            copy to itself: that never crosses the network.
+    """
+
+    values: Buffers
+    promised: npt.NDArray[np.bool_]
+
+
+def expected_result(collective: Collective, order: Sequence[int], inputs: Buffers) -> Expected:
     """Return what each rank must hold after the collective.
 
     Args:
         collective: The collective.
-        order: The ranks around the ring.
+        order: The ranks in the order that the algorithm was given; the first is the root.
         inputs: What each rank held before, shape ``(nranks, size_bytes)``, int64.
-
-    Returns:
-        Array of the same shape.
     """
     return _SEMANTICS[collective](order, inputs)
 
@@ -89,9 +100,9 @@ def execute(schedule: Schedule, inputs: Buffers, rng: np.random.Generator) -> Bu
     while events:
         now, transfer, arrives = heapq.heappop(events)
         owner = connection[transfer]
-        begin = int(schedule.offset_bytes[transfer])
-        part = slice(begin, begin + int(schedule.nbytes[transfer]))
         if arrives:
+            begin = int(schedule.dst_offset_bytes[transfer])
+            part = slice(begin, begin + int(schedule.nbytes[transfer]))
             if schedule.op[transfer] == TransferOp.REDUCE:
                 outputs[schedule.dst[transfer], part] += in_flight.pop(transfer)
             else:
@@ -100,6 +111,8 @@ def execute(schedule: Schedule, inputs: Buffers, rng: np.random.Generator) -> Bu
                 missing[follower] -= 1
                 start_next(connection[follower], now)
         else:
+            begin = int(schedule.offset_bytes[transfer])
+            part = slice(begin, begin + int(schedule.nbytes[transfer]))
             in_flight[transfer] = sources[schedule.src[transfer], part].copy()
             last_arrival[owner] = max(now, last_arrival[owner]) + flight_delays[transfer]
             heapq.heappush(events, (last_arrival[owner], transfer, True))
@@ -122,7 +135,7 @@ def find_counterexample(
     Args:
         schedule: The schedule under test.
         collective: What it claims to achieve.
-        order: The ranks around the ring, as given to the algorithm.
+        order: The ranks as given to the algorithm.
         rng: Source of the inputs and of the random executions.
         executions: Number of executions to try.
 
@@ -132,24 +145,98 @@ def find_counterexample(
     for execution in range(executions):
         inputs = rng.integers(-(2**40), 2**40, (schedule.nranks, schedule.size_bytes), np.int64)
         outputs = execute(schedule, inputs, rng)
-        wrong = np.argwhere(outputs != expected_result(collective, order, inputs))
+        expected = expected_result(collective, order, inputs)
+        wrong = np.argwhere((outputs != expected.values) & expected.promised)
         if len(wrong):
             rank, byte = wrong[0]
             return f"execution {execution}: {len(wrong)} bytes are wrong, the first is byte {byte} of rank {rank}"
     return None
 
 
-def _sum_of_all(order: Sequence[int], inputs: Buffers) -> Buffers:
-    return np.broadcast_to(inputs.sum(axis=0), inputs.shape)
+def _everywhere(values: Buffers) -> Expected:
+    return Expected(values, np.ones(values.shape, np.bool_))
 
 
-def _from_predecessor(order: Sequence[int], inputs: Buffers) -> Buffers:
-    outputs = np.empty_like(inputs)
-    outputs[list(order)] = inputs[np.roll(order, 1)]
-    return outputs
+def _blocks(inputs: Buffers) -> list[slice]:
+    """Return the bytes of each rank's block."""
+    nranks, size = inputs.shape
+    return [slice(rank * size // nranks, (rank + 1) * size // nranks) for rank in range(nranks)]
 
 
-_SEMANTICS: Mapping[Collective, Callable[[Sequence[int], Buffers], Buffers]] = {
-    Collective.ALL_REDUCE: _sum_of_all,
-    Collective.SEND_RECV: _from_predecessor,
+def _all_reduce(order: Sequence[int], inputs: Buffers) -> Expected:
+    return _everywhere(np.broadcast_to(inputs.sum(axis=0), inputs.shape))
+
+
+def _reduce_scatter(order: Sequence[int], inputs: Buffers) -> Expected:
+    promised = np.zeros(inputs.shape, np.bool_)
+    for rank, block in enumerate(_blocks(inputs)):
+        promised[rank, block] = True
+    return Expected(np.broadcast_to(inputs.sum(axis=0), inputs.shape), promised)
+
+
+def _all_gather(order: Sequence[int], inputs: Buffers) -> Expected:
+    values = np.empty_like(inputs)
+    for rank, block in enumerate(_blocks(inputs)):
+        values[:, block] = inputs[rank, block]
+    return _everywhere(values)
+
+
+def _all_to_all(order: Sequence[int], inputs: Buffers) -> Expected:
+    """Written from the definition: the sizes are those of a matrix whose rows and columns all add up to the buffer."""
+    nranks, size = inputs.shape
+    sizes = np.array(
+        [[(size + nranks - 1 - (dst - src - 1) % nranks) // nranks for dst in range(nranks)] for src in range(nranks)]
+    )
+    values, promised = np.zeros_like(inputs), np.zeros(inputs.shape, np.bool_)
+    for src in range(nranks):
+        for dst in range(nranks):
+            count = sizes[src, dst]
+            read, written = sizes[src, :dst].sum(), sizes[:src, dst].sum()
+            values[dst, written : written + count] = inputs[src, read : read + count]
+            promised[dst, written : written + count] = src != dst
+    return Expected(values, promised)
+
+
+def _broadcast(order: Sequence[int], inputs: Buffers) -> Expected:
+    return _everywhere(np.broadcast_to(inputs[order[0]], inputs.shape))
+
+
+def _reduce(order: Sequence[int], inputs: Buffers) -> Expected:
+    promised = np.zeros(inputs.shape, np.bool_)
+    promised[order[0]] = True
+    return Expected(np.broadcast_to(inputs.sum(axis=0), inputs.shape), promised)
+
+
+def _gather(order: Sequence[int], inputs: Buffers) -> Expected:
+    values, promised = np.zeros_like(inputs), np.zeros(inputs.shape, np.bool_)
+    for rank, block in enumerate(_blocks(inputs)):
+        values[order[0], block] = inputs[rank, : block.stop - block.start]
+        promised[order[0], block] = rank != order[0]
+    return Expected(values, promised)
+
+
+def _scatter(order: Sequence[int], inputs: Buffers) -> Expected:
+    values, promised = np.zeros_like(inputs), np.zeros(inputs.shape, np.bool_)
+    for rank, block in enumerate(_blocks(inputs)):
+        values[rank, : block.stop - block.start] = inputs[order[0], block]
+        promised[rank, : block.stop - block.start] = rank != order[0]
+    return Expected(values, promised)
+
+
+def _send_recv(order: Sequence[int], inputs: Buffers) -> Expected:
+    values = np.empty_like(inputs)
+    values[list(order)] = inputs[np.roll(order, 1)]
+    return _everywhere(values)
+
+
+_SEMANTICS: Mapping[Collective, Callable[[Sequence[int], Buffers], Expected]] = {
+    Collective.ALL_REDUCE: _all_reduce,
+    Collective.REDUCE_SCATTER: _reduce_scatter,
+    Collective.ALL_GATHER: _all_gather,
+    Collective.ALL_TO_ALL: _all_to_all,
+    Collective.BROADCAST: _broadcast,
+    Collective.REDUCE: _reduce,
+    Collective.GATHER: _gather,
+    Collective.SCATTER: _scatter,
+    Collective.SEND_RECV: _send_recv,
 }

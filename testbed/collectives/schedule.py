@@ -7,6 +7,7 @@ proof all execute the same one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
@@ -29,10 +30,30 @@ MIN_RANKS = 2
 
 
 class Collective(StrEnum):
-    """What a schedule achieves, in the words of nccl-tests."""
+    """What a schedule achieves, in the words of nccl-tests.
+
+    ``S`` is the size that the schedule is built for. Block ``r`` of a buffer is its bytes from ``r * S // n`` to
+    ``(r + 1) * S // n``; the root is the first rank of the order.
+    """
 
     ALL_REDUCE = "all_reduce"
+    """Every rank gets the sum of all ranks' ``S`` bytes."""
+    REDUCE_SCATTER = "reduce_scatter"
+    """Rank ``r`` gets block ``r`` of the sum of all ranks' ``S`` bytes."""
+    ALL_GATHER = "all_gather"
+    """Every rank gets block ``r`` from rank ``r``, ``S`` bytes in all."""
+    ALL_TO_ALL = "all_to_all"
+    """Every rank sends ``S / n`` bytes of its ``S`` to each, and gets as much from each."""
+    BROADCAST = "broadcast"
+    """Every rank gets the root's ``S`` bytes."""
+    REDUCE = "reduce"
+    """The root gets the sum of all ranks' ``S`` bytes."""
+    GATHER = "gather"
+    """The root gets ``S / n`` bytes from each rank, ``S`` in all."""
+    SCATTER = "scatter"
+    """Rank ``r`` gets block ``r`` of the root's ``S`` bytes."""
     SEND_RECV = "send_recv"
+    """Every rank gets the ``S`` bytes of the rank before it in the order."""
 
 
 class TransferOp(IntEnum):
@@ -56,15 +77,16 @@ class Schedule:
         src: Sending rank, shape ``(transfers,)``, int32.
         dst: Receiving rank, shape ``(transfers,)``, int32.
         nbytes: Payload bytes, at least 1, shape ``(transfers,)``, int64.
-        offset_bytes: First byte within the rank's buffer, the same at sender and receiver, shape
-            ``(transfers,)``, int64.
+        offset_bytes: First byte within the sender's buffer, shape ``(transfers,)``, int64.
         op: A `TransferOp`, shape ``(transfers,)``, uint8.
         connection: Index into `connections`, shape ``(transfers,)``, int32.
         dep_offsets: Start of each transfer's dependencies in `deps`, shape ``(transfers + 1,)``, int64.
         deps: Indices of transfers, int64.
-        connections: ``(src, dst)`` of each connection.
+        connections: ``(src, dst)`` of each connection; two ranks may have several.
         in_place: Whether each rank has one buffer, read and written. If not, transfers read a send buffer and
             write a receive buffer, as in nccl-tests' out-of-place columns.
+        dst_offset_bytes: First byte within the receiver's buffer, to which the RETH points, shape ``(transfers,)``,
+            int64; None stands for `offset_bytes` and is replaced by it.
 
     Raises:
         ValueError: If the arrays contradict each other, leave the buffer, or could not be executed in order.
@@ -82,13 +104,16 @@ class Schedule:
     deps: npt.NDArray[np.int64]
     connections: tuple[tuple[int, int], ...]
     in_place: bool = True
+    dst_offset_bytes: npt.NDArray[np.int64] = None  # type: ignore[assignment]  # never None once constructed
 
     def __post_init__(self) -> None:
+        if self.dst_offset_bytes is None:
+            object.__setattr__(self, "dst_offset_bytes", self.offset_bytes)
         self._check()
-        for array in (self.src, self.dst, self.nbytes, self.offset_bytes, self.op, self.connection):
-            array.setflags(write=False)
-        self.dep_offsets.setflags(write=False)
-        self.deps.setflags(write=False)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
 
     def __len__(self) -> int:
         return len(self.nbytes)
@@ -111,9 +136,23 @@ class Schedule:
         np.add.at(sent, self.src, self.nbytes)
         return sent
 
+    def unbidden_bytes(self) -> npt.NDArray[np.int64]:
+        """Return the bytes that each connection may send before anything has arrived, shape ``(connections,)``, int64.
+
+        A connection sends in order: it stops at its first transfer that waits for something.
+        """
+        waits = np.diff(self.dep_offsets) > 0
+        first_wait = np.full(len(self.connections), len(self), np.int64)
+        blocked = np.flatnonzero(waits)
+        np.minimum.at(first_wait, self.connection[blocked], blocked)
+        free = np.flatnonzero(np.arange(len(self)) < first_wait[self.connection])
+        total = np.zeros(len(self.connections), np.int64)
+        np.add.at(total, self.connection[free], self.nbytes[free])
+        return total
+
     def _check(self) -> None:
         count = len(self.nbytes)
-        arrays = (self.src, self.dst, self.offset_bytes, self.op, self.connection)
+        arrays = (self.src, self.dst, self.offset_bytes, self.dst_offset_bytes, self.op, self.connection)
         if any(array.shape != (count,) for array in arrays) or self.dep_offsets.shape != (count + 1,):
             raise ValueError("a schedule's arrays must have one entry per transfer")
         if self.dep_offsets[0] != 0 or self.dep_offsets[-1] != len(self.deps):
@@ -134,8 +173,9 @@ class Schedule:
             raise ValueError("a transfer's src and dst differ from its connection's")
         if self.nbytes.min() < 1:
             raise ValueError("a transfer must have at least 1 byte")
-        if self.offset_bytes.min() < 0 or (self.offset_bytes + self.nbytes).max() > self.size_bytes:
-            raise ValueError(f"a transfer leaves the buffer of {self.size_bytes} bytes")
+        for offsets in (self.offset_bytes, self.dst_offset_bytes):
+            if offsets.min() < 0 or (offsets + self.nbytes).max() > self.size_bytes:
+                raise ValueError(f"a transfer leaves the buffer of {self.size_bytes} bytes")
         if self.op.max() > max(TransferOp):
             raise ValueError("a transfer has an unknown op")
         owner = np.repeat(np.arange(count), deps_of_each)
@@ -145,7 +185,10 @@ class Schedule:
 
 
 class CollectiveAlgorithm(Protocol):
-    """One way of carrying out one collective; one file per algorithm."""
+    """One way of carrying out one collective; one file per algorithm.
+
+    The two methods with a body suit algorithms that cut the buffer into one chunk per rank.
+    """
 
     @property
     def name(self) -> str:
@@ -166,17 +209,28 @@ class CollectiveAlgorithm(Protocol):
             slices: Messages that each chunk is cut into; at least 1. Empty ones are left out.
 
         Raises:
-            ValueError: If an argument breaks its rule.
+            ValueError: If an argument breaks its rule, or the algorithm cannot work with that many ranks.
         """
         ...
 
     def traffic_factor(self, nranks: int) -> float:
-        """Return busbw / algbw, the bytes that each NIC must send per byte of the buffer.
+        """Return busbw / algbw, the bytes that the busiest NIC must carry each way per byte of the buffer.
+
+        It belongs to the collective, not to the algorithm: it is what the best algorithm needs, so that busbw can be held
+        against the NIC's rate.
 
         Source:
-            nccl-tests, doc/PERFORMANCE.md.
+            nccl-tests, doc/PERFORMANCE.md, and ``*GetBw()`` in src/*.cu.
         """
         ...
+
+    def chunk_bytes(self, size_bytes: int, nranks: int) -> int:
+        """Return the size of the smallest chunk that `build_schedule` cuts into slices."""
+        return size_bytes // nranks
+
+    def slices_per_chunk(self, nranks: int) -> int:
+        """Return how many slices a chunk should have where it is large enough for that."""
+        return SLICES_PER_CHUNK
 
 
 class ScheduleBuilder:
@@ -195,9 +249,9 @@ class ScheduleBuilder:
         self._nranks = nranks
         self._size_bytes = size_bytes
         self._in_place = in_place
-        self._columns: list[tuple[int, int, int, int, int, int]] = []
+        self._columns: list[tuple[int, int, int, int, int, int, int]] = []
         self._deps: list[tuple[int, ...]] = []
-        self._connections: dict[tuple[int, int], int] = {}
+        self._connections: dict[tuple[int, int, int], int] = {}
         self._handles: list[tuple[int, tuple[int, ...]]] = []  # receiving rank, transfers it stands for
 
     def add(
@@ -209,6 +263,8 @@ class ScheduleBuilder:
         nbytes: int,
         op: TransferOp = TransferOp.COPY,
         after: Sequence[int] = (),
+        dst_offset_bytes: int | None = None,
+        channel: int = 0,
     ) -> int:
         """Append a transfer and return its handle, to be named in a later ``after``.
 
@@ -221,6 +277,8 @@ class ScheduleBuilder:
             nbytes: Payload bytes, at least 0.
             op: What the receiver does with them.
             after: Handles of transfers to ``src`` that must have arrived before this one starts.
+            dst_offset_bytes: First byte within the receiver's buffer; by default as in the sender's.
+            channel: Which of several connections between the two ranks carries it.
 
         Raises:
             ValueError: If a handle is unknown, or belongs to a transfer that ``src`` does not receive: a
@@ -237,9 +295,10 @@ class ScheduleBuilder:
         if nbytes == 0:
             self._handles.append((dst, tuple(waits_for)))
             return len(self._handles) - 1
-        connection = self._connections.setdefault((src, dst), len(self._connections))
+        connection = self._connections.setdefault((src, dst, channel), len(self._connections))
+        into = offset_bytes if dst_offset_bytes is None else dst_offset_bytes
         self._handles.append((dst, (len(self._columns),)))
-        self._columns.append((src, dst, nbytes, offset_bytes, op, connection))
+        self._columns.append((src, dst, nbytes, offset_bytes, op, connection, into))
         self._deps.append(tuple(waits_for))
         return len(self._handles) - 1
 
@@ -249,7 +308,7 @@ class ScheduleBuilder:
         Raises:
             ValueError: As `Schedule` does.
         """
-        columns = np.array(self._columns, np.int64).reshape(-1, 6)
+        columns = np.array(self._columns, np.int64).reshape(-1, 7)
         dep_offsets = np.zeros(len(columns) + 1, np.int64)
         np.cumsum([len(deps) for deps in self._deps], out=dep_offsets[1:])
         return Schedule(
@@ -263,8 +322,9 @@ class ScheduleBuilder:
             connection=columns[:, 5].astype(np.int32),
             dep_offsets=dep_offsets,
             deps=np.array([dep for deps in self._deps for dep in deps], np.int64),
-            connections=tuple(self._connections),
+            connections=tuple((src, dst) for src, dst, _ in self._connections),
             in_place=self._in_place,
+            dst_offset_bytes=columns[:, 6].copy(),
         )
 
 
@@ -283,6 +343,12 @@ def check_arguments(order: Sequence[int], size_bytes: int, slices: int) -> None:
         raise ValueError(f"order must hold each rank from 0 to {len(order) - 1} once")
     if slices < 1:
         raise ValueError(f"a chunk needs at least 1 slice, got {slices}")
+
+
+def slice_borders(begin: int, nbytes: int, slices: int) -> list[tuple[int, int]]:
+    """Return first byte and size of each slice of a chunk that is not empty."""
+    borders = [begin + part * nbytes // slices for part in range(slices + 1)]
+    return [(first, last - first) for first, last in itertools.pairwise(borders) if last > first]
 
 
 def split_evenly(begin: npt.ArrayLike, nbytes: npt.ArrayLike, parts: int) -> npt.NDArray[np.int64]:

@@ -9,6 +9,7 @@ import numpy as np
 from testbed.collectives.schedule import (
     SLICES_PER_CHUNK,
     Collective,
+    CollectiveAlgorithm,
     Schedule,
     TransferOp,
     check_arguments,
@@ -16,7 +17,7 @@ from testbed.collectives.schedule import (
 )
 
 
-class RingSendRecv:
+class RingSendRecv(CollectiveAlgorithm):
     """Every rank sends to its successor around the ring; nothing waits for anything.
 
     Source:
@@ -55,3 +56,7 @@ class RingSendRecv:
     def traffic_factor(self, nranks: int) -> float:
         """Return 1; see `CollectiveAlgorithm.traffic_factor`."""
         return 1.0
+
+    def chunk_bytes(self, size_bytes: int, nranks: int) -> int:
+        """Return the size of the buffer."""
+        return size_bytes

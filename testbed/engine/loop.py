@@ -177,6 +177,7 @@ class TickLoop:
         self._feedback = DelayLine(2 * wall_one_way, 3, setup.wall_tick_ns)
         self._wall_timeout_ns = int(setup.retransmit_timeout_ns * dilation)
         nic_rate = setup.wall_port_rate_bytes_per_s[setup.nic_port]
+        self._wall_write_off_ns = self._wall_timeout_ns // 2
         self._frame_wire_bytes = frame_bytes(Opcode.WRITE_MIDDLE, setup.mtu) + LINK_OVERHEAD_BYTES
         self._pacer = NicPacer(1e9 / nic_rate, self._frame_wire_bytes)
         self._shaping = ShapingObserver(setup.wall_port_rate_bytes_per_s, self._frame_wire_bytes)
@@ -199,6 +200,7 @@ class TickLoop:
             for role, end in ((REQUESTER, connection.requester), (RESPONDER, connection.responder)):
                 row = qps[qp_index(index, role)]
                 row["peer_qpn"] = end.peer_qpn
+                row["port"] = self._setup.nic_port[end.local.rank]
                 row["udp_source_port"] = end.udp_source_port
                 row["initial_rx_psn"] = connection.initial_psn
                 row["initial_tx_psn"] = connection.initial_psn
@@ -235,6 +237,11 @@ class TickLoop:
         retransmitted = 0
         rewound = False  # once a QP went back, sent packets may be sent before
         credit_bytes = self._credit_frames * self._frame_wire_bytes
+        # What a NIC's queue may hold. Frames that the kernel lost on the way would fill it for ever: once a queue has not
+        # moved for long they are written off.
+        allowance = np.full(nics, credit_bytes, np.int64)
+        stuck_deq = np.full(nics, -1, np.int64)
+        stuck_since_ns = np.zeros(nics, np.int64)
         frames_per_byte = 1.0 / self._frame_wire_bytes
         self._arrivals.reset(self._rx_messages[None, :])
         self._feedback.reset(self._feedback_fields)
@@ -291,10 +298,18 @@ class TickLoop:
                         hint="`testbed inspect` shows where frames are; `testbed doctor` what the machine lacks",
                     )
                 progress_ns[sent == acked_before] = now
+                deq = self._deq_bytes[nic_port]
+                moving = deq != stuck_deq
+                stuck_deq[moving], stuck_since_ns[moving] = deq[moving], now
+                stuck = now - stuck_since_ns > self._wall_write_off_ns
+                if stuck.any():
+                    depth = self._enq_bytes[nic_port] - deq
+                    np.maximum(allowance, credit_bytes + depth, out=allowance, where=stuck)
+                    stuck_since_ns[stuck] = now
 
             deq = self._deq_bytes[nic_port]  # before enq: a depth is never negative
             room = deq - self._enq_bytes[nic_port]
-            room += credit_bytes
+            room += allowance
             wants = released - sent
             if wants.any():
                 credit = room * frames_per_byte
@@ -378,6 +393,7 @@ class TickLoop:
         writer, sockets = self._writer, self._sockets
         depth, send = writer.depth, writer.ring.send_slots
         np.minimum(shares, writer.ready_until - packet, out=shares)
+        np.maximum(shares, 0, out=shares)
         counts = shares.tolist()
         places = (packet % depth).tolist()
         for connection, count in enumerate(counts):
@@ -405,7 +421,7 @@ class TickLoop:
             How many the kernel took of each, shape ``(n,)``.
         """
         writer, nic = self._writer, self._nic[active]
-        shares = np.minimum(shares, (writer.ready_until - packet)[active])
+        shares = np.maximum(np.minimum(shares, (writer.ready_until - packet)[active]), 0)
         total = int(shares.sum())
         if not total:
             return shares

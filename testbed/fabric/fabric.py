@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from testbed.errors import LabError
 from testbed.fabric.apply import IFINDEX_BASE, apply_operations
-from testbed.fabric.signals import signals_held
+from testbed.fabric.signals import HeldSignals, signals_held
 from testbed.kernel import bpf, layout, registry
 from testbed.kernel.links import mac_bytes
 from testbed.kernel.namespaces import entered, open_namespace
@@ -66,8 +66,16 @@ class Fabric:
             LabError: The name is taken.
             KernelError: The kernel refused something; nothing is left behind.
         """
-        with cls._created(plan, name, ephemeral=False) as fabric:
-            return fabric
+        with signals_held() as signals:
+            with cls._created(plan, name, signals, ephemeral=False) as fabric:
+                pass
+            try:
+                signals.release()
+                return fabric
+            except BaseException:  # ended by a signal as the lab was ready: the caller does not hear of it
+                signals.hold()
+                fabric.destroy()
+                raise
 
     @classmethod
     @contextlib.contextmanager
@@ -78,30 +86,33 @@ class Fabric:
             LabError: The name is taken.
             KernelError: The kernel refused something; nothing is left behind.
         """
-        with cls._created(plan, name, ephemeral=True) as fabric:
+        with signals_held() as signals, cls._created(plan, name, signals, ephemeral=True) as fabric:
             yield fabric
 
     @classmethod
     @contextlib.contextmanager
-    def _created(cls, plan: Plan, name: str, *, ephemeral: bool) -> Iterator[Fabric]:
-        """Record and build a lab; keep it only if it is not ephemeral and the block ends well."""
+    def _created(cls, plan: Plan, name: str, signals: HeldSignals, *, ephemeral: bool) -> Iterator[Fabric]:
+        """Record and build a lab; keep it only if it is not ephemeral and the block ends well.
+
+        Signals are held on entry and after: none comes between the lab's record and the block that undoes it, nor while it
+        is undone.
+        """
         require_root()
         nodes = [node.name for node in plan.topology.nodes]
-        # No signal between the lab's record and the block that undoes it, nor while it is undone.
-        with signals_held() as signals:
-            state, lock = registry.create_lab(name, nodes, ephemeral=ephemeral, scenario=plan.scenario.resolved())
-            kept = False
+        state, lock = registry.create_lab(name, nodes, ephemeral=ephemeral, scenario=plan.scenario.resolved())
+        kept = False
+        try:
+            signals.release()
+            yield cls(plan, state, lock, cls._build(plan, state))
+            signals.hold()
+            kept = not ephemeral
+        finally:
             try:
-                signals.release()
-                yield cls(plan, state, lock, cls._build(plan, state))
-                kept = not ephemeral
+                signals.hold()
             finally:
-                try:
-                    signals.hold()
-                finally:
-                    if not kept:
-                        registry.delete_lab(state)
-                        lock.close()
+                if not kept:
+                    registry.delete_lab(state)
+                    lock.close()
 
     @staticmethod
     def _build(plan: Plan, state: registry.LabState) -> layout.MappedArrays:

@@ -53,7 +53,8 @@ QP = np.dtype(
         ("acked_packets", "u8"),
         ("naks_packets", "u8"),
         ("nak_position", "u8"),
-        ("reserved", "u8", 2),
+        ("port", "u8"),
+        ("reserved", "u8"),
     ]
 )
 MAPS: dict[str, Any] = {

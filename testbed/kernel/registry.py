@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import LabError, MachineError
+from testbed.kernel.host_tuning import restore_host
 from testbed.kernel.namespaces import NETNS_DIR, delete_namespace
-from testbed.kernel.softirq import restore_softirq_priority
 
 REGISTRY_DIR = Path("/run/testbed")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,38}[a-z0-9])?")
@@ -223,14 +223,14 @@ def _end_processes(state: LabState) -> None:
 def collect_garbage() -> tuple[list[str], list[str]]:
     """Remove every lab whose process is gone and that nobody asked to keep.
 
-    A lab is garbage when its lock is free and it was built by ``run`` for itself, or was never finished. The priority of
-    ksoftirqd is put back too, when no run needs it raised.
+    A lab is garbage when its lock is free and it was built by ``run`` for itself, or was never finished. What runs changed
+    on the host itself is put back too, when no run needs it.
 
     Returns:
         Names of the labs removed, and namespaces left alone because they are not ours.
     """
     removed, foreign = [], []
-    restore_softirq_priority()
+    restore_host()
     with _registry_lock():
         for name in list_labs():
             lock = _try_lock(name)

@@ -60,8 +60,8 @@ class FabricCounters:
         """Return what was counted between two snapshots of one run of the QP table."""
 
         def moved(name: str) -> npt.NDArray[np.int64]:
-            difference: npt.NDArray[np.int64] = (after.queues[name] - before.queues[name]).astype(np.int64)
-            return difference.sum(axis=1)
+            difference: npt.NDArray[np.int64] = (after.queues[name] - before.queues[name]).astype(np.int64).sum(axis=1)
+            return difference
 
         return cls(
             sent_bytes=moved("deq_bytes"),

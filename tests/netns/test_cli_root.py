@@ -15,21 +15,22 @@ import pytest
 
 import testbed as api
 from testbed.errors import LabError
-from tests.conftest import list_test_labs, list_test_namespaces
+from tests.conftest import TEST_LAB_PREFIX, list_test_labs, list_test_namespaces
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("host_unchanged")]
 
-SCENARIO = """
-name: tbtest-small
+A, B, SMALL = (f"{TEST_LAB_PREFIX}{name}" for name in ("a", "b", "small"))
+SCENARIO = f"""
+name: {SMALL}
 fabric:
   kind: clos
   leaves: 2
   spines: 2
   hosts_per_leaf: 2
-  host_link: {rate: 400 Gbit/s, delay: 600 ns}
-routing: {scheme: pinning}
+  host_link: {{rate: 400 Gbit/s, delay: 600 ns}}
+routing: {{scheme: pinning}}
 workload:
-  - {collective: all_reduce, size: 256 KiB, iters: 1, warmup_iters: 1}
+  - {{collective: all_reduce, size: 256 KiB, iters: 1, warmup_iters: 1}}
 time_dilation: 20000
 expect: [drops_packets == 0]
 """
@@ -62,13 +63,13 @@ def deployed(file: Path, name: str) -> Iterator[str]:
 
 
 def test_deployed_lab_can_be_seen_used_and_removed(small: Path) -> None:
-    with deployed(small, "tbtest-a") as name:
+    with deployed(small, A) as name:
         shown = json.loads(run_command("inspect", name, "--format", "json").stdout)
         assert [node["name"] for node in shown["nodes"]] == [
             *("host0", "host1", "host2", "host3", "leaf0", "leaf1", "spine0", "spine1")
         ]
         assert {node["kind"] for node in shown["nodes"]} == {"host", "leaf", "spine"}
-        assert [node["namespace"] for node in shown["nodes"]] == [f"tbtest-a-{node['name']}" for node in shown["nodes"]]
+        assert [node["namespace"] for node in shown["nodes"]] == [f"{A}-{node['name']}" for node in shown["nodes"]]
         assert list_test_namespaces() == sorted(node["namespace"] for node in shown["nodes"])
         assert len(shown["links"]) == 8
         assert shown["time_dilation"] == 20000
@@ -87,21 +88,19 @@ def test_deployed_lab_can_be_seen_used_and_removed(small: Path) -> None:
         assert run_command("exec", "--lab", name, "host0", "--", "sh", "-c", "exit 7").returncode == 7
         missing = run_command("exec", "--lab", name, "nosuch", "--", "true")
         assert missing.returncode == 1
-        assert missing.stderr.startswith("error: lab 'tbtest-a' has no node 'nosuch'")
+        assert missing.stderr.startswith(f"error: lab '{A}' has no node 'nosuch'")
         assert run_command("exec", "--lab", name, "host0", "--", "no-such-program").returncode == 1
     assert list_test_namespaces() == []
 
 
 def test_kernel_routes_and_links_are_ordinary_linux(small: Path) -> None:
-    with deployed(small, "tbtest-a"):
+    with deployed(small, A):
         routes = json.loads(
-            subprocess.run(
-                ["ip", "-n", "tbtest-a-host0", "-j", "route"], check=True, capture_output=True, text=True
-            ).stdout
+            subprocess.run(["ip", "-n", f"{A}-host0", "-j", "route"], check=True, capture_output=True, text=True).stdout
         )
         assert any(route["dst"] == "default" and route["gateway"] == "10.0.0.0" for route in routes)
         qdiscs = subprocess.run(
-            ["tc", "-n", "tbtest-a-leaf0", "qdisc", "show", "dev", "up0"], check=True, capture_output=True, text=True
+            ["tc", "-n", f"{A}-leaf0", "qdisc", "show", "dev", "up0"], check=True, capture_output=True, text=True
         ).stdout
         assert "qdisc mq" in qdiscs
         assert "qdisc tbf" in qdiscs
@@ -167,23 +166,23 @@ def test_malformed_scenario_builds_nothing(small: Path, tmp_path: Path) -> None:
 
 
 def test_two_labs_at_once_under_different_names(small: Path) -> None:
-    with deployed(small, "tbtest-a"), deployed(small, "tbtest-b"):
-        assert {"tbtest-a", "tbtest-b"} <= set(api.labs())
-        assert run_command("exec", "--lab", "tbtest-b", "host0", "--", "ping", "-c1", "10.0.0.3").returncode == 0
-        packets = [way.packets for link in api.inspect("tbtest-a").links for way in link.directions]
+    with deployed(small, A), deployed(small, B):
+        assert {A, B} <= set(api.labs())
+        assert run_command("exec", "--lab", B, "host0", "--", "ping", "-c1", "10.0.0.3").returncode == 0
+        packets = [way.packets for link in api.inspect(A).links for way in link.directions]
         assert set(packets) == {0}
-        again = run_command("deploy", small, "--name", "tbtest-a")
+        again = run_command("deploy", small, "--name", A)
         assert again.returncode == 1
         assert again.stderr.splitlines()[-2:] == [
-            "error: a lab named 'tbtest-a' exists already",
-            "hint:  `testbed destroy tbtest-a`, `testbed gc`, or choose another with --name",
+            f"error: a lab named '{A}' exists already",
+            f"hint:  `testbed destroy {A}`, `testbed gc`, or choose another with --name",
         ]
         assert run_command("gc").returncode == 0
-        assert {"tbtest-a", "tbtest-b"} <= set(api.labs())
+        assert {A, B} <= set(api.labs())
 
 
 def test_run_uses_a_deployed_lab_and_leaves_it(small: Path, tmp_path: Path) -> None:
-    with deployed(small, "tbtest-a") as name:
+    with deployed(small, A) as name:
         scenario = api.load(small, ["time_dilation=auto"])
         result = api.run(scenario, name=name, output=tmp_path / "out")
         assert result.time_dilation == 20000
@@ -198,10 +197,10 @@ def test_run_uses_a_deployed_lab_and_leaves_it(small: Path, tmp_path: Path) -> N
 
 
 def test_run_beside_a_lab_of_its_own_name_takes_another(small: Path, tmp_path: Path) -> None:
-    with deployed(small, "tbtest-small"):
+    with deployed(small, SMALL):
         done = run_command("run", small, "--output", tmp_path / "out")
         assert done.returncode in (0, 4), done.stderr
-        assert list_test_labs() == ["tbtest-small"]
+        assert list_test_labs() == [SMALL]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -224,16 +223,16 @@ def test_signal_during_a_run_leaves_nothing(small: Path, tmp_path: Path, number:
 
 @pytest.mark.parametrize("wait_s", [0.9, 1.2, 1.5])
 def test_signal_at_any_moment_of_a_deployment_leaves_all_or_nothing(small: Path, wait_s: float) -> None:
-    with subprocess.Popen(command("deploy", small, "--name", "tbtest-a"), stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command("deploy", small, "--name", A), stderr=subprocess.DEVNULL) as process:
         time.sleep(wait_s)
         process.send_signal(signal.SIGTERM)
     if process.returncode == 0:
-        assert run_command("destroy", "tbtest-a").returncode == 0
+        assert run_command("destroy", A).returncode == 0
     assert list_test_labs() == []
 
 
 def test_killed_run_is_collected_and_a_deployed_lab_stays_usable(small: Path, tmp_path: Path) -> None:
-    with deployed(small, "tbtest-a") as name:
+    with deployed(small, A) as name:
         for extra in ((), ("--name", name)):
             arguments = command("run", small, "--iters", "50", "--output", tmp_path / "out", *extra)
             with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
@@ -242,16 +241,16 @@ def test_killed_run_is_collected_and_a_deployed_lab_stays_usable(small: Path, tm
                     if "iteration 1/" in line:
                         break
                 process.kill()
-        assert "tbtest-small" in list_test_labs()
+        assert SMALL in list_test_labs()
         collected = run_command("gc")
-        assert "removed tbtest-small" in collected.stdout
+        assert f"removed {SMALL}" in collected.stdout
         assert list_test_labs() == [name]
         done = run_command("run", small, "--name", name, "--output", tmp_path / "again")
         assert done.returncode in (0, 4), done.stderr
 
 
 def test_exec_ends_with_its_process(small: Path) -> None:
-    with deployed(small, "tbtest-a") as name:
+    with deployed(small, A) as name:
         with subprocess.Popen(command("exec", "--lab", name, "host0", "--", "sleep", "60")) as process:
             time.sleep(1.0)
             process.terminate()
@@ -259,7 +258,7 @@ def test_exec_ends_with_its_process(small: Path) -> None:
 
 
 def test_destroy_ends_what_still_runs_in_the_lab(small: Path) -> None:
-    with deployed(small, "tbtest-a") as name:
+    with deployed(small, A) as name:
         with subprocess.Popen(command("exec", "--lab", name, "host0", "--", "sleep", "60")) as process:
             time.sleep(1.0)
             assert run_command("destroy", name).returncode == 0

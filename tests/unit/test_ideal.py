@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 
 import numpy as np
 import pytest
@@ -48,19 +48,23 @@ def packet_simulation(
 ) -> list[float]:
     """Arrival of each transfer, simulated packet by packet and hop by hop.
 
-    A NIC sends whole messages, round robin over its connections; the core's hops store and forward each packet on a
-    link of its own per pair of ranks (nothing blocks); the last hop is the receiving NIC's, first come first served.
+    A NIC sends packets, round robin over its connections that have any to send; the core's hops store and forward each
+    packet on a link of its own per pair of ranks (nothing blocks); the last hop is the receiving NIC's, first come first
+    served.
     """
     left = [len(schedule.dependencies(i)) for i in range(len(schedule))]
     waiting = defaultdict(list)
     for i in range(len(schedule)):
         for dep in schedule.dependencies(i).tolist():
             waiting[dep].append(i)
-    todo = defaultdict(list)
+    todo: dict[int, list[tuple[int, int]]] = defaultdict(list)  # connection -> (transfer, wire bytes) of each packet
     for i in range(len(schedule)):
-        todo[int(schedule.connection[i])].append(i)
-    turn: dict[int, list[int]] = defaultdict(list)  # rank -> connections whose next transfer is ready
-    sending: dict[int, int] = {}  # rank -> connection
+        todo[int(schedule.connection[i])] += [(i, size) for size in packets(int(schedule.nbytes[i]), mtu)]
+    for stream in todo.values():
+        stream.reverse()
+    turn: dict[int, deque[int]] = defaultdict(deque)  # rank -> connections with a packet to send
+    queued: set[int] = set()
+    busy: set[int] = set()
     free: dict[tuple[int, ...], float] = defaultdict(float)  # link -> time
     undelivered = [len(packets(int(n), mtu)) for n in schedule.nbytes]
     arrival = [0.0] * len(schedule)
@@ -72,31 +76,31 @@ def packet_simulation(
         serial += 1
         heapq.heappush(events, (when, serial, what, args))
 
-    def offer(connection: int) -> None:
-        rank = schedule.connections[connection][0]
-        waits = connection in turn[rank] or sending.get(rank) == connection
-        if todo[connection] and left[todo[connection][0]] == 0 and not waits:
-            turn[rank].append(connection)
+    def offer(connection: int, now: float) -> None:
+        if connection not in queued and todo[connection] and left[todo[connection][-1][0]] == 0:
+            queued.add(connection)
+            turn[schedule.connections[connection][0]].append(connection)
+            serve(schedule.connections[connection][0], now)
 
     def serve(rank: int, now: float) -> None:
-        if rank in sending or not turn[rank]:
+        if rank in busy or not turn[rank]:
             return
-        connection = sending[rank] = turn[rank].pop(0)
-        transfer = todo[connection].pop(0)
-        for size in packets(int(schedule.nbytes[transfer]), mtu):
-            now += ns(size, rates[rank])
-            at(now, "sent", transfer, size, 1)
-        at(now, "free", rank)
+        connection = turn[rank].popleft()
+        queued.discard(connection)
+        transfer, size = todo[connection].pop()
+        now += ns(size, rates[rank])
+        busy.add(rank)
+        at(now, "free", rank, connection)
+        at(now, "sent", transfer, size, 1)
 
     for connection in list(todo):
-        offer(connection)
-    for rank in range(schedule.nranks):
-        serve(rank, 0.0)
+        offer(connection, 0.0)
     while events:
         now, _, what, args = heapq.heappop(events)
         if what == "free":
-            (rank,) = args
-            offer(sending.pop(rank))
+            rank, connection = args
+            busy.discard(rank)
+            offer(connection, now)
             serve(rank, now)
             continue
         transfer = args[0]
@@ -116,8 +120,7 @@ def packet_simulation(
                 arrival[transfer] = now
                 for follower in waiting[transfer]:
                     left[follower] -= 1
-                    offer(int(schedule.connection[follower]))
-                    serve(int(schedule.src[follower]), now)
+                    offer(int(schedule.connection[follower]), now)
     assert not any(todo.values())
     return arrival
 

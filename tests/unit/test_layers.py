@@ -182,6 +182,7 @@ def test_violations_are_found_in_every_form(source: str, expected: list[str]) ->
 def test_the_table_is_read_as_it_is_written() -> None:
     text = (
         "| Package | Owns | May import |\n| --- | --- | --- |\n"
-        "| `units`, `errors` | text | nothing of ours |\n| `plan` | values | units |\n| `api` | calls | everything above |\n\n| x |"
+        "| `units`, `errors` | text | nothing of ours |\n| `plan` | values | units |\n| `api` | calls | everything above |\n"
+        "\n| x |"
     )
     assert read_table(text) == {"units": [], "errors": [], "plan": ["units"], "api": ["units", "errors", "plan"]}
