@@ -121,13 +121,14 @@ class Algorithm(StrEnum):
     RING = "ring"
     DIRECT = "direct"
     HALVING_DOUBLING = "halving_doubling"
+    BINARY_TREE = "binary_tree"
     DOUBLE_BINARY_TREE = "double_binary_tree"
     PAIRWISE = "pairwise"
     HIERARCHICAL = "hierarchical"
 
 
 class RankOrder(StrEnum):
-    """Order in which a ring visits the hosts."""
+    """Order in which a collective visits the hosts."""
 
     RAILS = "rails"
     PACKED = "packed"
@@ -427,22 +428,33 @@ class _Iterated(_Section):
     )
 
 
+_DIRECT = (Collective.ALL_TO_ALL, Collective.GATHER, Collective.SCATTER, Collective.SEND_RECV)
+
+
 class CollectiveWorkload(_Iterated):
     """A collective over all ranks of the fabric."""
 
     collective: Annotated[Collective, kinds.choice(Collective)] = _key(
-        "collective", "The collective operation; send_recv sends to the successor in the order.", example="all_reduce"
+        "collective",
+        "The collective operation; send_recv sends to the successor in the order. Rooted ones (broadcast, reduce, gather, "
+        "scatter) have the first rank of the order as their root.",
+        example="all_reduce",
     )
     algorithm: Annotated[Algorithm, kinds.choice(Algorithm)] = _derived_key(
-        "algorithm", "Its schedule. Default: direct for send_recv, ring for all others."
+        "algorithm",
+        "Its schedule. all_reduce: ring, halving_doubling, double_binary_tree; broadcast and reduce: ring, binary_tree; "
+        "all_to_all: direct (all at once), pairwise; reduce_scatter and all_gather: ring; gather, scatter and send_recv: "
+        "direct. Default: the first of these.",
     )
     order: Annotated[RankOrder | tuple[int, ...], _ORDER] = _key(
         "order",
-        "Order in which the ring visits the ranks: rails changes the leaf at every hop, packed stays under a leaf "
-        "as long as it can, or a list of all ranks.",
+        "Order in which the algorithm visits the ranks: rails changes the leaf at every hop, packed stays under a leaf "
+        "as long as it can, random is drawn from the scenario's seed, alike for all items; or a list of all ranks.",
         default="rails",
     )
-    size_bytes: Annotated[int, _SIZE] = _key("size", "Buffer of each rank.", example="64 MiB")
+    size_bytes: Annotated[int, _SIZE] = _key(
+        "size", "Buffer of each rank: the larger one where what is sent and what is received differ.", example="64 MiB"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -450,15 +462,19 @@ class CollectiveWorkload(_Iterated):
         """Fill in the usual schedule of the collective."""
         if not isinstance(data, Mapping):
             return data
-        usual = Algorithm.DIRECT if data.get("collective") == "send_recv" else Algorithm.RING
-        return {"algorithm": str(usual), **data}
+        return {"algorithm": str(usual_algorithm(data.get("collective"))), **data}
+
+
+def usual_algorithm(collective: object) -> Algorithm:
+    """Return the algorithm that a collective has unless another is given."""
+    return Algorithm.DIRECT if collective in [str(one) for one in _DIRECT] else Algorithm.RING
 
 
 class IncastWorkload(_Iterated):
-    """Many hosts send to one."""
+    """Hosts 1 to fan_in send to host 0, all at once."""
 
     pattern: Annotated[Pattern, kinds.only(_PATTERN, "incast")] = _key(
-        "pattern", "The pattern: incast.", example="incast"
+        "pattern", "The pattern: incast; hosts 1 to fan_in send to host 0 at once.", example="incast"
     )
     fan_in: Annotated[int, kinds.integer(1, MAX_HOSTS)] = _key("fan_in", "Number of senders.", example=1)
     size_bytes: Annotated[int, _SIZE] = _key("size", "What each sender sends.", example="1 MiB")
@@ -468,7 +484,9 @@ class PermutationWorkload(_Iterated):
     """Every host sends to one other, and receives from one other."""
 
     pattern: Annotated[Pattern, kinds.only(_PATTERN, "permutation")] = _key(
-        "pattern", "The pattern: permutation.", example="permutation"
+        "pattern",
+        "The pattern: permutation; who sends to whom is drawn from the scenario's seed, alike for all items.",
+        example="permutation",
     )
     size_bytes: Annotated[int, _SIZE] = _key("size", "What each host sends.", example="1 MiB")
 
@@ -485,7 +503,7 @@ _ONE_FLOW = {"src": 0, "dst": 1, "size": "1 MiB"}
 
 
 class FlowsWorkload(_Iterated):
-    """Flows as listed, started together."""
+    """Flows as listed, started together; two between the same hosts have a connection each."""
 
     pattern: Annotated[Pattern, kinds.only(_PATTERN, "flows")] = _key("pattern", "The pattern: flows.", example="flows")
     flows: tuple[Flow, ...] = _list_key("flows", "The flows.", required=True, example=[_ONE_FLOW])
@@ -613,7 +631,7 @@ class Scenario(_Section):
 
     @property
     def collectives(self) -> tuple[CollectiveWorkload, ...]:
-        """The items of the workload that are collectives: in this version, all."""
+        """The items of the workload that are collectives, not patterns."""
         return tuple(item for item in self.workload if isinstance(item, CollectiveWorkload))
 
     def resolved(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ file are reported at once and none twice.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from testbed.scenario.keypath import KeyPath
@@ -18,6 +18,8 @@ from testbed.scenario.model import (
     Collective,
     CollectiveWorkload,
     FabricKind,
+    FlowsWorkload,
+    IncastWorkload,
     Scenario,
 )
 from testbed.units import format_size, format_time
@@ -30,6 +32,9 @@ MAX_FRAME_HEADER_BYTES = 74
 
 WIRE_OVERHEAD_BYTES = 24
 """FCS 4, preamble 8, gap 12."""
+
+MAX_CONNECTIONS = 8192
+"""Half the rows of the fabric's QP table: a connection has a QP at each end."""
 
 
 class Violation(NamedTuple):
@@ -125,36 +130,95 @@ def _check_workload(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     if valid(("workload",)) and not scenario.workload and not scenario.jobs:
         yield Violation(("workload",), "must have at least one item", "add {collective: all_reduce, size: 64 MiB}")
     for index, item in enumerate(scenario.workload):
+        path: KeyPath = ("workload", index)
         if isinstance(item, CollectiveWorkload):
-            yield from _check_collective(scenario, item, ("workload", index), valid)
+            yield from _check_collective(scenario, item, path, valid)
+        elif isinstance(item, IncastWorkload):
+            yield from _check_incast(scenario, item, path, valid)
+        elif isinstance(item, FlowsWorkload):
+            yield from _check_flows(scenario, item, path, valid)
 
 
-_ALGORITHMS = {
-    Collective.ALL_REDUCE: {
+ALGORITHMS: Mapping[Collective, tuple[Algorithm, ...]] = {
+    Collective.ALL_REDUCE: (
         Algorithm.RING,
         Algorithm.HALVING_DOUBLING,
         Algorithm.DOUBLE_BINARY_TREE,
         Algorithm.HIERARCHICAL,
-    },
-    Collective.SEND_RECV: {Algorithm.DIRECT},
+    ),
+    Collective.REDUCE_SCATTER: (Algorithm.RING,),
+    Collective.ALL_GATHER: (Algorithm.RING,),
+    Collective.ALL_TO_ALL: (Algorithm.DIRECT, Algorithm.PAIRWISE),
+    Collective.BROADCAST: (Algorithm.RING, Algorithm.BINARY_TREE),
+    Collective.REDUCE: (Algorithm.RING, Algorithm.BINARY_TREE),
+    Collective.GATHER: (Algorithm.DIRECT,),
+    Collective.SCATTER: (Algorithm.DIRECT,),
+    Collective.SEND_RECV: (Algorithm.DIRECT,),
 }
+"""The algorithms of each collective, the usual one first."""
+
+# Those that cut the buffer into a block for each rank.
+_BLOCKWISE = frozenset(
+    {
+        Collective.ALL_REDUCE,
+        Collective.REDUCE_SCATTER,
+        Collective.ALL_GATHER,
+        Collective.ALL_TO_ALL,
+        Collective.GATHER,
+        Collective.SCATTER,
+    }
+)
 
 
 def _check_collective(scenario: Scenario, item: CollectiveWorkload, path: KeyPath, valid: Valid) -> Iterator[Violation]:
-    order, algorithm = (*path, "order"), (*path, "algorithm")
-    possible = _ALGORITHMS.get(item.collective)
-    if possible is not None and item.algorithm not in possible and valid((*path, "collective"), algorithm):
-        usual = "direct" if item.collective is Collective.SEND_RECV else "ring"
-        yield Violation(algorithm, f"must be an algorithm of {item.collective}", f"use `algorithm: {usual}`")
+    collective, order, algorithm, size = ((*path, key) for key in ("collective", "order", "algorithm", "size"))
+    possible = ALGORITHMS[item.collective]
+    fits = item.algorithm in possible
+    if not fits and valid(collective, algorithm):
+        yield Violation(algorithm, f"must be an algorithm of {item.collective}", f"use {_alternatives(possible)}")
     if not valid(_KIND, _LEAVES, _HOSTS):
         return
     nranks = scenario.fabric.nhosts
     if isinstance(item.order, tuple) and valid(order):
         yield from _check_order(item.order, nranks, order)
-    size = (*path, "size")
-    needs_chunks = item.collective is Collective.ALL_REDUCE and valid((*path, "collective"))
-    if needs_chunks and item.size_bytes < nranks and valid(size):
+    if item.collective in _BLOCKWISE and item.size_bytes < nranks and valid(collective, size):
         yield Violation(size, f"must be at least one byte for each of the {nranks} ranks")
+    if fits and item.algorithm is Algorithm.HALVING_DOUBLING and nranks & (nranks - 1) and valid(collective, algorithm):
+        rule = f"must have a power of two of ranks, not {nranks}: every rank needs a partner at every step"
+        yield Violation(algorithm, rule, "use `algorithm: ring` or `double_binary_tree`, or other hosts")
+    if item.collective is Collective.ALL_TO_ALL and valid(collective):
+        yield from _check_connections(nranks * (nranks - 1), collective)
+
+
+def _alternatives(algorithms: Sequence[Algorithm]) -> str:
+    return " or ".join(f"`algorithm: {one}`" for one in algorithms if one is not Algorithm.HIERARCHICAL)
+
+
+def _check_connections(connections: int, path: KeyPath) -> Iterator[Violation]:
+    if connections > MAX_CONNECTIONS:
+        yield Violation(path, f"must need at most {MAX_CONNECTIONS} connections, not {connections}")
+
+
+def _check_incast(scenario: Scenario, item: IncastWorkload, path: KeyPath, valid: Valid) -> Iterator[Violation]:
+    fan_in = (*path, "fan_in")
+    senders = scenario.fabric.nhosts - 1
+    if valid(_KIND, _LEAVES, _HOSTS, fan_in) and item.fan_in > senders:
+        yield Violation(fan_in, f"must be at most {senders}: that many hosts can send to host 0")
+
+
+def _check_flows(scenario: Scenario, item: FlowsWorkload, path: KeyPath, valid: Valid) -> Iterator[Violation]:
+    flows = (*path, "flows")
+    if not item.flows and valid(flows):
+        yield Violation(flows, "must have at least one flow", "add {src: 0, dst: 1, size: 1 MiB}")
+    yield from _check_connections(len(item.flows), flows)
+    nhosts = scenario.fabric.nhosts
+    for index, flow in enumerate(item.flows):
+        src, dst = (*flows, index, "src"), (*flows, index, "dst")
+        for end, host in ((src, flow.src), (dst, flow.dst)):
+            if valid(_KIND, _LEAVES, _HOSTS, end) and host >= nhosts:
+                yield Violation(end, f"must be a host from 0 to {nhosts - 1}")
+        if flow.src == flow.dst and valid(src, dst):
+            yield Violation(dst, "must be another host than src")
 
 
 def _check_order(order: tuple[int, ...], nranks: int, path: KeyPath) -> Iterator[Violation]:
