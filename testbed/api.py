@@ -462,7 +462,8 @@ def _run_on(fabric: Fabric, listener: RunListener) -> Result:
     host = read_host_facts()
     samples: list[WorkloadSamples] = []
     counters: FabricCounters | None = None
-    with engine_carrier(fabric) as (carrier, refused):
+    waiting = "waiting for another run on this machine"
+    with engine_carrier(fabric, lambda: listener.note(waiting)) as (carrier, refused):
         before = MachineCounters.read()
         for index, planned in enumerate(plan.workloads):
             item = planned.workload

@@ -65,10 +65,10 @@ def collective_results(plan: Plan, samples: Sequence[WorkloadSamples]) -> tuple[
     """Return the row of each workload item."""
     return tuple(
         CollectiveResult.from_samples(
-            collective=str(planned.workload.collective),
-            algorithm=str(planned.workload.algorithm),
-            size_bytes=planned.workload.size_bytes,
-            nranks=len(planned.order),
+            collective=planned.collective_name,
+            algorithm=planned.algorithm_name,
+            size_bytes=planned.size_bytes,
+            nranks=planned.nranks,
             cct_ns=[round(time) for time in sample.cct_ns],
             cct_ideal_ns=planned.ideal_cct_ns,
             traffic_factor=planned.traffic_factor,

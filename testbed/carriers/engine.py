@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -96,8 +96,14 @@ def describe_connection(plan: Plan, workload: int, index: int) -> str:
 
 
 @contextlib.contextmanager
-def engine_carrier(fabric: Fabric) -> Iterator[tuple[EngineCarrier, list[str]]]:
+def engine_carrier(
+    fabric: Fabric, waiting: Callable[[], None] = lambda: None
+) -> Iterator[tuple[EngineCarrier, list[str]]]:
     """Open the engine on a fabric for the block.
+
+    Args:
+        fabric: The fabric.
+        waiting: Called when another run has the machine; this one then waits for it.
 
     Yields:
         The carrier, and warnings about what the machine refused.
@@ -107,7 +113,7 @@ def engine_carrier(fabric: Fabric) -> Iterator[tuple[EngineCarrier, list[str]]]:
     with (
         fabric.packet_sockets() as sockets,
         contextlib.closing(ProbeLink(fabric.probe_cpu, clock.now_ns)) as probe,
-        tuned_host(port_cpus) as host_warnings,
+        tuned_host(port_cpus, waiting) as host_warnings,
         engine_thread(engine_cpu) as warnings,
     ):
         yield EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock), host_warnings + warnings

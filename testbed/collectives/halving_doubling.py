@@ -50,7 +50,9 @@ class HalvingDoublingAllReduce(CollectiveAlgorithm):
         check_arguments(order, size_bytes, slices)
         nranks = len(order)
         if nranks & (nranks - 1):
-            raise ValueError(f"halving_doubling needs a power of two of ranks, got {nranks}: every rank needs a partner")
+            raise ValueError(
+                f"halving_doubling needs a power of two of ranks, got {nranks}: every rank needs a partner"
+            )
         builder = ScheduleBuilder(nranks, size_bytes)
         received: list[list[int]] = [[] for _ in order]  # by position: the last slice of each step
 

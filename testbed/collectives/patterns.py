@@ -48,29 +48,33 @@ def permutation_flows(nranks: int, size_bytes: int, rng: np.random.Generator) ->
     if nranks < 2:
         raise ValueError(f"a permutation without fixed points needs at least 2 ranks, got {nranks}")
     own = np.arange(nranks)
-    while (target := rng.permutation(nranks)) is not None and (target == own).any():
-        pass
+    target = rng.permutation(nranks)
+    while (target == own).any():
+        target = rng.permutation(nranks)
     return [Flow(src, dst, size_bytes) for src, dst in enumerate(target.tolist())]
 
 
-def build_flows(nranks: int, flows: Sequence[Flow], slices: int = SLICES_PER_CHUNK) -> Schedule:
+def build_flows(
+    nranks: int, flows: Sequence[Flow], slices: int = SLICES_PER_CHUNK, min_slice_bytes: int = 1
+) -> Schedule:
     """Return the schedule of flows that start together.
 
-    A flow is cut into ``slices`` messages. What a rank sends lies one after the other in its send buffer, in the order of
-    the flows; so does what it receives in its receive buffer.
+    A flow is cut into ``slices`` messages, or into fewer that have at least ``min_slice_bytes``. What a rank sends lies one
+    after the other in its send buffer, in the order of the flows; so does what it receives in its receive buffer.
 
     Args:
         nranks: Number of ranks of the fabric.
         flows: The flows; at least one. Two between the same ranks have a connection each.
-        slices: Messages of a flow; at least 1. Empty ones are left out.
+        slices: Messages of a flow; at least 1.
+        min_slice_bytes: The least that is worth a message of its own; at least 1.
 
     Raises:
         ValueError: If there is no flow, or one is empty, leaves the ranks or joins a rank to itself.
     """
     if not flows:
         raise ValueError("a pattern needs at least one flow")
-    if slices < 1:
-        raise ValueError(f"a flow needs at least 1 slice, got {slices}")
+    if slices < 1 or min_slice_bytes < 1:
+        raise ValueError(f"a flow needs at least 1 slice of at least 1 byte, got {slices} of {min_slice_bytes}")
     sent, received = [0] * nranks, [0] * nranks
     placed = []
     for flow in flows:
@@ -83,7 +87,7 @@ def build_flows(nranks: int, flows: Sequence[Flow], slices: int = SLICES_PER_CHU
         received[flow.dst] += flow.nbytes
     builder = ScheduleBuilder(nranks, max(*sent, *received), in_place=False)
     for number, (flow, (begin, into)) in enumerate(zip(flows, placed, strict=True)):
-        for offset, nbytes in slice_borders(begin, flow.nbytes, slices):
+        for offset, nbytes in slice_borders(begin, flow.nbytes, max(1, min(slices, flow.nbytes // min_slice_bytes))):
             builder.add(
                 flow.src,
                 flow.dst,

@@ -93,7 +93,7 @@ class FrameWriter:
             psn_offsets: Packets each connection sent in earlier iterations, shape ``(connections,)``.
         """
         self._streams = streams
-        self._va, self._lengths = schedule.offset_bytes, schedule.nbytes
+        self._va, self._lengths = schedule.dst_offset_bytes, schedule.nbytes
         self._psn_base = self._initial_psns + psn_offsets
         self._limit = streams.packets
         self._begin[:] = 0

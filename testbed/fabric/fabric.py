@@ -30,7 +30,6 @@ from testbed.topology import HOST_NETWORK, NodeKind
 _QP_ROWS = 16384
 # Priorities 6 and 7 (CNP, ACK, network control) have the control queue.
 CONTROL_PRIORITIES = 0b1100_0000
-_PROBE_MAP = "tb_probe"
 # A frame of 4 KiB leaves a 400 Gbit/s port every 0.1 s at the greatest dilation (10^6): a queue that stands for longer is stuck.
 _STUCK_S = 1.0
 # What a killed run leaves behind drains in less.
@@ -139,7 +138,7 @@ class Fabric:
             _fill_tables(plan, arrays)
             _, port_cpus = choose_cpus()
             state.details = {
-                "maps": {name: bpf.read_id(fd) for name, fd in loaded.maps.items() if name != _PROBE_MAP},
+                "maps": {name: bpf.read_id(fd) for name, fd in loaded.maps.items()},
                 "entries": entries,
                 "time_dilation": plan.dilation.value,
                 "port_cpus": list(port_cpus),
@@ -273,11 +272,9 @@ def open_arrays(state: registry.LabState) -> layout.MappedArrays:
     try:
         for map_name, map_id in state.details["maps"].items():
             descriptors[map_name] = bpf.open_map(map_id)
-        # No program of a lab uses the probe's map, so that it went with the process that loaded it; the column is not read.
-        descriptors[_PROBE_MAP] = descriptors["tb_nodes"]
         return layout.MappedArrays(descriptors, state.details["entries"])
     finally:
-        for descriptor in set(descriptors.values()):
+        for descriptor in descriptors.values():
             os.close(descriptor)
 
 
@@ -318,7 +315,6 @@ def _map_entries(plan: Plan) -> dict[str, int]:
         "tb_groups": len(tables.groups),
         "tb_members": sum(len(group.members) for group in tables.groups),
         "tb_qps": _QP_ROWS,
-        _PROBE_MAP: 8,
     }
 
 

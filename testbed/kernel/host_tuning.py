@@ -2,8 +2,10 @@
 
 When the fabric's CPU has more to do than fits into one softirq, the kernel hands the rest to ``ksoftirqd/N``, an ordinary
 process that shares the CPU with any hog; and while it waits, a backlog of 1000 frames (``net.core.netdev_max_backlog``) fills
-in ten milliseconds and drops. Both are raised while a run lasts. The old values are recorded before, put back by the last run
-that ends, and by ``testbed gc`` after a SIGKILL.
+in ten milliseconds and drops. Both are raised while a run lasts. The old values are recorded before, put back after, and by
+``testbed gc`` after a SIGKILL.
+
+Two engines on one CPU would measure each other, so a run also has the machine to itself: others wait for it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +49,36 @@ def _write_record(record: dict[str, Any]) -> None:
     draft.rename(_RECORD)
 
 
+def _take_lock(waiting: Callable[[], None]) -> int:
+    """Return the machine's lock, held; wait for another run."""
+    _STATE_DIR.mkdir(parents=True, exist_ok=True)
+    lock = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
 @contextlib.contextmanager
-def tuned_host(cpus: Sequence[int]) -> Iterator[list[str]]:
-    """Give the softirqs of these CPUs priority and room for the block.
+def tuned_host(cpus: Sequence[int], waiting: Callable[[], None] = lambda: None) -> Iterator[list[str]]:
+    """Have the machine for the block, and give the softirqs of these CPUs priority and room.
+
+    Args:
+        cpus: The CPUs of the fabric's ports.
+        waiting: Called when another run has the machine.
 
     Yields:
         Warnings about what was refused.
     """
-    _STATE_DIR.mkdir(parents=True, exist_ok=True)
     warnings: list[str] = []
-    lock = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = _take_lock(waiting)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         record: dict[str, Any] = json.loads(_RECORD.read_text()) if _RECORD.exists() else {"threads": {}}
         threads = _find_threads(cpus)
         for name, pid in threads.items():
@@ -79,32 +99,35 @@ def tuned_host(cpus: Sequence[int]) -> Iterator[list[str]]:
         with contextlib.suppress(OSError):
             if int(_BACKLOG.read_text()) < _BACKLOG_FRAMES:
                 _BACKLOG.write_text(str(_BACKLOG_FRAMES))
-        fcntl.flock(lock, fcntl.LOCK_SH)
         yield warnings
     finally:
+        _restore()
         os.close(lock)
-        restore_host()
 
 
-def restore_host() -> bool:
-    """Put the recorded values back unless another run still needs them; return whether anything was put back."""
+def _restore() -> None:
+    """Put the recorded values back; the machine's lock must be held."""
     if not _RECORD.exists():
-        return False
+        return
+    record = json.loads(_RECORD.read_text())
+    for name, (pid, policy, priority) in record["threads"].items():
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text().strip() == name:
+                os.sched_setscheduler(pid, policy, os.sched_param(priority))
+    if "netdev_max_backlog" in record:
+        with contextlib.suppress(OSError):
+            _BACKLOG.write_text(str(record["netdev_max_backlog"]))
+    _RECORD.unlink(missing_ok=True)
+
+
+def restore_host() -> None:
+    """Put back what a killed run left raised, unless another run has the machine."""
+    if not _RECORD.exists():
+        return
     lock = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        record = json.loads(_RECORD.read_text())
-        for name, (pid, policy, priority) in record["threads"].items():
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{pid}/comm").read_text().strip() == name:
-                    os.sched_setscheduler(pid, policy, os.sched_param(priority))
-        if "netdev_max_backlog" in record:
-            with contextlib.suppress(OSError):
-                _BACKLOG.write_text(str(record["netdev_max_backlog"]))
-        _RECORD.unlink(missing_ok=True)
-        return True
+            _restore()
     finally:
         os.close(lock)

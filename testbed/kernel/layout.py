@@ -65,7 +65,6 @@ MAPS: dict[str, Any] = {
     "tb_groups": GROUP,
     "tb_members": np.dtype("u4"),
     "tb_qps": QP,
-    "tb_probe": np.dtype("u8"),
 }
 
 
@@ -108,4 +107,3 @@ class MappedArrays:
         self.groups = arrays["tb_groups"]
         self.members = arrays["tb_members"]
         self.qps = arrays["tb_qps"]
-        self.probe = arrays["tb_probe"]

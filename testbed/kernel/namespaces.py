@@ -80,14 +80,12 @@ def create_namespace(name: str, mark: str, sysctls: dict[str, str]) -> int:
             for key, value in sysctls.items():
                 _write_sysctl(key, value)
             try:
-                holder = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
+                _create_name(path, mark)
             except FileExistsError:
                 raise LabError(
                     f"a network namespace named {name!r} exists already",
                     hint="choose another lab name with --name, or `testbed gc` if a killed run left it",
                 ) from None
-            os.write(holder, mark.encode())
-            os.close(holder)
             fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             if _mount("/proc/thread-self/ns/net", str(path), _MS_BIND) < 0:
                 code = ctypes.get_errno()
@@ -99,6 +97,29 @@ def create_namespace(name: str, mark: str, sysctls: dict[str, str]) -> int:
             _check(_libc.setns(origin, _CLONE_NEWNET), "setns back")
     finally:
         os.close(origin)
+
+
+def _create_name(path: Path, mark: str) -> None:
+    """Create a namespace's name with the mark in it, both at once: a name without it could not be proved ours.
+
+    Raises:
+        FileExistsError: The name is taken.
+    """
+    try:
+        holder = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o444)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):  # a file system without O_TMPFILE
+            raise
+        holder = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
+        os.write(holder, mark.encode())
+        os.close(holder)
+        return
+    try:
+        os.write(holder, mark.encode())
+        # With a directory given, even unused, Python calls linkat(AT_SYMLINK_FOLLOW); without one link(), which does not follow.
+        os.link(f"/proc/self/fd/{holder}", path, src_dir_fd=holder)
+    finally:
+        os.close(holder)
 
 
 def _write_sysctl(key: str, value: str) -> None:

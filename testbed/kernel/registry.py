@@ -194,6 +194,9 @@ def delete_lab(state: LabState) -> list[str]:
     Returns:
         Namespaces that bear a name of this lab and are not its own; they are left alone.
     """
+    if state.ready:  # what is left of a lab whose removal was killed is garbage, deployed or not
+        state.ready = False
+        write_state(state)
     _end_processes(state)
     foreign = [name for name in state.namespaces.values() if not delete_namespace(name, state.mark)]
     shutil.rmtree(_lab_dir(state.name), ignore_errors=True)

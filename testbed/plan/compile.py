@@ -3,24 +3,56 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
-from testbed.collectives import find_algorithm, ideal_cct_ns, largest_frame_wire_bytes, ring_order
-from testbed.collectives.schedule import SLICES_PER_CHUNK, Collective
+from testbed.collectives import (
+    Flow,
+    Schedule,
+    build_flows,
+    busiest_nic_bytes,
+    find_algorithm,
+    ideal_cct_ns,
+    incast_flows,
+    largest_frame_wire_bytes,
+    permutation_flows,
+    ring_order,
+)
 from testbed.errors import PlanError
 from testbed.plan.dilation import choose_dilation, choose_tick_ns
 from testbed.plan.lint import find_warnings
 from testbed.plan.model import Plan, PlannedWorkload
+from testbed.plan.predict import predict_cct_ratio
 from testbed.roce.queue_pairs import Connection, Endpoint, build_connections
 from testbed.roce.wire import IP_PROTOCOL_UDP, LINK_OVERHEAD_BYTES, ROCE_UDP_PORT, Opcode, frame_bytes
-from testbed.routing import FlowKey, ForwardingTables, Path, predicted_cct_ratio, routing_scheme, trace_path
-from testbed.scenario import CollectiveWorkload, Scenario, StarFabric, UdpSourcePort
+from testbed.routing import FlowKey, ForwardingTables, Path, routing_scheme, trace_path
+from testbed.scenario import (
+    CollectiveWorkload,
+    FlowsWorkload,
+    IncastWorkload,
+    PermutationWorkload,
+    Scenario,
+    StarFabric,
+    UdpSourcePort,
+    Workload,
+)
 from testbed.topology import LinkSpec, Topology, build_clos, build_star
 
 # Retransmission timeout "auto": several loop times beside what the deepest queue of the path can add.
 _TIMEOUT_LOOPS = 4
 _TIMEOUT_QUEUES = 2
+
+# What is drawn at random beside QPs: each has a stream of its own, so that one does not change with the other.
+_ORDER_STREAM, _PERMUTATION_STREAM = 1, 2
+
+
+class _Traffic(NamedTuple):
+    """A workload item as a schedule, the ranks that take part, and busbw / algbw."""
+
+    schedule: Schedule
+    order: tuple[int, ...]
+    traffic_factor: float
 
 
 def build_topology(scenario: Scenario) -> Topology:
@@ -56,7 +88,7 @@ def compile_plan(scenario: Scenario, *, capacity_packets_per_s: float | None) ->
     topology = build_topology(scenario)
     scheme = routing_scheme(str(scenario.routing.scheme))
     tables = scheme.build_tables(topology, hash_seed=scenario.routing.hash_seed)
-    workloads = tuple(_plan_workload(item, scenario, topology, tables) for item in scenario.collectives)
+    workloads = tuple(_plan_workload(item, scenario, topology, tables) for item in scenario.workload)
     if not workloads:
         raise PlanError("the workload is empty")
 
@@ -102,16 +134,45 @@ def compile_plan(scenario: Scenario, *, capacity_packets_per_s: float | None) ->
     return replace(plan, warnings=find_warnings(plan))
 
 
-def _plan_workload(
-    item: CollectiveWorkload, scenario: Scenario, topology: Topology, tables: ForwardingTables
-) -> PlannedWorkload:
-    mtu = scenario.transport.mtu_bytes
-    order = ring_order(item.order if isinstance(item.order, tuple) else str(item.order), scenario.fabric.host_counts)
+def _build_traffic(item: Workload, scenario: Scenario) -> _Traffic:
+    """Return the schedule of a workload item, the ranks that take part in order, and busbw / algbw.
+
+    Slices below a packet would only add headers: where chunks are small they are cut into fewer.
+    """
+    traffic = _collective(item, scenario) if isinstance(item, CollectiveWorkload) else _pattern(item, scenario)
+    return traffic._replace(schedule=traffic.schedule.sorted_by_sender())
+
+
+def _collective(item: CollectiveWorkload, scenario: Scenario) -> _Traffic:
+    kind = item.order if isinstance(item.order, tuple) else str(item.order)
+    order = ring_order(kind, scenario.fabric.host_counts, np.random.default_rng([scenario.seed, _ORDER_STREAM]))
     algorithm = find_algorithm(str(item.collective), str(item.algorithm))
-    chunk_bytes = item.size_bytes // (len(order) if algorithm.collective is Collective.ALL_REDUCE else 1)
-    # Slices below a packet would only add headers.
-    slices = max(1, min(SLICES_PER_CHUNK, chunk_bytes // mtu))
-    schedule = algorithm.build_schedule(order, item.size_bytes, slices).sorted_by_sender()
+    most = algorithm.chunk_bytes(item.size_bytes, len(order)) // scenario.transport.mtu_bytes
+    slices = max(1, min(algorithm.slices_per_chunk(len(order)), most))
+    schedule = algorithm.build_schedule(order, item.size_bytes, slices)
+    return _Traffic(schedule, order, algorithm.traffic_factor(len(order)))
+
+
+def _pattern(item: IncastWorkload | PermutationWorkload | FlowsWorkload, scenario: Scenario) -> _Traffic:
+    nhosts = scenario.fabric.nhosts
+    if isinstance(item, IncastWorkload):
+        flows = incast_flows(item.fan_in, item.size_bytes)
+        total = item.size_bytes
+    elif isinstance(item, PermutationWorkload):
+        rng = np.random.default_rng([scenario.seed, _PERMUTATION_STREAM])
+        flows = permutation_flows(nhosts, item.size_bytes, rng)
+        total = item.size_bytes
+    else:
+        flows = [Flow(flow.src, flow.dst, flow.size_bytes) for flow in item.flows]
+        total = sum(flow.nbytes for flow in flows)
+    ranks = tuple(sorted({rank for flow in flows for rank in (flow.src, flow.dst)}))
+    schedule = build_flows(nhosts, flows, min_slice_bytes=scenario.transport.mtu_bytes)
+    return _Traffic(schedule, ranks, busiest_nic_bytes(flows) / total)
+
+
+def _plan_workload(item: Workload, scenario: Scenario, topology: Topology, tables: ForwardingTables) -> PlannedWorkload:
+    mtu = scenario.transport.mtu_bytes
+    schedule, order, traffic_factor = _build_traffic(item, scenario)
     connections = build_connections(
         list(schedule.connections),
         build_endpoints(topology),
@@ -132,8 +193,8 @@ def _plan_workload(
         paths=paths,
         one_way_ns=one_way,
         ideal_cct_ns=0.0,
-        predicted_cct_ratio=predicted_cct_ratio(topology, [[path] for path in paths]),
-        traffic_factor=algorithm.traffic_factor(len(order)),
+        predicted_cct_ratio=predict_cct_ratio(topology, schedule, paths),
+        traffic_factor=traffic_factor,
         resolution_error_fraction=0.0,
     )
     return replace(planned, ideal_cct_ns=_ideal_cct_ns(planned, topology, scenario, 0))
@@ -142,15 +203,12 @@ def _plan_workload(
 def _ideal_cct_ns(planned: PlannedWorkload, topology: Topology, scenario: Scenario, extra_ns: int) -> float:
     """Return the completion time over a non-blocking core with ``extra_ns`` more latency on every path."""
     mtu = scenario.transport.mtu_bytes
-    nranks = len(planned.order)
     wire = largest_frame_wire_bytes(planned.schedule.nbytes, mtu)
-    latency = np.zeros((nranks, nranks), np.int64)
-    for connection, path, total in zip(planned.connections, planned.paths, planned.one_way_ns.tolist(), strict=True):
-        # The first frame time is part of the NIC's own time.
-        first_frame_ns = round(8e9 * wire / topology.port(path.ports[0]).rate_bits_per_s)
-        latency[connection.requester.local.rank, connection.responder.local.rank] = total - first_frame_ns + extra_ns
-    nic_rates = np.array([topology.host_port(rank).rate_bits_per_s for rank in range(nranks)])
-    return ideal_cct_ns(planned.schedule, nic_rate_bits_per_s=nic_rates, latency_ns=latency, mtu=mtu)
+    # The first frame time is part of the NIC's own time.
+    first_frame_ns = [round(8e9 * wire / topology.port(path.ports[0]).rate_bits_per_s) for path in planned.paths]
+    latency_ns = planned.one_way_ns - np.array(first_frame_ns, np.int64) + extra_ns
+    nic_rates = np.array([topology.host_port(rank).rate_bits_per_s for rank in range(planned.schedule.nranks)])
+    return ideal_cct_ns(planned.schedule, nic_rate_bits_per_s=nic_rates, latency_ns=latency_ns, mtu=mtu)
 
 
 def flow_of(connection: Connection) -> FlowKey:

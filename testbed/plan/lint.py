@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from testbed.plan.dilation import DilationBound
 
 if TYPE_CHECKING:
-    from testbed.plan.model import Plan
+    from testbed.plan.model import Plan, PlannedWorkload
 
 # A flow that slows to half its rate piles up about a chunk per rank that can run ahead; below three chunks a collision drops.
+# A chunk is what a connection may send before anything has arrived.
 _BUFFER_CHUNKS = 3
 
 
@@ -30,12 +32,55 @@ def find_warnings(plan: Plan) -> tuple[str, ...]:
                 "what this machine's measured capacity asks for"
             )
     for planned in plan.workloads:
-        sharing = Counter(port for path in planned.paths for port in path.ports)
-        worst = max(sharing.values(), default=1)
-        chunk = planned.workload.size_bytes // max(1, len(planned.order))
-        if worst > 1 and plan.buffer_bytes < _BUFFER_CHUNKS * chunk:
-            warnings.append(
-                f"{worst} flows share a link and a switch buffers {plan.buffer_bytes} bytes, less than {_BUFFER_CHUNKS} "
-                f"chunks of {chunk}: without PFC this can drop"
-            )
+        warnings += _find_buffer_warnings(plan, planned)
     return tuple(warnings)
+
+
+def _find_buffer_warnings(plan: Plan, planned: PlannedWorkload) -> list[str]:
+    """Return a warning if a workload can overflow a switch, without flow control."""
+    sharing = Counter(port for path in planned.paths for port in path.ports[1:])  # a NIC paces its own flows
+    if max(sharing.values(), default=1) == 1:
+        return []
+    unbidden = planned.schedule.unbidden_bytes().tolist()
+    switch, piled_bytes = _largest_pile(plan, planned, unbidden)
+    if piled_bytes > plan.buffer_bytes:
+        return [
+            f"{planned.collective_name}: senders wait for nothing and can pile up {piled_bytes} bytes in {switch}, which "
+            f"buffers {plan.buffer_bytes}: without PFC this drops"
+        ]
+    if not len(planned.schedule.deps):
+        return []
+    chunk = max(
+        ahead
+        for ahead, path in zip(unbidden, planned.paths, strict=True)
+        if any(sharing[p] > 1 for p in path.ports[1:])
+    )
+    if plan.buffer_bytes >= _BUFFER_CHUNKS * chunk:
+        return []
+    return [
+        f"{max(sharing.values())} flows share a link and a switch buffers {plan.buffer_bytes} bytes, less than "
+        f"{_BUFFER_CHUNKS} chunks of {chunk}: without PFC this can drop"
+    ]
+
+
+def _largest_pile(plan: Plan, planned: PlannedWorkload, unbidden: Sequence[int]) -> tuple[str, int]:
+    """Return the switch in which most can pile up from what senders send unbidden, and how many bytes.
+
+    Every NIC sends at line rate, shared among its connections; what a port cannot pass on at once stays. Ports further
+    up the path are not taken into account: where one of those is the bottleneck, the pile is there instead.
+    """
+    topology = plan.topology
+    busy = Counter(path.ports[0] for path, nbytes in zip(planned.paths, unbidden, strict=True) if nbytes)
+    arriving, carried = Counter[int](), Counter[int]()
+    for path, nbytes in zip(planned.paths, unbidden, strict=True):
+        if nbytes:
+            rate = topology.port(path.ports[0]).rate_bits_per_s // busy[path.ports[0]]
+            for port in path.ports[1:]:
+                arriving[port] += rate
+                carried[port] += nbytes
+    piles = Counter[str]()
+    for port_id, rate in sorted(arriving.items()):
+        port = topology.port(port_id)
+        if rate > port.rate_bits_per_s:
+            piles[topology.nodes[port.node].name] += carried[port_id] * (rate - port.rate_bits_per_s) // rate
+    return max(piles.items(), key=lambda pile: pile[1], default=("", 0))

@@ -23,7 +23,7 @@ from testbed.plan.operations import (
 from testbed.roce.queue_pairs import Connection
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
 from testbed.routing import ForwardingTables, Path
-from testbed.scenario import CollectiveWorkload, Scenario
+from testbed.scenario import CollectiveWorkload, FlowsWorkload, Scenario, Workload
 from testbed.topology import NodeKind, Topology
 
 # Shapers run faster than the links they stand for: at exactly equal rates a drained token bucket never refills, and then every
@@ -46,19 +46,19 @@ class PlannedWorkload:
 
     Attributes:
         workload: The item.
-        order: Ranks in the order of the collective.
+        order: Ranks that take part, in the order of the collective.
         schedule: Its transfers.
         connections: A QP pair per connection of the schedule.
         paths: The path of each connection's data.
         one_way_ns: Propagation and one frame time per hop of each path, shape ``(connections,)``.
         ideal_cct_ns: Completion time over a non-blocking core.
         predicted_cct_ratio: Expected CCT over ideal, from the forwarding tables.
-        traffic_factor: busbw / algbw.
+        traffic_factor: busbw / algbw: the bytes that the busiest NIC must carry each way per byte of `size_bytes`.
         resolution_error_fraction: What a tick more of latency adds to the ideal completion time: how coarse the engine's
             reaction is for this workload.
     """
 
-    workload: CollectiveWorkload
+    workload: Workload
     order: tuple[int, ...]
     schedule: Schedule
     connections: tuple[Connection, ...]
@@ -68,6 +68,32 @@ class PlannedWorkload:
     predicted_cct_ratio: float
     traffic_factor: float
     resolution_error_fraction: float
+
+    @property
+    def collective_name(self) -> str:
+        """Return the collective or the pattern, such as ``all_reduce`` or ``incast``."""
+        item = self.workload
+        return str(item.collective if isinstance(item, CollectiveWorkload) else item.pattern)
+
+    @property
+    def algorithm_name(self) -> str:
+        """Return the algorithm; patterns are ``direct``, all flows at once."""
+        return str(self.workload.algorithm) if isinstance(self.workload, CollectiveWorkload) else "direct"
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the size that algbw refers to.
+
+        The buffer of a collective; what each rank sends in an incast (algbw is then one sender's share, busbw what the
+        receiver gets) or a permutation; all flows' sizes together (busbw is then what the busiest NIC carries).
+        """
+        item = self.workload
+        return sum(flow.size_bytes for flow in item.flows) if isinstance(item, FlowsWorkload) else item.size_bytes
+
+    @property
+    def nranks(self) -> int:
+        """Return the number of ranks that take part."""
+        return len(self.order)
 
 
 @dataclass(frozen=True, eq=False)

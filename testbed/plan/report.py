@@ -201,10 +201,10 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
         ],
         "workloads": [
             {
-                "collective": str(planned.workload.collective),
-                "algorithm": str(planned.workload.algorithm),
-                "size_bytes": planned.workload.size_bytes,
-                "nranks": len(planned.order),
+                "collective": planned.collective_name,
+                "algorithm": planned.algorithm_name,
+                "size_bytes": planned.size_bytes,
+                "nranks": planned.nranks,
                 "iters": planned.workload.iters,
                 "warmup_iters": planned.workload.warmup_iters,
                 "connections": len(planned.connections),

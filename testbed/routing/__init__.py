@@ -7,7 +7,7 @@ from testbed.routing.ecmp import Ecmp
 from testbed.routing.hashing import FlowKey
 from testbed.routing.paths import Collision, Path, find_collisions, link_loads, trace_path
 from testbed.routing.pinning import Pinning
-from testbed.routing.predict import max_min_rates, nic_port_rates, port_rates, predicted_cct_ratio
+from testbed.routing.predict import completion_time, max_min_rates, nic_port_rates, port_rates, predicted_cct_ratio
 from testbed.routing.protocol import RoutingScheme
 from testbed.routing.tables import NO_GROUP, ForwardingTables, Group, HashField, Selector
 
@@ -22,6 +22,7 @@ __all__ = [
     "Path",
     "RoutingScheme",
     "Selector",
+    "completion_time",
     "find_collisions",
     "link_loads",
     "max_min_rates",

@@ -113,35 +113,61 @@ def nic_port_rates(topology: Topology) -> npt.NDArray[np.float64]:
     return rates
 
 
-def predicted_cct_ratio(topology: Topology, connections: Sequence[Sequence[Path]]) -> float:
+def completion_time(
+    paths: Sequence[Sequence[int]],
+    nbytes: Sequence[float] | npt.NDArray[np.float64],
+    capacity_per_port: Mapping[int, float] | npt.NDArray[np.float64],
+) -> float:
+    """Return when flows that begin together are all done, if the port that has most to do is never idle.
+
+    That is each port's bytes over its rate, at its largest: no order of service is faster, and flows that share ports
+    fairly come close to it, because those that carry less leave their share to the others when they are done.
+
+    Args:
+        paths: The port ids that each flow crosses, each at most once.
+        nbytes: What each flow carries, above 0, in any unit.
+        capacity_per_port: As for `max_min_rates`.
+
+    Returns:
+        Time in the unit of ``nbytes`` over that of the capacities; 0 if no port limits.
+    """
+    carried = np.asarray(nbytes, np.float64)
+    # With bytes for weights the flows of the worst port are done together, and no other flow later.
+    return float((carried / max_min_rates(paths, capacity_per_port, weights=carried.tolist())).max(initial=0.0))
+
+
+def predicted_cct_ratio(
+    topology: Topology, connections: Sequence[Sequence[Path]], nbytes: Sequence[float] | None = None
+) -> float:
     """Return the completion time of a collective over that in a non-blocking core.
 
-    For collectives whose connections run at once and carry equal bytes, as in a ring: it is self-clocked, so
-    that all connections slow to the slowest. A connection splits its bytes equally over its flows (QPs) and
-    is done when the last of them is. The reference is the same flows limited by the ports on host links
-    alone, each again at its max-min fair rate. Bandwidth terms only: no latencies, no queues.
+    For collectives whose connections run all at once, as in a ring, an incast or an all-to-all; where connections wait for
+    one another see `testbed.plan.predict`. A connection splits its bytes equally over its flows (QPs) and is done when the
+    last of them is. The reference is the same flows limited by the ports on host links alone, so that a receiver that
+    several senders share is no slowdown. Both times are those of `completion_time`. Bandwidth terms only: no latencies, no
+    queues.
 
-    Where all NICs are alike this is the largest slowdown of any flow; at one QP per connection of a ring that
-    crosses the core at line rate, the number of flows on the worst link.
+    Where all NICs are alike this is, at one QP per connection of a ring that crosses the core at line rate, the number of
+    flows on the worst link.
 
     Args:
         topology: The fabric.
         connections: The paths of each connection's flows; at least one connection, at least one flow each.
+        nbytes: What each connection carries, above 0, in any unit; None for all alike.
 
     Returns:
-        At least 1, but for rounding, where all connections have the same number of flows.
+        At least 1, but for rounding.
 
     Raises:
-        ValueError: If there is no connection, or one has no flow.
+        ValueError: If there is no connection, one has no flow, or there are not as many ``nbytes``.
     """
     if not connections or not all(connections):
         raise ValueError("a prediction needs at least one connection, and a flow in each")
+    carried = [1.0] * len(connections) if nbytes is None else list(nbytes)
     paths = [path.ports for flows in connections for path in flows]
-    # What a flow carries, in connections' worth of bytes.
-    share = np.array([1 / len(flows) for flows in connections for _ in flows])
-    fabric_time = share / max_min_rates(paths, port_rates(topology))
-    reference_time = share / max_min_rates(paths, nic_port_rates(topology))
-    return float(fabric_time.max() / reference_time.max())
+    shares = [share / len(flows) for flows, share in zip(connections, carried, strict=True) for _ in flows]
+    fabric_time = completion_time(paths, shares, port_rates(topology))
+    return fabric_time / completion_time(paths, shares, nic_port_rates(topology))
 
 
 def _capacity(capacity_per_port: Mapping[int, float] | npt.NDArray[np.float64], port_id: int) -> float:

@@ -188,3 +188,14 @@ def test_many_connections_have_rings_of_their_own() -> None:
         assert carried_icrc(frame) == compute_icrc(frame)
         if packet % 5 == 0:
             sender.check(connection, packet, frame)
+
+
+def test_no_ring_runs_dry_when_all_are_low_at_once() -> None:
+    ring = find_algorithm("all_reduce", "ring").build_schedule([0, 1, 2, 3, 4, 5], 300_000, 3).sorted_by_sender()
+    sender = Sender(ring, [0] * 6)
+    limit = sender.streams.packets
+    while (sender.sent < limit).any():
+        ready = sender.writer.ready_until - sender.sent
+        assert (ready >= np.minimum(MARGIN, limit - sender.sent)).all()
+        sender.sent = np.minimum(sender.sent + MARGIN, limit)
+        sender.writer.prepare(sender.sent, MARGIN)

@@ -1,0 +1,221 @@
+"""The reference of the file format as Markdown, one block per key: ``docs/scenario.md`` is its output, and a test holds it to it.
+
+What the models know (meaning, type, default, limits, what is not built) is taken from their JSON schema; what a key is *not* is
+written here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from testbed.scenario.model import render_json_schema
+from testbed.scenario.not_built import NOT_BUILT
+from testbed.units import format_size
+
+_INTRODUCTION = """# Scenario reference
+
+<!-- Written by `scripts/docs` from the models in testbed/scenario; do not edit. -->
+
+A scenario is one YAML 1.2 file: a fabric, how it is run, what runs across it, and what is expected of it.
+`testbed validate FILE` reports every mistake of a file at once; `testbed schema` prints the JSON schema, by which editors
+complete and check it. `testbed run FILE --set KEY=VALUE` changes any key, such as `--set workload[0].size=16MiB`.
+
+All quantities are those of the emulated fabric; only `time_dilation` knows how slowly this machine plays them.
+
+Units are part of the text, for a number alone would be read as one unit by the writer and as another by the program:
+
+- *rate*: `400 Gbit/s`, with `k`, `M`, `G`, `T` as powers of 1000;
+- *size*: `64 MiB` (powers of 1024) or `800 KB` (powers of 1000); a number alone is bytes;
+- *time*: `600 ns`, `2 us`, `1.5 ms`, `1 s`;
+- *fraction*: `0.2`, `20 %` or `1/8`.
+
+An unknown key is an error. So is a key, or a value, whose mechanism is not built yet: nothing is read and then ignored.
+
+A block says what the key means, then *Required*, *Default*, *Type*, what is *not built yet* in this version, and what the
+key *is not*.
+"""
+
+# What people take a key for, and it is not.
+_IS_NOT: Mapping[str, str] = {
+    "name": "the name of the lab; that is `--name`, and only by default the scenario's.",
+    "fabric.host_link.rate": "what arrives as payload: headers, FCS, preamble and gap are on the wire too.",
+    "fabric.host_link.delay": "all of the latency: the time to send a frame comes on top, at every hop. A switch's own forwarding "
+    "time is not modelled; add it here.",
+    "fabric.spines": "independent of the uplinks: each leaf has exactly one to every spine.",
+    "fabric.uplink.rate": "the sum over the uplinks of a leaf: it is that of one.",
+    "fabric.switch.buffer": "a limit per port: the ports of a switch share it, first come, first served.",
+    "qos.lossless_priority": "a promise: without PFC a full buffer drops this priority like any other.",
+    "routing.scheme": "aware of jobs, loads or failures: `ecmp` and `pinning` fill tables once.",
+    "routing.hash_seed": "the seed of the run; that is `seed`.",
+    "transport.mtu": "the MTU of the interface, which has room for the headers as well.",
+    "transport.retransmit_timeout": "exact: the engine looks for timeouts every 16 ticks.",
+    "transport.udp_source_port": "what pins a path: it is one of the five fields that `ecmp` hashes.",
+    "transport.loss_recovery": "congestion control: go-back-N repeats everything from the lost packet on, at full rate.",
+    "workload[].size": "the bytes on the wire, which follow from the algorithm: in a ring all-reduce over n ranks each sends "
+    "2 (n - 1) / n times as much, and headers.",
+    "workload[].iters": "a number to average over: each iteration is timed on its own, and the median counts.",
+    "workload[].warmup_iters": "in the counters, the completion times or the verdict.",
+    "workload[].order": "the placement of ranks: rank i is always host i.",
+    "expect": "judged when the verdict on the machine is `invalid`: checks are then `not_judged`, and the exit code is 4.",
+    "time_dilation": "part of what is emulated: no figure of a result should depend on it. A smaller one makes a run shorter "
+    "and less faithful; the verdict says when it was too small.",
+    "seed": "a source of differences between two plans: the same seed gives the same plan, byte for byte.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """One key, or one of its shapes where it has several."""
+
+    path: str
+    shape: str
+    required: bool
+    schema: Mapping[str, Any]
+
+
+def render_reference() -> str:
+    """Return the reference of every key of the file format, as Markdown."""
+    schema = json.loads(render_json_schema())
+    seen: dict[str, list[str]] = {}
+    lines = [_INTRODUCTION]
+    for key in _walk(schema, schema["$defs"], "", ""):
+        block = _render_block(key, schema["$defs"])
+        if block in seen.setdefault(key.path, []):
+            continue  # the same in another shape
+        seen[key.path].append(block)
+        level = "##" if "." not in key.path else "###"
+        shape = f" ({key.shape})" if key.shape and len(seen[key.path]) > 1 else ""
+        lines.append(f"{level} `{key.path}`{shape}\n\n{block}")
+    unknown = set(_IS_NOT) - set(seen)
+    assert not unknown, f"there is no key {unknown}"
+    return "\n".join(lines)
+
+
+def _walk(section: Mapping[str, Any], defs: Mapping[str, Any], prefix: str, shape: str) -> Iterator[_Key]:
+    """Yield the keys of a section, each followed by the keys below it; what must be given comes first."""
+    required = section.get("required", [])
+    for name, entry in sorted(section["properties"].items(), key=lambda item: item[0] not in required):
+        path = f"{prefix}{name}"
+        yield _Key(path, shape, name in required, entry)
+        if path == "jobs[].workload":  # the same as `workload`
+            continue
+        listed = "items" in entry
+        if listed and not _sections(entry["items"]):
+            yield _Key(f"{path}[]", shape, True, {"description": "One item.", **entry["items"]})
+        for target in _sections(entry.get("items", entry)):
+            below = defs[target]
+            yield from _walk(below, defs, f"{path}[]." if listed else f"{path}.", _shape_of(below))
+
+
+def _sections(entry: Mapping[str, Any]) -> list[str]:
+    """Return the names of the sections that an entry refers to."""
+    found = [entry] if "$ref" in entry else [*entry.get("oneOf", ()), *entry.get("anyOf", ())]
+    return [one["$ref"].rpartition("/")[2] for one in found if "$ref" in one]
+
+
+def _shape_of(section: Mapping[str, Any]) -> str:
+    """Return what tells a section from its alternatives, such as ``kind: star``."""
+    for name in ("kind", "pattern"):
+        names = section["properties"].get(name, {}).get("enum", ())
+        if len(names) == 1:
+            return f"{name}: {names[0]}"
+    return "a collective" if "collective" in section["properties"] else ""
+
+
+def _render_block(key: _Key, defs: Mapping[str, Any]) -> str:
+    schema = key.schema
+    text, _, computed = schema.get("description", "").partition(" Default: ")
+    facts = [f"- Required: {'yes' if key.required else 'no'}"]
+    if not key.required:
+        default = computed.rstrip(".") or _render_default(schema)
+        facts.append(f"- Default: {default}")
+    facts.append(f"- Type: {_describe_type(schema, defs)}")
+    missing = _describe_not_built(key.path, schema)
+    if missing:
+        facts.append(f"- Not built yet: {missing}")
+    if key.path in _IS_NOT:
+        facts.append(f"- Is not: {_IS_NOT[key.path]}")
+    return "\n".join([text, "", *facts, ""])
+
+
+def _render_default(schema: Mapping[str, Any]) -> str:
+    default = schema.get("default")
+    if default is None:
+        return "absent"
+    if default == {}:
+        return "the defaults of its keys"
+    if default == []:
+        return "none"
+    return f"`{json.dumps(default)}`" if not isinstance(default, str) else f"`{default or chr(34) * 2}`"
+
+
+def _describe_type(schema: Mapping[str, Any], defs: Mapping[str, Any]) -> str:
+    sections = _sections(schema)
+    if sections:
+        shapes = [shape for shape in (_shape_of(defs[name]) for name in sections) if shape]
+        return "section" + (f", one of: {', '.join(f'`{shape}`' for shape in shapes)}" if len(shapes) > 1 else "")
+    forms = [form for form in schema.get("anyOf", [schema]) if form.get("type") != "null"]
+    if schema.get("type") == "array":
+        items = schema["items"]
+        return "list of sections" if _sections(items) else "list"
+    words = [word for word in (_describe_form(form, forms) for form in forms) if word]
+    return " or ".join(dict.fromkeys(words))
+
+
+def _describe_form(form: Mapping[str, Any], forms: list[Mapping[str, Any]]) -> str:
+    """Return one form of a value in words; "" for the plain number that a size or a fraction may also be."""
+    patterns = [str(one.get("pattern", "")) for one in forms]
+    pattern = str(form.get("pattern", ""))
+    size = any("iB" in one for one in patterns)
+    if "enum" in form:
+        zero_time = form["enum"] == [0] and any("ns" in one for one in patterns)
+        return (
+            "" if zero_time else "one of " * (len(form["enum"]) > 1) + ", ".join(f"`{name}`" for name in form["enum"])
+        )
+    if form.get("type") == "boolean":
+        return "`true` or `false`"
+    if form.get("type") in ("integer", "number"):
+        low, high = form.get("minimum"), form.get("maximum")
+        if size:
+            return f"size, {format_size(int(low or 0))} to {format_size(int(high or 0))}"
+        kind = "integer" if form["type"] == "integer" else "number"
+        return f"{'fraction' if any('%' in one for one in patterns) else kind}, {low:g} to {high:g}"
+    if form.get("type") == "array":
+        return f"list of integers, {form['items']['minimum']} to {form['items']['maximum']}"
+    if "bit/s" in pattern:
+        return "rate"
+    if "ns" in pattern:
+        return "time"
+    if "iB" in pattern or "%" in pattern:
+        return ""
+    return f"text, at most {form['maxLength']} characters" if "maxLength" in form else "text"
+
+
+def _describe_not_built(path: str, schema: Mapping[str, Any]) -> str:
+    """Return which values of a key this version refuses, and for want of what."""
+    rows = [row for row in NOT_BUILT if row.key.replace("[*]", "[]") == path]
+    if not rows:
+        return ""
+    forms = schema.get("anyOf", [schema])
+    names: list[Any] = [name for form in forms for name in form.get("enum", ())]
+    if any(form.get("type") == "boolean" for form in forms):
+        names += [True, False]
+    parts = []
+    for row in rows:
+        refused = [name for name in names if row.needs_it(name)]
+        if refused and len(refused) < len(names):
+            parts.append(f"{', '.join(f'`{json.dumps(name).strip(chr(34))}`' for name in refused)} ({row.missing})")
+        elif path.endswith("[]"):
+            parts.append(f"lines that need {row.missing}")
+        elif "default" in schema and not row.needs_it(schema["default"]):
+            parts.append(f"all but the default ({row.missing})")
+        else:
+            parts.append(f"the key itself ({row.missing})")
+    return "; ".join(dict.fromkeys(parts))
+
+
+if __name__ == "__main__":
+    print(render_reference(), end="")

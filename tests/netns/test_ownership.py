@@ -1,0 +1,400 @@
+"""What is ours is removed, what is not is left alone, whatever ends a process and whenever."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from testbed.carriers.engine import engine_carrier
+from testbed.errors import LabError
+from testbed.fabric import Fabric
+from testbed.kernel import namespaces, registry
+from testbed.kernel.namespaces import NETNS_DIR
+from testbed.kernel.registry import REGISTRY_DIR
+from testbed.roce.queue_pairs import RESPONDER, qp_index
+from tests.conftest import list_test_labs, list_test_namespaces
+from tests.netns.labs import PATIENCE_S, Quiet, assert_drained, lab_name, plain_carrier, small_fabric, small_plan, wait_until
+
+pytestmark = pytest.mark.root
+
+KILLS = 25
+QUICK = ("workload.0.size=32 KiB", "workload.0.iters=2")
+
+
+@contextlib.contextmanager
+def foreign_namespace(name: str) -> Iterator[Path]:
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        yield NETNS_DIR / name
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+def identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run ``work`` in a forked child; return its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        gc.disable()
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def end_of(child: int) -> int:
+    """Wait for a child; return its exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def softirq_policies() -> list[tuple[str, int]]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                name = (entry / "comm").read_text().strip()
+                if name.startswith("ksoftirqd/"):
+                    found.append((name, os.sched_getscheduler(int(entry.name))))
+    return sorted(found)
+
+
+# --- names -------------------------------------------------------------------------------------------------------------
+
+
+def test_namespace_of_another_with_a_name_of_ours_is_refused_and_untouched() -> None:
+    name = lab_name("taken")
+    with foreign_namespace(f"{name}-leaf1") as foreign:
+        before = identity(foreign)
+        subprocess.run(["ip", "-n", foreign.name, "link", "set", "lo", "alias", "mine"], check=True)
+        with pytest.raises(LabError, match="exists already"), Fabric.build(small_plan(), name):
+            pytest.fail("was built over a foreign namespace")
+        assert list_test_namespaces() == [foreign.name]  # what was built before it was met is gone
+        assert name not in registry.list_labs()
+        registry.collect_garbage()
+        assert identity(foreign) == before
+        shown = json.loads(subprocess.check_output(["ip", "-n", foreign.name, "-j", "link", "show", "lo"]))
+        assert shown[0]["ifalias"] == "mine"
+
+
+def test_namespace_that_replaced_one_of_ours_is_left_alone() -> None:
+    fabric = Fabric.deploy(small_plan(), lab_name("replaced"))
+    stolen = fabric.namespace_of("leaf0")
+    subprocess.run(["ip", "netns", "delete", stolen], check=True)
+    with foreign_namespace(stolen) as foreign:
+        before = identity(foreign)
+        assert fabric.destroy() == [stolen]
+        assert identity(foreign) == before
+        assert list_test_namespaces() == [stolen]
+
+
+def test_second_lab_of_a_name_is_refused_and_the_first_goes_on() -> None:
+    with small_fabric(*QUICK, name="one") as fabric:
+        with pytest.raises(LabError, match="exists already"), Fabric.build(small_plan(), fabric.name):
+            pytest.fail("was built twice")
+        with plain_carrier(fabric) as carrier:
+            assert carrier.run(0, Quiet()).retransmitted_packets == 0
+
+
+@pytest.mark.parametrize("name", ["", "A", "a/b", "..", "a b", "-a", "x" * 41])
+def test_name_that_could_not_be_a_folder_is_refused(name: str) -> None:
+    with pytest.raises(LabError, match="cannot name a lab"), Fabric.build(small_plan(), name):
+        pytest.fail("was built")
+
+
+# --- several labs ------------------------------------------------------------------------------------------------------
+
+
+def test_gc_touches_neither_a_running_nor_a_deployed_lab() -> None:
+    plan = small_plan(*QUICK)
+    with Fabric.deploy(plan, lab_name("deployed")) as deployed:
+        pass
+    try:
+        with small_fabric(*QUICK, name="live") as live:
+            before = list_test_namespaces()
+            removed, foreign = registry.collect_garbage()
+            assert not {deployed.name, live.name} & set(removed)
+            assert not [name for name in foreign if name in before]
+            assert list_test_namespaces() == before
+            with Fabric.attach(plan, deployed.name) as attached:
+                registry.collect_garbage()
+                # Both carry traffic, neither the other's.
+                for fabric in (live, attached):
+                    others = [live, attached]
+                    others.remove(fabric)
+                    counted = others[0].arrays.queues.copy()
+                    with plain_carrier(fabric) as carrier:
+                        assert carrier.run(0, Quiet()).retransmitted_packets == 0
+                    assert (others[0].arrays.queues == counted).all()
+                    assert_drained(fabric)
+    finally:
+        deployed.destroy()
+
+
+def test_gc_beside_labs_that_come_and_go_harms_none() -> None:
+    # Every look of the collector meets a lab in another state.
+    name = lab_name("comes")
+
+    def come_and_go() -> None:
+        for round_ in range(12):
+            with Fabric.build(small_plan(), f"{name}-{round_}") as fabric:
+                assert (fabric.arrays.ports["peer"][1:] > 0).all()
+
+    child = in_child(come_and_go)
+    looks = 0
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        _, foreign = registry.collect_garbage()
+        assert not foreign
+        looks += 1
+    assert end_of(child) == 0
+    assert looks > 12
+
+
+# --- SIGKILL -----------------------------------------------------------------------------------------------------------
+
+
+def build_run_destroy(name: str) -> None:
+    with Fabric.build(small_plan(*QUICK), name) as fabric, engine_carrier(fabric) as (carrier, _):
+        carrier.run(0, Quiet())
+
+
+def test_gc_restores_the_host_whenever_a_run_was_killed() -> None:
+    policies = softirq_policies()
+    begin = time.monotonic()
+    assert end_of(in_child(lambda name=lab_name("whole"): build_run_destroy(name))) == 0
+    whole_s = time.monotonic() - begin
+    assert not list_test_namespaces()
+    left_behind = 0
+    for kill in range(KILLS):
+        name = lab_name(f"kill{kill}")
+        child = in_child(lambda name=name: build_run_destroy(name))
+        time.sleep(whole_s * kill / KILLS)  # the moment itself is what is tried
+        os.kill(child, signal.SIGKILL)
+        end_of(child)
+        left_behind += bool(list_test_labs())
+        removed, foreign = registry.collect_garbage()
+        assert not foreign, kill
+        assert not list_test_namespaces(), kill
+        assert not list_test_labs(), kill
+        assert name in removed or name not in registry.list_labs()
+    assert softirq_policies() == policies
+    # Precondition: the kills did not all come too early or too late.
+    assert left_behind > KILLS // 3
+
+
+def test_gc_restores_the_host_when_a_build_was_killed_at_any_system_call() -> None:
+    # A build is quick: kill it at the n-th look at the clock of its own making, a step later each time.
+    steps = [
+        (namespaces, "_mount"),
+        (namespaces, "set_alias"),
+        (namespaces, "_write_sysctl"),
+        (namespaces.os, "write"),
+        (registry, "write_state"),
+        (registry.os, "fsync"),
+    ]
+    for module, attribute in steps:
+        for before in (True, False):
+            for occurrence in (0, 2):
+                name = lab_name("step")
+
+                def killed(
+                    module: object = module, attribute: str = attribute, before: bool = before, occurrence: int = occurrence,
+                    name: str = name,
+                ) -> None:
+                    original, left = getattr(module, attribute), [occurrence]
+
+                    def counted(*arguments: object, **options: object) -> object:
+                        left[0] -= 1
+                        if left[0] < 0 and before:
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        result = original(*arguments, **options)
+                        if left[0] < 0:
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        return result
+
+                    setattr(module, attribute, counted)
+                    build_run_destroy(name)
+
+                code = end_of(in_child(killed))
+                _, foreign = registry.collect_garbage()
+                where = f"{'before' if before else 'after'} {attribute} number {occurrence}, exit {code}"
+                assert code in (0, -signal.SIGKILL), where
+                assert not foreign, where
+                assert not list_test_namespaces(), where
+                assert name not in registry.list_labs(), where
+
+
+def test_killed_destroy_of_a_deployed_lab_can_be_collected() -> None:
+    for occurrence in (0, 1, 3):
+        fabric = Fabric.deploy(small_plan(), lab_name("half"))
+
+        def killed(fabric: Fabric = fabric, occurrence: int = occurrence) -> None:
+            original, left = registry.delete_namespace, [occurrence]
+
+            def counted(name: str, mark: str) -> bool:
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(name, mark)
+
+            registry.delete_namespace = counted
+            fabric.destroy()
+
+        child = in_child(killed)
+        fabric.close()
+        assert end_of(child) == -signal.SIGKILL
+        removed, foreign = registry.collect_garbage()
+        assert fabric.name in removed
+        assert not foreign
+        assert not list_test_namespaces()
+
+
+def test_killed_run_leaves_a_deployed_lab_usable() -> None:
+    plan = small_plan("workload.0.size=64 KiB", "workload.0.iters=3")
+    name = lab_name("usable")
+    with Fabric.deploy(plan, name):
+        pass
+
+    def run() -> None:
+        with Fabric.attach(plan, name) as fabric, engine_carrier(fabric) as (carrier, _):
+            carrier.run(0, Quiet())
+
+    try:
+        begin = time.monotonic()
+        assert end_of(in_child(run)) == 0
+        whole_s = time.monotonic() - begin
+        for kill in range(8):
+            child = in_child(run)
+            time.sleep(whole_s * (kill + 1) / 9)
+            os.kill(child, signal.SIGKILL)
+            end_of(child)
+            assert name not in registry.collect_garbage()[0]
+            with Fabric.attach(plan, name) as fabric, engine_carrier(fabric) as (carrier, _):
+                samples = carrier.run(0, Quiet())
+                expect_sound(fabric, samples.cct_ns, samples.retransmitted_packets)
+    finally:
+        with Fabric.attach(plan, name) as fabric:
+            fabric.destroy()
+
+
+def expect_sound(fabric: Fabric, cct_ns: tuple[float, ...], retransmitted_packets: int) -> None:
+    """Check that a run saw its own arrivals, all of them, and none of an earlier run's."""
+    planned = fabric.plan.workloads[0]
+    assert retransmitted_packets == 0
+    transfers = len(planned.schedule) // len(planned.connections)
+    for connection in range(len(planned.connections)):
+        row = fabric.arrays.qps[qp_index(connection, RESPONDER)]
+        assert row["rx_messages"] == transfers * len(cct_ns)
+        assert (row["out_of_order_packets"], row["duplicate_packets"]) == (0, 0)
+    assert_drained(fabric)
+    ratio = statistics.median(cct_ns) / planned.ideal_cct_ns
+    # Frames of an earlier run would make it quicker than possible; slower than the tables predict is slower than it can be.
+    assert 0.98 < ratio < 1.25 * planned.predicted_cct_ratio
+
+
+# --- signals that can be heard -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["recorded", "built", "running"])
+def test_signal_leaves_nothing(number: signal.Signals, moment: str, tmp_path: Path) -> None:
+    file = tmp_path / "signalled.yaml"
+    file.write_text(
+        "{name: tbtest-signalled, fabric: {kind: clos, leaves: 2, spines: 2, hosts_per_leaf: 2, "
+        "host_link: {rate: 400 Gbit/s}}, time_dilation: 20000, "
+        "workload: [{collective: send_recv, size: 64 KiB, iters: 1000}]}"
+    )
+    command = [sys.executable, "-m", "testbed", "run", str(file)]
+    labs = REGISTRY_DIR / "labs"
+
+    def is_there(state: str) -> bool:
+        assert child.poll() is None, child.communicate()
+        return any(state in one.read_text() for one in labs.glob("tbtest-signalled*/state.json"))
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        try:
+            if moment == "recorded":
+                wait_until(lambda: is_there('"ready": '), "recorded")
+            elif moment == "built":
+                wait_until(lambda: is_there('"ready": true'), "built")
+            else:
+                while "iteration" not in (line := child.stderr.readline()):
+                    assert line, "the run ended"
+            child.send_signal(number)
+            _, words = child.communicate(timeout=PATIENCE_S)
+        finally:
+            child.kill()
+    assert child.returncode == 128 + number, words
+    assert "Traceback" not in words
+    assert not list_test_labs()
+    assert not list_test_namespaces()
+
+
+def test_signal_handled_in_python_leaves_nothing() -> None:
+    # Without the command line: Ctrl-C is a KeyboardInterrupt wherever Python is.
+    begin = time.monotonic()
+    assert end_of(in_child(lambda name=lab_name("whole"): build_run_destroy(name))) == 0
+    whole_s = time.monotonic() - begin
+    interrupted = 0
+
+    name = lab_name("interrupted")
+
+    def run() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            build_run_destroy(name)
+            os._exit(0)
+        os._exit(42)
+
+    for moment in range(12):
+        child = in_child(run)
+        time.sleep(whole_s * (moment + 0.5) / 12)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGINT)
+        code = end_of(child)
+        assert code in (0, 1, 42), code
+        interrupted += code == 42
+        assert not list_test_namespaces(), moment
+        assert not list_test_labs(), moment
+    assert interrupted > 3  # precondition
+
+
+def test_lab_in_use_is_refused_until_it_is_let_go() -> None:
+    plan = small_plan(*QUICK)
+    with Fabric.deploy(plan, lab_name("busy")) as fabric:
+        answer: list[str] = []
+
+        def attach() -> None:
+            try:
+                Fabric.attach(plan, fabric.name).close()
+            except LabError as error:
+                answer.append(str(error))
+
+        other = threading.Thread(target=attach)
+        other.start()
+        other.join()
+        assert "in use" in answer[0]
+    with Fabric.attach(plan, fabric.name) as again:
+        again.destroy()
