@@ -55,6 +55,7 @@ class HalvingDoublingAllReduce(CollectiveAlgorithm):
             )
         builder = ScheduleBuilder(nranks, size_bytes)
         received: list[list[int]] = [[] for _ in order]  # by position: the last slice of each step
+        known: dict[tuple[int, int], int] = {}  # position, partner: how many of those a message to it has waited for
 
         def exchange(step: int, sent: Sequence[Range], op: TransferOp) -> None:
             """Let every position send a range to its partner of a step."""
@@ -62,12 +63,13 @@ class HalvingDoublingAllReduce(CollectiveAlgorithm):
             for position, (first, last) in enumerate(sent):
                 partner = position ^ (1 << step)
                 begin, end = first * size_bytes // nranks, last * size_bytes // nranks
-                after = received[position]
+                after = received[position][known.get((position, partner), 0) :]
                 for offset, nbytes in slice_borders(begin, end - begin, slices):
                     arriving[partner] = builder.add(
                         order[position], order[partner], offset_bytes=offset, nbytes=nbytes, op=op, after=after
                     )
                     after = []  # a connection sends in order
+                    known[position, partner] = len(received[position])
             for position, handle in arriving.items():
                 received[position].append(handle)
 

@@ -62,9 +62,9 @@ def execute(schedule: Schedule, inputs: Buffers, rng: np.random.Generator) -> Bu
 
     Returns:
         The buffers that were written: the same ones when the schedule works in place, else the receive
-        buffers, zero where nothing arrived.
+        buffers, -1 where nothing arrived (so that adding to them shows).
     """
-    outputs = inputs.copy() if schedule.in_place else np.zeros_like(inputs)
+    outputs = inputs.copy() if schedule.in_place else np.full_like(inputs, -1)
     sources = outputs if schedule.in_place else inputs
     count = len(schedule)
     connection = schedule.connection.tolist()

@@ -2,8 +2,9 @@
 
 The veth fabric carries a frame in some 50 µs of wall time, tens of nanoseconds emulated; real fabrics need microseconds.
 So the engine keeps a ring of snapshots of what the NICs have seen and acts on the one that is old enough. A snapshot holds
-what arrived since the one before, which was sent at the tick before that one at the latest: it may be acted on when the
-*previous* snapshot is one delay old. That makes the delay exact to a tick.
+what arrived since the one before, which was sent at the tick before that one at the latest. Each snapshot therefore carries
+the time at which its newest frames were *sent*. What releases other transfers is acted on at the last tick before that time
+plus the delay (``early_ns`` of a tick), so that they can still leave on time; all else at the first tick after.
 """
 
 from __future__ import annotations
@@ -19,19 +20,27 @@ class DelayLine:
         wall_delay_ns: Delay of each QP, shape ``(qps,)``, wall ns.
         fields: Quantities in a snapshot.
         wall_tick_ns: Length of a tick.
+        early_ns: Act up to this much before the delay is over; see above.
     """
 
     _SLACK_TICKS = 64
 
-    def __init__(self, wall_delay_ns: npt.NDArray[np.int64], fields: int, wall_tick_ns: int) -> None:
+    def __init__(self, wall_delay_ns: npt.NDArray[np.int64], fields: int, wall_tick_ns: int, early_ns: int = 0) -> None:
         delays, which = np.unique(wall_delay_ns, return_inverse=True)
         self._delays: list[int] = delays.tolist()
         self._masks = [which == index for index in range(len(delays))]
         depth = 2 * int(max(self._delays, default=0) // wall_tick_ns) + self._SLACK_TICKS
         self._ring = np.zeros((depth, fields, len(wall_delay_ns)), np.int64)
         self._times = [0] * depth
+        self._sent_at = np.zeros((depth, len(wall_delay_ns)))
+        self._sent_bytes = np.full((depth, len(wall_delay_ns)), np.inf)
+        self._delay_of = wall_delay_ns.astype(np.float64)
+        self._early_ns = early_ns
         self._count = 0
         self._cursors = [0] * len(delays)
+        self._tick_at = np.zeros(len(wall_delay_ns))
+        self._newest_at = np.zeros(len(wall_delay_ns))
+        self._newest_bytes = np.full(len(wall_delay_ns), np.inf)
         self.view: npt.NDArray[np.int64] = np.zeros((fields, len(wall_delay_ns)), np.int64)
 
     def reset(self, values: npt.NDArray[np.int64]) -> None:
@@ -50,18 +59,53 @@ class DelayLine:
         """Take the snapshot at ``now_ns`` and return what may be acted on now, shape ``(fields, qps)``."""
         times = self._times
         depth = len(times)
-        times[self._count % depth] = now_ns
+        slot = self._count % depth
+        times[slot] = now_ns
+        self._sent_at[slot] = now_ns
+        self._sent_bytes[slot] = np.inf
         self._count += 1
+        horizon_ns = now_ns + self._early_ns
         for index, delay in enumerate(self._delays):
             cursor = before = self._cursors[index]
-            # `cursor` is the number of snapshots already acted on; snapshot c is due when c - 1 is one delay old.
-            while cursor < self._count and (cursor == 0 or times[(cursor - 1) % depth] + delay <= now_ns):
+            # `cursor` is the number of snapshots already acted on. The frames in snapshot c left at tick c - 1 or before.
+            while cursor < self._count and (cursor == 0 or times[(cursor - 1) % depth] + delay <= horizon_ns):
                 cursor += 1
             if cursor > before:
                 row = self._ring[(cursor - 1) % depth]
+                sent = (cursor - 2) % depth
+                mask = self._masks[index]
                 if len(self._delays) == 1:
                     self.view = row
                 else:
-                    self.view[:, self._masks[index]] = row[:, self._masks[index]]
+                    self.view[:, mask] = row[:, mask]
+                self._tick_at[mask] = times[sent]
+                self._newest_at[mask] = self._sent_at[sent][mask]
+                self._newest_bytes[mask] = self._sent_bytes[sent][mask]
                 self._cursors[index] = cursor
         return self.view
+
+    def note_sent(
+        self, qps: npt.NDArray[np.intp], sent_at_ns: npt.NDArray[np.float64], sent_bytes: npt.NDArray[np.int64]
+    ) -> None:
+        """Note what some QPs send in the tick of the last snapshot.
+
+        Args:
+            qps: The QPs.
+            sent_at_ns: When the newest frame of each begins.
+            sent_bytes: All that each has sent, that frame included.
+        """
+        slot = (self._count - 1) % len(self._times)
+        self._sent_at[slot, qps] = sent_at_ns
+        self._sent_bytes[slot, qps] = sent_bytes
+
+    def arrived_at_ns(self, qp: int, sent_bytes: int, ns_per_byte: float) -> float:
+        """Return when something in the view arrived: exact, not rounded to ticks.
+
+        Args:
+            qp: The QP that sent it.
+            sent_bytes: All that the QP had sent when it was out.
+            ns_per_byte: Wall time of a byte on the sender's link.
+        """
+        # What waited in the fabric counts as sent in the tick before it arrived.
+        started_at = self._newest_at[qp] - (self._newest_bytes[qp] - sent_bytes) * ns_per_byte
+        return float(max(self._tick_at[qp], started_at) + self._delay_of[qp])

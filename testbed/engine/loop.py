@@ -173,13 +173,13 @@ class TickLoop:
         self._acked = self._feedback_fields[0]
         dilation = setup.time_dilation
         wall_one_way = np.rint(setup.one_way_ns * dilation).astype(np.int64)
-        self._arrivals = DelayLine(wall_one_way, 1, setup.wall_tick_ns)
+        self._arrivals = DelayLine(wall_one_way, 1, setup.wall_tick_ns, early_ns=setup.wall_tick_ns)
         self._feedback = DelayLine(2 * wall_one_way, 3, setup.wall_tick_ns)
         self._wall_timeout_ns = int(setup.retransmit_timeout_ns * dilation)
         nic_rate = setup.wall_port_rate_bytes_per_s[setup.nic_port]
         self._wall_write_off_ns = self._wall_timeout_ns // 2
         self._frame_wire_bytes = frame_bytes(Opcode.WRITE_MIDDLE, setup.mtu) + LINK_OVERHEAD_BYTES
-        self._pacer = NicPacer(1e9 / nic_rate, self._frame_wire_bytes)
+        self._pacer = NicPacer(1e9 / nic_rate, self._frame_wire_bytes, setup.wall_tick_ns)
         self._shaping = ShapingObserver(setup.wall_port_rate_bytes_per_s, self._frame_wire_bytes)
         senders = len(np.unique(self._nic))
         credit = int(_BACKLOG_SHARE * setup.max_backlog_frames) // senders
@@ -229,6 +229,15 @@ class TickLoop:
         # Packet counts are absolute, as in the QP table: this iteration's first packet is number `offset`.
         offset = self._psn_offset
         released = progress.released_packets + offset
+        wire_before = streams.wire_bytes_before
+        ends = streams.message_end_packet + streams.first_packet[schedule.connection]
+        wire_at_end = wire_before[ends].tolist()
+        ns_per_byte = (1e9 / self._setup.wall_port_rate_bytes_per_s[nic_port])[nic].tolist()
+        line = self._arrivals
+
+        def arrived_at_ns(connection: int, transfer: int) -> float:
+            return line.arrived_at_ns(connection, wire_at_end[transfer], ns_per_byte[connection])
+
         sent = offset.copy()
         acked_before = offset.copy()
         high_water = offset.copy()
@@ -249,7 +258,9 @@ class TickLoop:
 
         begin = clock.now_ns()
         progress_ns = np.full(count, begin, np.int64)
-        last_arrival_ns = due = begin
+        last_arrival_ns = moved_ns = due = begin
+        progress.released_at_ns[:] = begin
+        nic_released_at = np.full(nics, float(begin))
         ticks = 0
         while True:
             now = clock.now_ns()
@@ -260,10 +271,12 @@ class TickLoop:
             news = arrivals > seen_messages
             if news.any():
                 moved = np.flatnonzero(news)
-                progress.record_arrivals(moved.tolist(), (arrivals - self._message_offset)[moved].tolist())
+                messages = (arrivals - self._message_offset)[moved].tolist()
+                latest = progress.record_arrivals(moved.tolist(), messages, arrived_at_ns)
+                last_arrival_ns = max(last_arrival_ns, round(latest))
                 seen_messages[moved] = arrivals[moved]
                 np.add(progress.released_packets, offset, out=released)
-                last_arrival_ns = now
+                moved_ns = now
                 if not progress.pending_transfers:
                     break
 
@@ -292,7 +305,7 @@ class TickLoop:
                     progress_ns[back] = now
                     writer.rewind(back, sent - offset)
                     rewound = True
-                if now - last_arrival_ns > _STALL_TIMEOUTS * self._wall_timeout_ns:
+                if now - moved_ns > _STALL_TIMEOUTS * self._wall_timeout_ns:
                     raise RunError(
                         f"nothing arrived for {_STALL_TIMEOUTS} retransmission timeouts",
                         hint="`testbed inspect` shows where frames are; `testbed doctor` what the machine lacks",
@@ -314,17 +327,29 @@ class TickLoop:
             if wants.any():
                 credit = room * frames_per_byte
                 if self._one_qp_per_nic:
-                    shares = pacer.budget(now, wants, credit)
-                    taken = self._send_runs(shares, sent - offset)
-                    pacer.charge(taken)
+                    packet = sent - offset
+                    shares = pacer.budget(now, wants, credit, progress.released_at_ns)
+                    taken = self._send_runs(shares, packet)
+                    packet += streams.first_packet[:-1]
+                    sent_bytes = wire_before[packet + taken]
+                    pacer.charge(sent_bytes - wire_before[packet])
+                    gone = np.flatnonzero(taken)
+                    self._arrivals.note_sent(gone, pacer.started_at_ns[gone], sent_bytes[gone])
                 else:
                     nic_wants = np.bincount(nic, weights=wants, minlength=nics).astype(np.int64)
-                    budget = pacer.budget(now, nic_wants, credit)
+                    np.maximum.at(nic_released_at, nic, progress.released_at_ns)
+                    budget = pacer.budget(now, nic_wants, credit, nic_released_at)
                     active = np.flatnonzero(wants)
                     taken = np.zeros(count, np.int64)
                     shares = share_budget(nic[active], wants[active], budget, ticks)
-                    taken[active] = self._send_interleaved(active, shares, sent - offset)
-                    pacer.charge(np.bincount(nic, weights=taken, minlength=nics))
+                    packet = sent - offset
+                    taken[active] = self._send_interleaved(active, shares, packet)
+                    packet += streams.first_packet[:-1]
+                    sent_bytes = wire_before[packet + taken]
+                    wire_bytes = sent_bytes - wire_before[packet]
+                    pacer.charge(np.bincount(nic, weights=wire_bytes, minlength=nics).astype(np.int64))
+                    gone = np.flatnonzero(taken)
+                    self._arrivals.note_sent(gone, pacer.started_at_ns[nic[gone]], sent_bytes[gone])
                 if rewound:
                     retransmitted += int(np.maximum(np.minimum(taken, high_water - sent), 0).sum())
                 sent += taken

@@ -1,7 +1,8 @@
 """The sending side of every NIC: line-rate pacing in virtual time, and the share of each QP.
 
-A NIC is a server that is free again one frame time after it began to send. The tick asks how many frames it would have
-begun by now, so a late tick catches up and the rate is exact over any stretch in which the NIC had something to send.
+A NIC is a server that is free again one frame time after it began to send. The tick asks how many frames it will have
+begun by the next tick, so a late tick catches up and the rate is exact over any stretch in which the NIC had something to
+send. Frames leave up to a tick early; when they *count* as sent is exact (``started_at_ns``).
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ class NicPacer:
     Args:
         wall_ns_per_byte: Time of one wire byte on each NIC, shape ``(nics,)``.
         frame_wire_bytes: Wire bytes of a full frame.
+        wall_tick_ns: Length of a tick.
     """
 
-    def __init__(self, wall_ns_per_byte: npt.NDArray[np.float64], frame_wire_bytes: int) -> None:
+    def __init__(self, wall_ns_per_byte: npt.NDArray[np.float64], frame_wire_bytes: int, wall_tick_ns: int) -> None:
+        self._ns_per_byte = wall_ns_per_byte
+        self._tick_ns = wall_tick_ns
         self._frame_ns = wall_ns_per_byte * frame_wire_bytes
         self._frames_per_ns = 1.0 / self._frame_ns
         self._free_at = np.zeros(len(wall_ns_per_byte))
@@ -28,30 +32,40 @@ class NicPacer:
         self._scratch = np.zeros(len(wall_ns_per_byte))
 
     def budget(
-        self, now_ns: int, wants: npt.NDArray[np.int64], credit: npt.NDArray[np.floating[Any]]
+        self,
+        now_ns: int,
+        wants: npt.NDArray[np.int64],
+        credit: npt.NDArray[np.floating[Any]],
+        available_at_ns: npt.NDArray[np.float64],
     ) -> npt.NDArray[np.int64]:
-        """Return how many full frames each NIC may begin by now.
+        """Return how many full frames each NIC may begin before the next tick.
 
         Args:
             now_ns: The clock.
             wants: Frames each NIC has to send, shape ``(nics,)``.
             credit: Frames its queue has room for, shape ``(nics,)``; may be negative.
+            available_at_ns: When a NIC that had nothing to send got something, shape ``(nics,)``.
         """
         demand = wants > 0
         fresh = demand > self._busy
         if fresh.any():
-            self._free_at[fresh] = np.maximum(self._free_at[fresh], now_ns)
+            self._free_at[fresh] = np.maximum(self._free_at[fresh], available_at_ns[fresh])
         self._busy = demand
-        np.subtract(now_ns, self._free_at, out=self._scratch)
+        np.subtract(now_ns + self._tick_ns, self._free_at, out=self._scratch)
         self._scratch *= self._frames_per_ns
         due: npt.NDArray[np.int64] = np.minimum(self._scratch + 1.0, credit).astype(np.int64)
         np.minimum(due, wants, out=due)
         np.maximum(due, 0, out=due)
         return due
 
-    def charge(self, frames: npt.NDArray[np.int64]) -> None:
-        """Charge the full frames that were sent."""
-        self._free_at += frames * self._frame_ns
+    def charge(self, wire_bytes: npt.NDArray[np.integer[Any]]) -> None:
+        """Charge the bytes that were sent, shape ``(nics,)``."""
+        self._free_at += wire_bytes * self._ns_per_byte
+
+    @property
+    def started_at_ns(self) -> npt.NDArray[np.float64]:
+        """Return when each NIC begins the last frame it was given, shape ``(nics,)``, for full frames."""
+        return self._free_at - self._frame_ns
 
     def lag_ns(self, now_ns: int, wants: npt.NDArray[np.int64]) -> float:
         """Return how far the latest NIC that still has ``wants`` frames to send is behind its schedule, wall ns.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ class Progress:
         offsets = np.concatenate(([0], np.cumsum(np.bincount(schedule.deps, minlength=count))))
         self._dependent_offsets = offsets.tolist()
         self.released_packets: npt.NDArray[np.int64] = np.zeros(len(self._queues), np.int64)
+        self.released_at_ns: npt.NDArray[np.float64] = np.zeros(len(self._queues))
         self.restart()
 
     def restart(self) -> None:
@@ -41,30 +42,50 @@ class Progress:
         self._arrived_messages = [0] * len(self._queues)
         self.pending_transfers = len(self._waiting)
         self.released_packets[:] = 0
+        self.released_at_ns[:] = 0.0
         for connection in range(len(self._queues)):
             self._release(connection)
 
-    def record_arrivals(self, connections: Iterable[int], messages: Iterable[int]) -> None:
-        """Take note that ``messages`` messages in all have arrived on each of ``connections``."""
+    def record_arrivals(
+        self, connections: Iterable[int], messages: Iterable[int], arrived_at_ns: Callable[[int, int], float]
+    ) -> float:
+        """Take note that ``messages`` messages in all have arrived on each of ``connections``.
+
+        ``released_at_ns`` of a connection that may go on is then the arrival that released it.
+
+        Args:
+            connections: Connections on which something arrived.
+            messages: Messages that have arrived on each so far.
+            arrived_at_ns: Tells when a transfer arrived, given its connection and the transfer.
+
+        Returns:
+            The latest of these arrivals.
+        """
+        latest = 0.0
         waiting, dependents, offsets = self._waiting, self._dependents, self._dependent_offsets
         for connection, arrived in zip(connections, messages, strict=True):
             queue = self._queues[connection]
-            touched = set()
             for transfer in queue[self._arrived_messages[connection] : arrived]:
                 self.pending_transfers -= 1
+                time_ns = arrived_at_ns(connection, transfer)
+                latest = max(latest, time_ns)
                 for dependent in dependents[offsets[transfer] : offsets[transfer + 1]]:
                     waiting[dependent] -= 1
                     if not waiting[dependent]:
-                        touched.add(self._connection[dependent])
+                        sender = self._connection[dependent]
+                        if self._release(sender):
+                            self.released_at_ns[sender] = time_ns
             self._arrived_messages[connection] = arrived
-            for sender in touched:
-                self._release(sender)
+        return latest
 
-    def _release(self, connection: int) -> None:
+    def _release(self, connection: int) -> bool:
+        """Let a connection go as far as it may; return whether that is further than before."""
         queue = self._queues[connection]
         position = self._next_release[connection]
         while position < len(queue) and not self._waiting[queue[position]]:
             position += 1
-        if position > self._next_release[connection]:
-            self._next_release[connection] = position
-            self.released_packets[connection] = self._end_packet[queue[position - 1]]
+        if position == self._next_release[connection]:
+            return False
+        self._next_release[connection] = position
+        self.released_packets[connection] = self._end_packet[queue[position - 1]]
+        return True

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.collectives import Schedule
-from testbed.roce.wire import Opcode
+from testbed.roce.wire import FRAME_OVERHEAD_BYTES, LINK_OVERHEAD_BYTES, PADDING_BYTES, RETH_BYTES, Opcode
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +20,7 @@ class PacketStreams:
         opcode: BTH opcode of each packet, shape ``(packets,)``, uint8.
         payload_bytes: Payload of each packet without padding, shape ``(packets,)``, uint16.
         message: The transfer each packet belongs to, shape ``(packets,)``, int32.
+        wire_bytes_before: Wire bytes of all packets before each one, shape ``(packets + 1,)``.
         message_end_packet: Packets of its connection up to and including each transfer, shape ``(transfers,)``.
         transfers_of: Transfers of each connection in sending order.
     """
@@ -28,6 +29,7 @@ class PacketStreams:
     opcode: npt.NDArray[np.uint8]
     payload_bytes: npt.NDArray[np.uint16]
     message: npt.NDArray[np.int32]
+    wire_bytes_before: npt.NDArray[np.int64]
     message_end_packet: npt.NDArray[np.int64]
     transfers_of: tuple[npt.NDArray[np.int64], ...]
 
@@ -59,11 +61,14 @@ def build_streams(schedule: Schedule, mtu: int) -> PacketStreams:
     payload = np.full(total, mtu, np.uint16)
     payload[ends - 1] = sizes - (counts - 1) * mtu
     message = np.repeat(order.astype(np.int32), counts)
+    wire = -(-payload.astype(np.int64) // PADDING_BYTES) * PADDING_BYTES + FRAME_OVERHEAD_BYTES + LINK_OVERHEAD_BYTES
+    wire[starts] += RETH_BYTES
 
+    wire_before = np.concatenate(([0], np.cumsum(wire)))
     per_connection = np.bincount(schedule.connection, minlength=connections)
     bounds = np.concatenate(([0], np.cumsum(per_connection)))
     packet_bounds = np.concatenate(([0], ends))[bounds]
     message_end = np.empty(len(order), np.int64)
     message_end[order] = ends - np.repeat(packet_bounds[:-1], per_connection)
     transfers = tuple(order[bounds[c] : bounds[c + 1]] for c in range(connections))
-    return PacketStreams(packet_bounds.astype(np.int64), opcode, payload, message, message_end, transfers)
+    return PacketStreams(packet_bounds.astype(np.int64), opcode, payload, message, wire_before, message_end, transfers)

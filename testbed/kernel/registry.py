@@ -102,7 +102,10 @@ def _registry_lock() -> Iterator[None]:
 
 def _try_lock(name: str) -> LabLock | None:
     """Take a lab's lock, or return None when another process holds it."""
-    descriptor = os.open(_lab_dir(name) / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(_lab_dir(name) / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        return None  # its holder has just removed it
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -196,7 +199,8 @@ def delete_lab(state: LabState) -> list[str]:
     """
     if state.ready:  # what is left of a lab whose removal was killed is garbage, deployed or not
         state.ready = False
-        write_state(state)
+        with contextlib.suppress(FileNotFoundError):
+            write_state(state)
     _end_processes(state)
     foreign = [name for name in state.namespaces.values() if not delete_namespace(name, state.mark)]
     shutil.rmtree(_lab_dir(state.name), ignore_errors=True)

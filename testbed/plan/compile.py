@@ -117,7 +117,10 @@ def compile_plan(scenario: Scenario, *, capacity_packets_per_s: float | None) ->
     workloads = tuple(
         replace(
             planned,
-            resolution_error_fraction=_ideal_cct_ns(planned, topology, scenario, tick_ns) / planned.ideal_cct_ns - 1.0,
+            # More latency can, by luck, let connections share a NIC better: never below 0.
+            resolution_error_fraction=max(
+                0.0, _ideal_cct_ns(planned, topology, scenario, tick_ns) / planned.ideal_cct_ns - 1.0
+            ),
         )
         for planned in workloads
     )

@@ -75,9 +75,9 @@ def _largest_pile(plan: Plan, planned: PlannedWorkload, unbidden: Sequence[int])
     for path, nbytes in zip(planned.paths, unbidden, strict=True):
         if nbytes:
             rate = topology.port(path.ports[0]).rate_bits_per_s // busy[path.ports[0]]
-            for port in path.ports[1:]:
-                arriving[port] += rate
-                carried[port] += nbytes
+            for port_id in path.ports[1:]:
+                arriving[port_id] += rate
+                carried[port_id] += nbytes
     piles = Counter[str]()
     for port_id, rate in sorted(arriving.items()):
         port = topology.port(port_id)

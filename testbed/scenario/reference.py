@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from testbed.scenario.model import render_json_schema
+from testbed.scenario.model import FabricKind, render_json_schema
 from testbed.scenario.not_built import NOT_BUILT
 from testbed.units import format_size
 
@@ -42,8 +42,8 @@ key *is not*.
 _IS_NOT: Mapping[str, str] = {
     "name": "the name of the lab; that is `--name`, and only by default the scenario's.",
     "fabric.host_link.rate": "what arrives as payload: headers, FCS, preamble and gap are on the wire too.",
-    "fabric.host_link.delay": "all of the latency: the time to send a frame comes on top, at every hop. A switch's own forwarding "
-    "time is not modelled; add it here.",
+    "fabric.host_link.delay": "all of the latency: the time to send a frame comes on top, at every hop. A switch's own "
+    "forwarding time is not modelled; add it here.",
     "fabric.spines": "independent of the uplinks: each leaf has exactly one to every spine.",
     "fabric.uplink.rate": "the sum over the uplinks of a leaf: it is that of one.",
     "fabric.switch.buffer": "a limit per port: the ports of a switch share it, first come, first served.",
@@ -79,32 +79,32 @@ class _Key:
 def render_reference() -> str:
     """Return the reference of every key of the file format, as Markdown."""
     schema = json.loads(render_json_schema())
-    seen: dict[str, list[str]] = {}
-    lines = [_INTRODUCTION]
-    for key in _walk(schema, schema["$defs"], "", ""):
-        block = _render_block(key, schema["$defs"])
-        if block in seen.setdefault(key.path, []):
-            continue  # the same in another shape
-        seen[key.path].append(block)
-        level = "##" if "." not in key.path else "###"
-        shape = f" ({key.shape})" if key.shape and len(seen[key.path]) > 1 else ""
-        lines.append(f"{level} `{key.path}`{shape}\n\n{block}")
-    unknown = set(_IS_NOT) - set(seen)
+    defs = schema["$defs"]
+    keys = list(_walk(schema, defs, "", ""))
+    unknown = set(_IS_NOT) - {key.path for key in keys}
     assert not unknown, f"there is no key {unknown}"
+    blocks: dict[str, dict[str, str]] = {}  # path, block, shape: what is alike in several shapes is written once
+    for key in keys:
+        blocks.setdefault(key.path, {}).setdefault(_render_block(key, defs), key.shape)
+    lines = [_INTRODUCTION]
+    for path, shapes in blocks.items():
+        level = "##" if "." not in path else "###"
+        for number, (block, shape) in enumerate(shapes.items()):
+            suffix = f" ({shape})" if len(shapes) > 1 else ""
+            note = f"- Is not: {_IS_NOT[path]}\n" if path in _IS_NOT and not number else ""
+            lines.append(f"{level} `{path}`{suffix}\n\n{block}{note}")
     return "\n".join(lines)
 
 
 def _walk(section: Mapping[str, Any], defs: Mapping[str, Any], prefix: str, shape: str) -> Iterator[_Key]:
-    """Yield the keys of a section, each followed by the keys below it; what must be given comes first."""
+    """Yield the keys of a section, each followed by the keys below it."""
     required = section.get("required", [])
-    for name, entry in sorted(section["properties"].items(), key=lambda item: item[0] not in required):
+    for name, entry in section["properties"].items():
         path = f"{prefix}{name}"
         yield _Key(path, shape, name in required, entry)
         if path == "jobs[].workload":  # the same as `workload`
             continue
         listed = "items" in entry
-        if listed and not _sections(entry["items"]):
-            yield _Key(f"{path}[]", shape, True, {"description": "One item.", **entry["items"]})
         for target in _sections(entry.get("items", entry)):
             below = defs[target]
             yield from _walk(below, defs, f"{path}[]." if listed else f"{path}.", _shape_of(below))
@@ -127,7 +127,9 @@ def _shape_of(section: Mapping[str, Any]) -> str:
 
 def _render_block(key: _Key, defs: Mapping[str, Any]) -> str:
     schema = key.schema
-    text, _, computed = schema.get("description", "").partition(" Default: ")
+    sections = _sections(schema)
+    described = schema.get("description") or defs[sections[0]]["description"]
+    text, _, computed = described.partition(" Default: ")
     facts = [f"- Required: {'yes' if key.required else 'no'}"]
     if not key.required:
         default = computed.rstrip(".") or _render_default(schema)
@@ -136,8 +138,6 @@ def _render_block(key: _Key, defs: Mapping[str, Any]) -> str:
     missing = _describe_not_built(key.path, schema)
     if missing:
         facts.append(f"- Not built yet: {missing}")
-    if key.path in _IS_NOT:
-        facts.append(f"- Is not: {_IS_NOT[key.path]}")
     return "\n".join([text, "", *facts, ""])
 
 
@@ -182,7 +182,8 @@ def _describe_form(form: Mapping[str, Any], forms: list[Mapping[str, Any]]) -> s
         if size:
             return f"size, {format_size(int(low or 0))} to {format_size(int(high or 0))}"
         kind = "integer" if form["type"] == "integer" else "number"
-        return f"{'fraction' if any('%' in one for one in patterns) else kind}, {low:g} to {high:g}"
+        bounds = " to ".join(f"{bound:g}" if isinstance(bound, float) else str(bound) for bound in (low, high))
+        return f"{'fraction' if any('%' in one for one in patterns) else kind}, {bounds}"
     if form.get("type") == "array":
         return f"list of integers, {form['items']['minimum']} to {form['items']['maximum']}"
     if "bit/s" in pattern:
@@ -196,20 +197,24 @@ def _describe_form(form: Mapping[str, Any], forms: list[Mapping[str, Any]]) -> s
 
 def _describe_not_built(path: str, schema: Mapping[str, Any]) -> str:
     """Return which values of a key this version refuses, and for want of what."""
-    rows = [row for row in NOT_BUILT if row.key.replace("[*]", "[]") == path]
+    rows = [row for row in NOT_BUILT if row.key.replace("[*].", "[].").removesuffix("[*]") == path]
     if not rows:
         return ""
     forms = schema.get("anyOf", [schema])
-    names: list[Any] = [name for form in forms for name in form.get("enum", ())]
+    names: list[Any] = (
+        [str(kind) for kind in FabricKind]
+        if path == "fabric.kind"
+        else [name for form in forms for name in form.get("enum", ())]
+    )
     if any(form.get("type") == "boolean" for form in forms):
         names += [True, False]
     parts = []
     for row in rows:
         refused = [name for name in names if row.needs_it(name)]
-        if refused and len(refused) < len(names):
+        if row.key.endswith("[*]"):
+            parts.append(f"items about {row.missing}")
+        elif refused and len(refused) < len(names):
             parts.append(f"{', '.join(f'`{json.dumps(name).strip(chr(34))}`' for name in refused)} ({row.missing})")
-        elif path.endswith("[]"):
-            parts.append(f"lines that need {row.missing}")
         elif "default" in schema and not row.needs_it(schema["default"]):
             parts.append(f"all but the default ({row.missing})")
         else:

@@ -26,7 +26,16 @@ from testbed.kernel.namespaces import NETNS_DIR
 from testbed.kernel.registry import REGISTRY_DIR
 from testbed.roce.queue_pairs import RESPONDER, qp_index
 from tests.conftest import list_test_labs, list_test_namespaces
-from tests.netns.labs import PATIENCE_S, Quiet, assert_drained, lab_name, plain_carrier, small_fabric, small_plan, wait_until
+from tests.netns.labs import (
+    PATIENCE_S,
+    Quiet,
+    assert_drained,
+    lab_name,
+    plain_carrier,
+    small_fabric,
+    small_plan,
+    wait_until,
+)
 
 pytestmark = pytest.mark.root
 
@@ -179,11 +188,15 @@ def build_run_destroy(name: str) -> None:
         carrier.run(0, Quiet())
 
 
+def time_of_whole_run() -> float:
+    name, begin = lab_name("whole"), time.monotonic()
+    assert end_of(in_child(lambda: build_run_destroy(name))) == 0
+    return time.monotonic() - begin
+
+
 def test_gc_restores_the_host_whenever_a_run_was_killed() -> None:
     policies = softirq_policies()
-    begin = time.monotonic()
-    assert end_of(in_child(lambda name=lab_name("whole"): build_run_destroy(name))) == 0
-    whole_s = time.monotonic() - begin
+    whole_s = time_of_whole_run()
     assert not list_test_namespaces()
     left_behind = 0
     for kill in range(KILLS):
@@ -219,7 +232,10 @@ def test_gc_restores_the_host_when_a_build_was_killed_at_any_system_call() -> No
                 name = lab_name("step")
 
                 def killed(
-                    module: object = module, attribute: str = attribute, before: bool = before, occurrence: int = occurrence,
+                    module: object = module,
+                    attribute: str = attribute,
+                    before: bool = before,
+                    occurrence: int = occurrence,
                     name: str = name,
                 ) -> None:
                     original, left = getattr(module, attribute), [occurrence]
@@ -354,9 +370,7 @@ def test_signal_leaves_nothing(number: signal.Signals, moment: str, tmp_path: Pa
 
 def test_signal_handled_in_python_leaves_nothing() -> None:
     # Without the command line: Ctrl-C is a KeyboardInterrupt wherever Python is.
-    begin = time.monotonic()
-    assert end_of(in_child(lambda name=lab_name("whole"): build_run_destroy(name))) == 0
-    whole_s = time.monotonic() - begin
+    whole_s = time_of_whole_run()
     interrupted = 0
 
     name = lab_name("interrupted")

@@ -95,10 +95,12 @@ def patched(frame: bytes, **words: tuple[int, bytes]) -> bytes:
 
 def cut(frame: bytes, nbytes: int) -> bytes:
     """Return the frame cut short, with lengths in its headers that say so."""
-    return patched(
-        frame[:nbytes], total=(16, struct.pack("!H", nbytes - 14)), udp=(38, struct.pack("!H", nbytes - 34))
-    )[:nbytes] if nbytes >= 58 else bytes(
-        frame[:16] + struct.pack("!H", nbytes - 14) + frame[18:nbytes]
+    return (
+        patched(frame[:nbytes], total=(16, struct.pack("!H", nbytes - 14)), udp=(38, struct.pack("!H", nbytes - 34)))[
+            :nbytes
+        ]
+        if nbytes >= 58
+        else bytes(frame[:16] + struct.pack("!H", nbytes - 14) + frame[18:nbytes])
     )
 
 

@@ -94,7 +94,20 @@ def captured(fabric: Fabric, places: dict[str, str], folder: Path) -> Iterator[d
     with contextlib.ExitStack() as stack:
         children = {}
         for node, ifname in places.items():
-            command = ["tcpdump", "-Z", "root", "-n", "--immediate-mode", "-U", "-s", "5000", "-B", "16384", "-i", ifname]
+            command = [
+                "tcpdump",
+                "-Z",
+                "root",
+                "-n",
+                "--immediate-mode",
+                "-U",
+                "-s",
+                "5000",
+                "-B",
+                "16384",
+                "-i",
+                ifname,
+            ]
             child = stack.enter_context(start_in(fabric, node, *command, "-w", str(files[node])))
             stack.callback(child.kill)
             assert child.stderr is not None
@@ -124,7 +137,19 @@ def read_roce(file: Path) -> list[Captured]:
 def read_tshark(file: Path, *fields: str) -> list[dict[str, str]]:
     columns = [part for field in fields for part in ("-e", field)]
     shown = subprocess.run(
-        ["tshark", "-n", "-r", str(file), "-Y", "infiniband and not _ws.malformed", "-T", "fields", "-E", "separator=;", *columns],
+        [
+            "tshark",
+            "-n",
+            "-r",
+            str(file),
+            "-Y",
+            "infiniband and not _ws.malformed",
+            "-T",
+            "fields",
+            "-E",
+            "separator=;",
+            *columns,
+        ],
         check=True,
         capture_output=True,
         text=True,
@@ -167,11 +192,15 @@ class Recording:
     def data_of(self, place: str, connection: Connection, ttl: int) -> list[Captured]:
         """Return the data frames of a connection that pass a place with that TTL, in the order of the wire."""
         qpn = connection.requester.peer_qpn
-        return [one for one in self.frames[place] if one.qpn == qpn and one.packet[IP].ttl == ttl and one.opcode in WRITES]
+        return [
+            one for one in self.frames[place] if one.qpn == qpn and one.packet[IP].ttl == ttl and one.opcode in WRITES
+        ]
 
     def acks_of(self, place: str, connection: Connection, ttl: int) -> list[Captured]:
         qpn = connection.requester.qpn
-        return [one for one in self.frames[place] if one.qpn == qpn and one.packet[IP].ttl == ttl and one.opcode == 0x11]
+        return [
+            one for one in self.frames[place] if one.qpn == qpn and one.packet[IP].ttl == ttl and one.opcode == 0x11
+        ]
 
 
 ITERATIONS = 2
@@ -211,7 +240,10 @@ def test_every_frame_is_whole_at_every_place(recording: Recording) -> None:
 
 def test_forwarded_frames_name_the_ports_they_passed(recording: Recording) -> None:
     for frame in recording.frames["spine0"]:
-        egress, ingress = int(frame.packet.src[6:11].replace(":", ""), 16), int(frame.packet.src[12:].replace(":", ""), 16)
+        egress, ingress = (
+            int(frame.packet.src[6:11].replace(":", ""), 16),
+            int(frame.packet.src[12:].replace(":", ""), 16),
+        )
         assert frame.packet.src.startswith("02:00:")
         assert egress
         assert ingress not in (0, 0xFFFF)  # not a host's own, not a kernel's
@@ -241,7 +273,10 @@ def test_data_is_what_the_schedule_says(recording: Recording) -> None:
             message = int(streams.message[packet])
             if frame.opcode in BEGINS:
                 reth = frame.packet[RETH]
-                assert (reth.va, reth.dmalen) == (recording.schedule.offset_bytes[message], recording.schedule.nbytes[message])
+                assert (reth.va, reth.dmalen) == (
+                    recording.schedule.offset_bytes[message],
+                    recording.schedule.nbytes[message],
+                )
                 assert reth.rkey == RKEY
             else:
                 assert RETH not in frame.packet
@@ -250,7 +285,11 @@ def test_data_is_what_the_schedule_says(recording: Recording) -> None:
 def test_the_cases_meant_do_occur(recording: Recording, request: pytest.FixtureRequest) -> None:
     kind = request.node.callspec.id
     data = [frame for frame in recording.frames["host0"] if frame.opcode in WRITES]
-    expected = {"short": {Opcode.WRITE_ONLY}, "three": set(WRITES) - {Opcode.WRITE_ONLY}, "long": set(WRITES) - {Opcode.WRITE_ONLY}}
+    expected = {
+        "short": {Opcode.WRITE_ONLY},
+        "three": set(WRITES) - {Opcode.WRITE_ONLY},
+        "long": set(WRITES) - {Opcode.WRITE_ONLY},
+    }
     assert {frame.opcode for frame in data} == expected[kind]
     assert any(frame.packet[BTH].padcount for frame in data)
     if kind == "long":
@@ -280,7 +319,9 @@ def test_tshark_reads_the_same(recording: Recording) -> None:
     answers = ("infiniband.aeth.syndrome", "infiniband.aeth.msn")
     other = ("udp.srcport", "ip.dsfield.dscp", "ip.dsfield.ecn", "infiniband.invariant.crc")
     for place, frames in recording.frames.items():
-        rows = read_tshark(recording.files[place], *(f"infiniband.bth.{one}" for one in fields), *extended, *answers, *other)
+        rows = read_tshark(
+            recording.files[place], *(f"infiniband.bth.{one}" for one in fields), *extended, *answers, *other
+        )
         assert len(rows) == len(frames)
         for row, frame in zip(rows, frames, strict=True):
             bth = frame.packet[BTH]
@@ -371,7 +412,9 @@ def test_gap_is_answered_with_one_nak(initial_psn: int | None, tmp_path: Path) -
 
         file = tmp_path / "nak.pcap"
         wrpcap(str(file), [Ether(frame) for frame in (ack, first, second, last)])
-        rows = read_tshark(file, "infiniband.aeth.syndrome", "infiniband.aeth.syndrome.error_code", "infiniband.bth.psn")
+        rows = read_tshark(
+            file, "infiniband.aeth.syndrome", "infiniband.aeth.syndrome.error_code", "infiniband.bth.psn"
+        )
         assert [number(row["infiniband.aeth.syndrome"]) for row in rows] == [0x1F, 0x60, 0x60, 0x1F]
         assert [row["infiniband.aeth.syndrome.error_code"] for row in rows] == ["", "0", "0", ""]  # PSN sequence error
 
@@ -501,14 +544,18 @@ def test_lost_acks_are_made_up_for_by_duplicates() -> None:
 
 
 def test_iteration_after_a_lost_last_ack_begins_clean() -> None:
-    with small_fabric(*LINE, "workload.0.size=12 KiB", "workload.0.iters=3", "transport.retransmit_timeout=20 us", name="last") as fabric:
+    with small_fabric(
+        *LINE, "workload.0.size=12 KiB", "workload.0.iters=3", "transport.retransmit_timeout=20 us", name="last"
+    ) as fabric:
         qps = fabric.arrays.qps
         lost = []
 
         def lose_first_acks() -> None:
             done = int(qps["rx_messages"].sum()) >= 2 * len(fabric.plan.workloads[0].schedule) // 2
             lost.append(not done)
-            qps["active"][[qp_index(0, REQUESTER), qp_index(1, REQUESTER)]] = int(done and len(lost) - lost.index(False) > 20)
+            qps["active"][[qp_index(0, REQUESTER), qp_index(1, REQUESTER)]] = int(
+                done and len(lost) - lost.index(False) > 20
+            )
 
         with plain_carrier(fabric, lose_first_acks) as carrier:
             samples = carrier.run(0, Quiet())
@@ -535,7 +582,10 @@ def test_idle_path_takes_its_configured_delay_to_a_tick() -> None:
     times, plan = completion_times("50 us")
     one_way_ns = int(plan.workloads[0].one_way_ns[0])
     tick_ns = plan.dilation.wall_tick_ns / plan.dilation.value
-    frame_ns = sum(plan.topology.port(port).rate_bits_per_s and 8e9 * (1024 + 74 + 24) / 400e9 for port in plan.workloads[0].paths[0].ports)
+    frame_ns = sum(
+        plan.topology.port(port).rate_bits_per_s and 8e9 * (1024 + 74 + 24) / 400e9
+        for port in plan.workloads[0].paths[0].ports
+    )
     assert one_way_ns == pytest.approx(4 * 50_000 + frame_ns, abs=2)
     # Never before its time. After it: within a tick, and the median tick's lateness is far below half of one.
     assert min(times) >= one_way_ns - 1

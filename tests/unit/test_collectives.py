@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -13,18 +14,33 @@ from testbed.collectives import (
     SLICES_PER_CHUNK,
     Collective,
     CollectiveAlgorithm,
+    Flow,
     RingAllReduce,
     RingSendRecv,
     Schedule,
     ScheduleBuilder,
     TransferOp,
+    build_flows,
+    busiest_nic_bytes,
     find_algorithm,
+    incast_flows,
+    permutation_flows,
     ring_order,
 )
-from testbed.collectives.proof import find_counterexample
+from testbed.collectives.proof import execute, find_counterexample
+from testbed.collectives.trees import Tree, binary_tree, double_binary_tree
 
 EVERY_ALGORITHM = [algorithm for named in ALGORITHMS.values() for algorithm in named.values()]
-ODD_SIZES = [1, 2, 7, 16, 17, 63, 251, 1031, 2048]
+POWER_OF_TWO_ONLY = {"halving_doubling"}
+# Below, at and above the number of ranks, odd and even; 63 without slices.
+SIZES = [1, 7, 16, 63, 250]
+
+
+def name_of(algorithm: CollectiveAlgorithm) -> str:
+    return f"{algorithm.collective}-{algorithm.name}"
+
+
+every_algorithm = pytest.mark.parametrize("algorithm", EVERY_ALGORITHM, ids=name_of)
 
 
 def ring_by_hand(order: tuple[int, ...], size: int, slices: int) -> Schedule:
@@ -57,11 +73,17 @@ def drop_dependency(schedule: Schedule, dep: int) -> Schedule:
     return replace(schedule, dep_offsets=offsets, deps=np.delete(schedule.deps, dep))
 
 
-@pytest.mark.parametrize("algorithm", EVERY_ALGORITHM, ids=lambda a: f"{a.collective}-{a.name}")
+@every_algorithm
 @pytest.mark.parametrize("nranks", range(2, 18))
 def test_schedule_achieves_its_collective(algorithm: CollectiveAlgorithm, nranks: int) -> None:
+    if algorithm.name in POWER_OF_TWO_ONLY and nranks.bit_count() > 1:
+        with pytest.raises(
+            ValueError, match=f"needs a power of two of ranks, got {nranks}: every rank needs a partner"
+        ):
+            algorithm.build_schedule(range(nranks), 64)
+        return
     rng = np.random.default_rng(nranks)
-    for size in ODD_SIZES:
+    for size in SIZES:
         order = rng.permutation(nranks).tolist()
         slices = 1 if size == 63 else SLICES_PER_CHUNK
         schedule = algorithm.build_schedule(order, size, slices)
@@ -69,31 +91,63 @@ def test_schedule_achieves_its_collective(algorithm: CollectiveAlgorithm, nranks
         assert found is None, f"size {size}, order {order}: {found}"
 
 
-def test_proof_catches_each_dropped_dependency() -> None:
+# Flow control, which a wrong order of arrivals cannot show.
+WAITS_FOR_NO_DATA = {"all_to_all-pairwise"}
+
+
+@every_algorithm
+def test_proof_catches_each_dropped_dependency_of(algorithm: CollectiveAlgorithm) -> None:
     rng = np.random.default_rng(1)
     order = [2, 0, 3, 1]
-    schedule = RingAllReduce().build_schedule(order, 37, 2)
-    for dep in range(len(schedule.deps)):
+    schedule = algorithm.build_schedule(order, 23, 2)
+    for dep in range(0 if name_of(algorithm) in WAITS_FOR_NO_DATA else len(schedule.deps)):
         broken = drop_dependency(schedule, dep)
-        assert find_counterexample(broken, Collective.ALL_REDUCE, order, rng, executions=400), dep
+        assert find_counterexample(broken, algorithm.collective, order, rng, executions=600), dep
 
 
-def test_proof_catches_each_wrong_op() -> None:
+@every_algorithm
+def test_proof_catches_each_wrong_op_of(algorithm: CollectiveAlgorithm) -> None:
     rng = np.random.default_rng(2)
-    order = [0, 2, 1]
-    schedule = RingAllReduce().build_schedule(order, 31)
+    order = [2, 0, 3, 1]
+    schedule = algorithm.build_schedule(order, 31, 2)
     for transfer in range(len(schedule)):
         op = schedule.op.copy()
         op[transfer] ^= 1
-        assert find_counterexample(replace(schedule, op=op), Collective.ALL_REDUCE, order, rng), transfer
+        assert find_counterexample(replace(schedule, op=op), algorithm.collective, order, rng), transfer
 
 
-def test_proof_catches_a_send_recv_that_is_one_byte_short() -> None:
-    schedule = RingSendRecv().build_schedule([0, 1, 2], 64)
-    nbytes = schedule.nbytes.copy()
-    nbytes[5] -= 1
+@every_algorithm
+def test_proof_catches_each_byte_that_goes_to_the_wrong_place_of(algorithm: CollectiveAlgorithm) -> None:
     rng = np.random.default_rng(3)
-    assert find_counterexample(replace(schedule, nbytes=nbytes), Collective.SEND_RECV, [0, 1, 2], rng)
+    order = [2, 0, 3, 1]
+    schedule = algorithm.build_schedule(order, 31, 2)
+    for transfer in range(len(schedule)):
+        shifted = schedule.dst_offset_bytes.copy()
+        shifted[transfer] += 1 if shifted[transfer] == 0 else -1
+        broken = replace(schedule, dst_offset_bytes=shifted)
+        assert find_counterexample(broken, algorithm.collective, order, rng), transfer
+
+
+@every_algorithm
+def test_proof_catches_each_missing_byte_of(algorithm: CollectiveAlgorithm) -> None:
+    rng = np.random.default_rng(4)
+    order = [2, 0, 3, 1]
+    schedule = algorithm.build_schedule(order, 31, 2)
+    for transfer in np.flatnonzero(schedule.nbytes > 1).tolist():
+        nbytes = schedule.nbytes.copy()
+        nbytes[transfer] -= 1
+        assert find_counterexample(replace(schedule, nbytes=nbytes), algorithm.collective, order, rng), transfer
+
+
+@pytest.mark.parametrize("collective", Collective)
+def test_proof_tells_collectives_apart(collective: Collective) -> None:
+    rng = np.random.default_rng(5)
+    order = [2, 0, 3, 1]
+    schedule = find_algorithm(collective).build_schedule(order, 32)
+    # What a stronger collective leaves behind satisfies a weaker one in the same buffer.
+    implied = {Collective.ALL_REDUCE: {Collective.REDUCE_SCATTER, Collective.REDUCE}}
+    for other in set(Collective) - {collective} - implied.get(collective, set()):
+        assert find_counterexample(schedule, other, order, rng), other
 
 
 def test_send_recv_would_fail_in_place() -> None:
@@ -133,14 +187,29 @@ def test_empty_slices_are_left_out_and_the_chain_stays() -> None:
     assert (np.diff(schedule.dep_offsets) == 1).sum() == 3 * 7
 
 
-def test_64_ranks_are_scheduled_quickly() -> None:
+@every_algorithm
+def test_64_ranks_are_scheduled_quickly(algorithm: CollectiveAlgorithm) -> None:
     begin = time.process_time()
-    schedule = RingAllReduce().build_schedule(range(64), 64 << 20)
-    assert time.process_time() - begin < 0.5
-    assert len(schedule) == 64 * 126 * SLICES_PER_CHUNK
+    schedule = algorithm.build_schedule(range(64), 64 << 20, algorithm.slices_per_chunk(64))
+    assert time.process_time() - begin < 1.0
+    assert len(schedule) >= 63 * SLICES_PER_CHUNK
 
 
-@pytest.mark.parametrize("algorithm", EVERY_ALGORITHM, ids=lambda a: f"{a.collective}-{a.name}")
+@every_algorithm
+@pytest.mark.parametrize("nranks", [4, 16])
+def test_no_nic_carries_less_than_busbw_assumes(algorithm: CollectiveAlgorithm, nranks: int) -> None:
+    size = 1 << 16
+    schedule = algorithm.build_schedule(range(nranks), size)
+    received = np.zeros(nranks, np.int64)
+    np.add.at(received, schedule.dst, schedule.nbytes)
+    busiest = max(schedule.sent_bytes().max(), received.max())
+    # What trees pay: a rank with two children carries the buffer twice; of two trees one has a rank that is inner in both.
+    twice = {"binary_tree": 2.0, "double_binary_tree": nranks / (nranks - 1)}
+    assert busiest >= algorithm.traffic_factor(nranks) * size
+    assert busiest <= algorithm.traffic_factor(nranks) * size * twice.get(algorithm.name, 1.0)
+
+
+@every_algorithm
 @pytest.mark.parametrize(
     ("order", "size", "slices", "message"),
     [
@@ -193,6 +262,7 @@ def test_impossible_schedules_are_refused() -> None:
         ("nbytes", 0, 0, "at least 1 byte"),
         ("nbytes", 0, 101, "leaves the buffer"),
         ("offset_bytes", 3, -1, "leaves the buffer"),
+        ("dst_offset_bytes", 3, 100, "leaves the buffer"),
         ("op", 3, 2, "unknown op"),
         ("connection", 3, 9, "does not exist"),
         ("src", 3, 2, "differ from its connection"),
@@ -206,9 +276,11 @@ def test_impossible_schedules_are_refused() -> None:
 def test_registry_finds_by_name_and_lists_what_there_is() -> None:
     assert find_algorithm("all_reduce", "ring") is find_algorithm("all_reduce")
     assert find_algorithm("send_recv").collective == "send_recv"
-    with pytest.raises(ValueError, match="must be one of all_reduce, send_recv, got 'alltoall'"):
+    with pytest.raises(ValueError, match=r"must be one of all_reduce, reduce_scatter, .*, send_recv, got 'alltoall'"):
         find_algorithm("alltoall")
-    with pytest.raises(ValueError, match="algorithm of all_reduce must be one of ring, got 'tree'"):
+    with pytest.raises(
+        ValueError, match=r"algorithm of all_reduce must be one of ring, halving_doubling, .*, got 'tree'"
+    ):
         find_algorithm("all_reduce", "tree")
     for collective, named in ALGORITHMS.items():
         for name, algorithm in named.items():
@@ -222,9 +294,9 @@ def test_rails_cross_the_spine_on_every_hop_when_racks_are_equal() -> None:
     assert all(here != racks[(i + 1) % 16] for i, here in enumerate(racks))
 
 
-@given(hosts=st.lists(st.integers(0, 5), min_size=1, max_size=6), kind=st.sampled_from(["packed", "rails"]))
+@given(hosts=st.lists(st.integers(0, 5), min_size=1, max_size=6), kind=st.sampled_from(["packed", "rails", "random"]))
 def test_order_holds_each_rank_once(hosts: list[int], kind: str) -> None:
-    assert sorted(ring_order(kind, hosts)) == list(range(sum(hosts)))
+    assert sorted(ring_order(kind, hosts, np.random.default_rng(1))) == list(range(sum(hosts)))
 
 
 def test_order_of_uneven_racks_explicit_and_wrong() -> None:
@@ -233,5 +305,188 @@ def test_order_of_uneven_racks_explicit_and_wrong() -> None:
     assert ring_order([2, 0, 1], [2, 1]) == (2, 0, 1)
     with pytest.raises(ValueError, match="each rank from 0 to 2 once"):
         ring_order([0, 1], [2, 1])
-    with pytest.raises(ValueError, match="packed, rails or a list of ranks, got 'rail'"):
+    with pytest.raises(ValueError, match="packed, rails, random or a list of ranks, got 'rail'"):
         ring_order("rail", [2, 1])
+
+
+def test_random_order_follows_its_seed() -> None:
+    orders = [ring_order("random", [4, 4, 4, 4], np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    with pytest.raises(ValueError, match="needs a source of random numbers"):
+        ring_order("random", [2, 2])
+
+
+def test_receiver_has_an_offset_of_its_own() -> None:
+    builder = ScheduleBuilder(2, 10, in_place=False)
+    builder.add(0, 1, offset_bytes=2, nbytes=3, dst_offset_bytes=7)
+    builder.add(1, 0, offset_bytes=4, nbytes=2)
+    schedule = builder.build()
+    assert (schedule.offset_bytes.tolist(), schedule.dst_offset_bytes.tolist()) == ([2, 4], [7, 4])
+    inputs = np.arange(20).reshape(2, 10)
+    outputs = execute(schedule, inputs, np.random.default_rng(1))
+    assert outputs[1].tolist() == [-1] * 7 + [2, 3, 4]
+    assert outputs[0].tolist() == [-1] * 4 + [14, 15] + [-1] * 4
+    ring = RingAllReduce().build_schedule(range(3), 30)
+    assert ring.dst_offset_bytes is ring.offset_bytes
+
+
+def test_channels_are_connections_of_their_own() -> None:
+    builder = ScheduleBuilder(2, 10)
+    for channel in (0, 1, 0):
+        builder.add(0, 1, offset_bytes=0, nbytes=1, channel=channel)
+    schedule = builder.build()
+    assert schedule.connections == ((0, 1), (0, 1))
+    assert schedule.connection.tolist() == [0, 1, 0]
+
+
+def test_unbidden_bytes_end_at_the_first_transfer_that_waits() -> None:
+    builder = ScheduleBuilder(2, 10)
+    first = builder.add(0, 1, offset_bytes=0, nbytes=4)
+    builder.add(1, 0, offset_bytes=0, nbytes=1)
+    builder.add(1, 0, offset_bytes=0, nbytes=2, after=[first])
+    builder.add(1, 0, offset_bytes=0, nbytes=3)  # needs nothing, but comes after one that does
+    assert builder.build().unbidden_bytes().tolist() == [4, 1]
+
+
+def test_pairwise_waits_for_the_last_slice_of_the_step_before() -> None:
+    schedule = find_algorithm("all_to_all", "pairwise").build_schedule(range(4), 4 * 16, 2)
+    waits = [
+        (int(schedule.src[i]), int(schedule.dst[i]), [(int(schedule.src[d]), int(schedule.dst[d]))])
+        for i in range(len(schedule))
+        for d in schedule.dependencies(i).tolist()
+    ]
+    assert waits == [(p, (p + k) % 4, [((p - k + 1) % 4, p)]) for k in (2, 3) for p in range(4)]
+    last_slices = [d for i in range(len(schedule)) for d in schedule.dependencies(i).tolist()]
+    assert all(int(d) % 2 == 1 for d in last_slices)  # of two slices, the second
+
+
+def test_direct_all_to_all_waits_for_nothing() -> None:
+    schedule = find_algorithm("all_to_all", "direct").build_schedule(range(5), 103)
+    assert len(schedule.deps) == 0
+    sent = np.zeros((5, 5), np.int64)
+    np.add.at(sent, (schedule.src, schedule.dst), schedule.nbytes)
+    # 103 = 5 * 20 + 3: a byte more to each of the next three, so all send and receive alike.
+    assert (sent.sum(axis=0) == 83).all()
+    assert (sent.sum(axis=1) == 83).all()
+
+
+def parents_of(tree: Tree) -> list[int]:
+    parents = [-1] * len(tree.children)
+    for rank, below in enumerate(tree.children):
+        for child in below:
+            parents[child] = rank
+    return parents
+
+
+def test_binary_tree_is_the_one_drawn_in_nccl() -> None:
+    # NVIDIA/nccl, src/graph/trees.cc: the drawing of 14 ranks above ncclGetBtree().
+    tree = binary_tree(14)
+    assert tree.children == ((8,), (), (1, 3), (), (2, 6), (), (5, 7), (), (4, 12), (), (9, 11), (), (10, 13), ())
+    assert (tree.root, tree.depth) == (0, 4)
+
+
+@pytest.mark.parametrize(("nranks", "second_parents"), [(12, "mirrored"), (13, "shifted")])
+def test_second_tree_is_mirrored_or_shifted_as_drawn_in_nccl(nranks: int, second_parents: str) -> None:
+    # The drawings above ncclGetDtree(): of 12 ranks mirrored, of 13 shifted by one.
+    second = double_binary_tree(nranks)[1]
+    expected = {
+        "mirrored": [1, 3, 1, 11, 5, 7, 5, 3, 9, 7, 9, -1],
+        "shifted": [5, -1, 3, 5, 3, 9, 7, 5, 7, 1, 11, 0, 11],
+    }
+    assert second.root == (11 if nranks == 12 else 1)
+    if second_parents == "mirrored":
+        assert parents_of(second) == expected["mirrored"]
+    else:
+        assert {rank: parent for rank, parent in enumerate(parents_of(second)) if rank in (3, 5, 7, 9)} == {
+            3: 5,
+            5: 9,
+            7: 5,
+            9: 1,
+        }
+
+
+@pytest.mark.parametrize("nranks", range(2, 40))
+def test_trees_reach_every_rank_once_and_are_shallow(nranks: int) -> None:
+    for tree in (binary_tree(nranks), *double_binary_tree(nranks)):
+        reached = [rank for level in tree.levels() for rank in level]
+        assert sorted(reached) == list(range(nranks))
+        assert max(map(len, tree.children)) <= 2
+        assert tree.depth <= nranks.bit_length()
+    inner = [
+        {rank for rank, below in enumerate(tree.children) if len(below) == 2} for tree in double_binary_tree(nranks)
+    ]
+    assert not inner[0] & inner[1]
+
+
+def check_flows(nranks: int, flows: list[Flow], slices: int, min_slice_bytes: int) -> Schedule:
+    """Build flows, execute them and compare with what a reader of the list expects."""
+    schedule = build_flows(nranks, flows, slices, min_slice_bytes)
+    rng = np.random.default_rng(1)
+    inputs = rng.integers(0, 2**40, (nranks, schedule.size_bytes), np.int64)
+    outputs = execute(schedule, inputs, rng)
+    sent: dict[int, int] = {}
+    received: dict[int, list[np.ndarray]] = {rank: [] for rank in range(nranks)}  # type: ignore[type-arg]
+    for src, dst, nbytes in flows:
+        begin = sent.get(src, 0)
+        received[dst].append(inputs[src, begin : begin + nbytes])
+        sent[src] = begin + nbytes
+    for rank, parts in received.items():
+        expected = np.concatenate([*parts, np.zeros(0, np.int64)])
+        np.testing.assert_array_equal(outputs[rank, : len(expected)], expected)
+        assert (outputs[rank, len(expected) :] == -1).all()
+    assert len(schedule.connections) == len(flows)
+    assert len(schedule.deps) == 0
+    return schedule
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), slices=st.integers(1, 9), min_slice_bytes=st.integers(1, 50))
+def test_flows_carry_what_they_say(data: st.DataObject, slices: int, min_slice_bytes: int) -> None:
+    nranks = data.draw(st.integers(2, 6))
+    pair = st.tuples(st.integers(0, nranks - 1), st.integers(1, nranks - 1), st.integers(1, 90))
+    drawn = data.draw(st.lists(pair, min_size=1, max_size=8))
+    schedule = check_flows(nranks, [Flow(a, (a + b) % nranks, n) for a, b, n in drawn], slices, min_slice_bytes)
+    for connection, (_, _, nbytes) in enumerate(drawn):
+        messages = int((schedule.connection == connection).sum())
+        assert messages == max(1, min(slices, nbytes // min_slice_bytes, nbytes))
+
+
+def test_incast_goes_to_rank_0() -> None:
+    flows = incast_flows(3, 100)
+    assert flows == [(1, 0, 100), (2, 0, 100), (3, 0, 100)]
+    schedule = check_flows(6, flows, 8, 1)
+    assert schedule.size_bytes == 300
+    assert busiest_nic_bytes(flows) == 300
+
+
+@given(nranks=st.integers(2, 40), seed=st.integers(0, 1000))
+def test_permutation_has_no_fixed_point(nranks: int, seed: int) -> None:
+    flows = permutation_flows(nranks, 5, np.random.default_rng(seed))
+    assert [flow.src for flow in flows] == list(range(nranks))
+    assert sorted(flow.dst for flow in flows) == list(range(nranks))
+    assert all(flow.src != flow.dst for flow in flows)
+    assert busiest_nic_bytes(flows) == 5
+
+
+def test_permutations_are_equally_likely() -> None:
+    rng = np.random.default_rng(1)
+    drawn = Counter(tuple(flow.dst for flow in permutation_flows(4, 1, rng)) for _ in range(1800))
+    assert len(drawn) == 9  # the derangements of four
+    assert all(count == pytest.approx(200, abs=60) for count in drawn.values())  # four standard deviations
+
+
+@pytest.mark.parametrize(
+    ("flows", "message"),
+    [
+        ([], "at least one flow"),
+        ([Flow(0, 0, 5)], "must join two of the ranks 0 to 2, got 0 to 0"),
+        ([Flow(0, 3, 5)], "must join two of the ranks 0 to 2, got 0 to 3"),
+        ([Flow(-1, 1, 5)], "must join two"),
+        ([Flow(0, 1, 0)], "at least 1 byte"),
+    ],
+)
+def test_wrong_flows_are_refused(flows: list[Flow], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_flows(3, flows)
+    with pytest.raises(ValueError, match="at least 1 slice"):
+        build_flows(3, [Flow(0, 1, 5)], slices=0)

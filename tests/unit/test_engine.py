@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,7 +120,10 @@ def test_progress_releases_what_brute_force_releases(schedule: Schedule, seed: i
                 new = rng.randint(counts[connection] + 1, ready[connection])
                 arrived |= set(queues[connection][counts[connection] : new])
                 counts[connection] = new
-            progress.record_arrivals(moving, [counts[connection] for connection in moving])
+            latest = progress.record_arrivals(
+                moving, [counts[connection] for connection in moving], lambda connection, transfer: 10.0 * transfer
+            )
+            assert latest > 0 or arrived == {0}
         assert progress.pending_transfers == 0, "a schedule in topological order can always be finished"
         progress.restart()
 
@@ -138,10 +142,11 @@ late = st.integers(TICK_NS // 10, 20 * TICK_NS)
 @given(
     delays=st.lists(st.sampled_from([0, 1, 999_999, 1_000_000, 2_500_000, 40_000_000]), min_size=1, max_size=6),
     gaps=st.lists(st.one_of(on_time, on_time, late), min_size=1, max_size=150),
+    early=st.sampled_from([0, TICK_NS]),
 )
-def test_an_event_is_acted_on_one_delay_after_it_and_not_a_tick_later(delays: list[int], gaps: list[int]) -> None:
+def test_a_snapshot_is_acted_on_when_it_is_due(delays: list[int], gaps: list[int], early: int) -> None:
     times = tick_times(gaps)
-    line = DelayLine(np.array(delays), 2, TICK_NS)
+    line = DelayLine(np.array(delays), 2, TICK_NS, early_ns=early)
     line.reset(np.zeros((2, len(delays)), np.int64))
     views = []
     for number, now in enumerate(times):
@@ -152,7 +157,7 @@ def test_an_event_is_acted_on_one_delay_after_it_and_not_a_tick_later(delays: li
     for qp, delay in enumerate(delays):
         for number, now in enumerate(times):
             # Snapshot n (counting from 1) holds what happened after tick n - 1, at the earliest then.
-            due = [n for n in range(1, number + 2) if n == 1 or times[n - 2] + delay <= now]
+            due = [n for n in range(1, number + 2) if n == 1 or times[n - 2] + delay <= now + early]
             assert views[number][0, qp] == max(due, default=0)
             assert views[number][1, qp] == 10 * max(due) + qp
 
@@ -191,8 +196,53 @@ FRAME_NS = 83_560.0
 PLENTY = np.array([10**9])
 
 
-def make_pacer(nics: int = 1) -> NicPacer:
-    return NicPacer(np.full(nics, FRAME_NS / FRAME_BYTES), FRAME_BYTES)
+class Pacer:
+    """A NicPacer of full frames whose NICs get what they send at the very tick."""
+
+    def __init__(self, nics: int = 1, tick_ns: int = 0) -> None:
+        self.nic = NicPacer(np.full(nics, FRAME_NS / FRAME_BYTES), FRAME_BYTES, tick_ns)
+        self.rest, self.lag_ns = self.nic.rest, self.nic.lag_ns
+
+    def budget(self, now_ns: int, wants: Any, credit: Any) -> Any:
+        return self.nic.budget(now_ns, wants, credit, np.full(len(wants), float(now_ns)))
+
+    def charge(self, frames: Any) -> None:
+        self.nic.charge(frames * FRAME_BYTES)
+
+
+def make_pacer(nics: int = 1) -> Pacer:
+    return Pacer(nics)
+
+
+def test_frames_of_a_tick_leave_at_its_beginning_and_count_when_they_start() -> None:
+    pacer = Pacer(tick_ns=TICK_NS)
+    frames = pacer.budget(0, PLENTY, np.array([1e9]))
+    assert frames.tolist() == [12]  # begun at 0, 83 560, … 919 160 ns
+    pacer.charge(frames)
+    assert pacer.nic.started_at_ns.tolist() == pytest.approx([11 * FRAME_NS])
+    assert pacer.budget(TICK_NS, PLENTY, np.array([1e9])).tolist() == [12]
+
+
+def test_a_nic_begins_when_it_got_something_not_when_the_tick_came() -> None:
+    pacer = NicPacer(np.array([FRAME_NS / FRAME_BYTES]), FRAME_BYTES, 0)
+    got_at = np.array([TICK_NS - 3.5 * FRAME_NS])
+    assert pacer.budget(TICK_NS, PLENTY, np.array([1e9]), got_at).tolist() == [4]
+
+
+def test_arrivals_are_exact_between_ticks() -> None:
+    line = DelayLine(np.array([5 * TICK_NS, 5 * TICK_NS]), 1, TICK_NS)
+    line.reset(np.zeros((1, 2), np.int64))
+    ns_per_byte = 10.0
+    for tick in range(7):
+        line.next_snapshot[0] = 0 if tick < 2 else 1
+        line.advance(tick * TICK_NS)
+        if tick == 1:  # 10 000 bytes are out, the last frame begins 0.7 ticks after this tick
+            line.note_sent(np.array([0]), np.array([1.7 * TICK_NS]), np.array([10_000]))
+    assert line.view[0].tolist() == [1, 1]
+    assert line.arrived_at_ns(0, 10_000, ns_per_byte) == pytest.approx(6.7 * TICK_NS)
+    assert line.arrived_at_ns(0, 4_000, ns_per_byte) == pytest.approx(6.7 * TICK_NS - 60_000)
+    # What is not of this tick's frames waited in the fabric: it counts from the tick.
+    assert line.arrived_at_ns(1, 10_000, ns_per_byte) == pytest.approx(6 * TICK_NS)
 
 
 @given(st.lists(st.one_of(on_time, late), min_size=1, max_size=100))
