@@ -27,7 +27,7 @@ class HalvingDoublingAllReduce(CollectiveAlgorithm):
     its own, summed up. Doubling: the same steps backwards; each sends all that it has, which doubles every time.
 
     What is sent in one step is a chunk. Its first slice waits until the last slices of all that the rank received in
-    earlier steps have arrived; its other slices follow in order. (Letting each slice go as soon as its bytes are there
+    earlier steps have arrived (some of them have, whenever others have); its other slices follow in order. (Letting each slice go as soon as its bytes are there
     was tried: steps then share the NIC, the early ones that all others wait for slow down, and 64 ranks lose a fifth.)
 
     It needs a power of two of ranks: otherwise some ranks have no partner. (MPICH lets the surplus ranks hand their
@@ -55,7 +55,6 @@ class HalvingDoublingAllReduce(CollectiveAlgorithm):
             )
         builder = ScheduleBuilder(nranks, size_bytes)
         received: list[list[int]] = [[] for _ in order]  # by position: the last slice of each step
-        known: dict[tuple[int, int], int] = {}  # position, partner: how many of those a message to it has waited for
 
         def exchange(step: int, sent: Sequence[Range], op: TransferOp) -> None:
             """Let every position send a range to its partner of a step."""
@@ -63,13 +62,12 @@ class HalvingDoublingAllReduce(CollectiveAlgorithm):
             for position, (first, last) in enumerate(sent):
                 partner = position ^ (1 << step)
                 begin, end = first * size_bytes // nranks, last * size_bytes // nranks
-                after = received[position][known.get((position, partner), 0) :]
+                after = received[position]
                 for offset, nbytes in slice_borders(begin, end - begin, slices):
                     arriving[partner] = builder.add(
                         order[position], order[partner], offset_bytes=offset, nbytes=nbytes, op=op, after=after
                     )
                     after = []  # a connection sends in order
-                    known[position, partner] = len(received[position])
             for position, handle in arriving.items():
                 received[position].append(handle)
 

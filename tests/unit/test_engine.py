@@ -116,14 +116,16 @@ def test_progress_releases_what_brute_force_releases(schedule: Schedule, seed: i
             if not movable:
                 break
             moving = rng.sample(movable, rng.randint(1, len(movable)))
+            new_arrivals: set[int] = set()
             for connection in moving:
                 new = rng.randint(counts[connection] + 1, ready[connection])
-                arrived |= set(queues[connection][counts[connection] : new])
+                new_arrivals |= set(queues[connection][counts[connection] : new])
                 counts[connection] = new
+            arrived |= new_arrivals
             latest = progress.record_arrivals(
                 moving, [counts[connection] for connection in moving], lambda connection, transfer: 10.0 * transfer
             )
-            assert latest > 0 or arrived == {0}
+            assert latest == 10.0 * max(new_arrivals)
         assert progress.pending_transfers == 0, "a schedule in topological order can always be finished"
         progress.restart()
 
