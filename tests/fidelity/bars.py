@@ -184,7 +184,10 @@ def run_case(case: Case) -> dict[str, Any]:
         with case.disturbed() as group:
             summary = run_once(settings, group)
         runs.append({"settings": list(settings), **summary})
-        shown = summary.get("error") or f"{summary['cct_ratio']:.4f} {summary['verdict']} {summary['estimated_error_fraction']}"
+        shown = (
+            summary.get("error")
+            or f"{summary['cct_ratio']:.4f} {summary['verdict']} {summary['estimated_error_fraction']}"
+        )
         print(f"  {case.name}: {shown}", file=sys.stderr, flush=True)
     return {"bar": case.bar, "holds": case.holds(runs), "runs": runs}
 

@@ -53,7 +53,11 @@ def quota_folder() -> Path | None:
     if (v1 / "cpu.cfs_quota_us").exists() or (v1 / "cpu.cfs_period_us").exists():
         return v1
     v2 = Path("/sys/fs/cgroup")
-    if "cpu" in (v2 / "cgroup.subtree_control").read_text().split() if (v2 / "cgroup.subtree_control").exists() else False:
+    if (
+        "cpu" in (v2 / "cgroup.subtree_control").read_text().split()
+        if (v2 / "cgroup.subtree_control").exists()
+        else False
+    ):
         return v2
     return None
 

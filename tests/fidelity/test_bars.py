@@ -84,5 +84,3 @@ def test_verdict_is_honest_under_ordinary_hogs() -> None:
     _honest(run)
     if abs(run["cct_ratio"] - 1) > 0.05:
         assert run["verdict"] == "invalid", run
-
-
