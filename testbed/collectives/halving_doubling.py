@@ -27,8 +27,9 @@ class HalvingDoublingAllReduce(CollectiveAlgorithm):
     its own, summed up. Doubling: the same steps backwards; each sends all that it has, which doubles every time.
 
     What is sent in one step is a chunk. Its first slice waits until the last slices of all that the rank received in
-    earlier steps have arrived (some of them have, whenever others have); its other slices follow in order. (Letting each slice go as soon as its bytes are there
-    was tried: steps then share the NIC, the early ones that all others wait for slow down, and 64 ranks lose a fifth.)
+    earlier steps have arrived (some of them have, whenever others have); its other slices follow in order. Letting each
+    slice go as soon as its bytes are there was tried: steps then share the NIC, the early ones that all others wait for
+    slow down, and 64 ranks lose a fifth of the bandwidth.
 
     It needs a power of two of ranks: otherwise some ranks have no partner. (MPICH lets the surplus ranks hand their
     buffers to a neighbour first, which costs two more transfers of the whole buffer; NCCL has no such algorithm.)

@@ -84,10 +84,10 @@ def ideal_arrivals_ns(
     NIC from several senders queues before it, first come first served, and enters at the NIC's rate. Nothing slows the
     senders down: the queue is as long as it gets.
 
-    Real packets come one after the other: where ``k`` connections share a NIC, a transfer ends up to ``k - 1`` frames
-    earlier than here, and up to as many later, each time that it does. That is exact where nothing is shared (rings), and
-    below a percent of a completion time where slices have tens of packets. See `tests/unit/test_ideal.py`, which holds
-    this against a simulation packet by packet.
+    Real packets come one after the other: where ``k`` connections share a NIC, a message of few packets ends up to
+    ``k - 1`` frames earlier than here, and what waits for it begins earlier. Against a simulation packet by packet
+    (tests/unit/test_ideal.py) rings, chains, exchanges, incasts and all-to-alls are exact, trees within 1.5 % at a packet
+    per slice and 0.4 % from 32 packets on, random schedules of messages of 1 to 8 packets between -2 % and +10 %.
 
     Args:
         schedule: What is sent.

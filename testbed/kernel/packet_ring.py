@@ -6,6 +6,7 @@ A frame that arrives is seen before the port's eBPF program may consume it; one 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import socket
 import struct
@@ -18,6 +19,7 @@ from testbed.errors import KernelError
 _ETH_P_ALL = 3
 _SOL_PACKET, _PACKET_RX_RING, _PACKET_STATISTICS, _PACKET_VERSION, _TPACKET_V3 = 263, 5, 6, 10, 2
 _SO_ATTACH_FILTER = 26
+_SIOCGIFMTU = 0x8921
 _BPF_RETURN = 0x06
 _PACKET_OUTGOING = 4
 _TP_STATUS_KERNEL, _TP_STATUS_USER, _TP_STATUS_VLAN_VALID = 0, 1, 0x10
@@ -91,6 +93,13 @@ def open_ring_socket(ifname: str, shape: RingShape, *, snap_bytes: int = 0) -> s
             opened.close()
         raise KernelError(f"open a receiving packet socket on {ifname}", error.errno or 0) from error
     return opened
+
+
+def read_mtu(ifname: str) -> int:
+    """Return the MTU of an interface of the calling thread's namespace."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
+        answer = fcntl.ioctl(control, _SIOCGIFMTU, struct.pack("16si20x", ifname.encode(), 0))
+    return int(struct.unpack_from("i", answer, 16)[0])
 
 
 def _attach_snap_filter(opened: socket.socket, snap_bytes: int) -> None:

@@ -59,7 +59,7 @@ def run_once(settings: Sequence[str], group: Path | None = None) -> Summary:
             group.write_text(str(os.getpid()))
 
     done = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=enter_group
+        command, cwd=ROOT, capture_output=True, text=True, preexec_fn=enter_group
     )
     if not done.stdout:
         return {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}

@@ -158,13 +158,14 @@ def ip_frame(
     tos: int = 0,
     ttl: int = 64,
     ident: int = 0,
+    fragment: int = 0,
     protocol: int = 17,
 ) -> bytes:
     """Return an Ethernet frame as the NIC of a rank would send it."""
     port = fabric.plan.topology.host_port(rank)
     ethernet = bytes.fromhex((fabric.plan.topology.port(port.peer).mac + port.mac).replace(":", "")) + b"\x08\0"
     header = struct.pack(
-        "!BBHHHBBHII", 0x45, tos, 20 + len(payload), ident, 0, ttl, protocol, 0, port.address, dst_address
+        "!BBHHHBBHII", 0x45, tos, 20 + len(payload), ident, fragment, ttl, protocol, 0, port.address, dst_address
     )
     return ethernet + header[:10] + struct.pack("!H", ip_checksum(header)) + header[12:] + payload
 

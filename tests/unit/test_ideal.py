@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 
 import numpy as np
 import pytest
@@ -10,10 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.collectives import (
+    ALGORITHMS,
+    CollectiveAlgorithm,
+    Flow,
     RingAllReduce,
     RingSendRecv,
     Schedule,
     ScheduleBuilder,
+    build_flows,
     ideal_arrivals_ns,
     ideal_cct_ns,
     largest_frame_wire_bytes,
@@ -183,17 +187,95 @@ def test_incast_is_limited_by_the_receiving_nic() -> None:
         builder.add(src, 0, offset_bytes=0, nbytes=1 << 20)
     arrivals = ideal_arrivals_ns(builder.build(), nic_rate_bits_per_s=RATE, latency_ns=np.full((6, 6), 900), mtu=MTU)
     one_ns = ns(int(wire_bytes(1 << 20, MTU)))
-    np.testing.assert_allclose(np.sort(arrivals), 900 + one_ns * np.arange(1, 6), rtol=1e-12)
+    np.testing.assert_allclose(arrivals, np.full(5, 900 + 5 * one_ns), rtol=1e-9)  # interleaved: all end together
 
 
-def test_nic_serves_its_connections_round_robin() -> None:
-    builder = ScheduleBuilder(3, 4096)
+def test_late_sender_queues_behind_what_came_before() -> None:
+    # Two senders fill the receiver's queue at twice its rate; a third comes from afar when they have sent all.
+    builder = ScheduleBuilder(4, 1 << 20)
+    for src in (1, 2, 3):
+        builder.add(src, 0, offset_bytes=0, nbytes=1 << 20)
+    one_ns = ns(int(wire_bytes(1 << 20, MTU)))
+    latency = np.zeros((4, 4))
+    latency[3, 0] = 1.5 * one_ns
+    arrivals = ideal_arrivals_ns(builder.build(), nic_rate_bits_per_s=RATE, latency_ns=latency, mtu=MTU)
+    np.testing.assert_allclose(arrivals / one_ns, [2, 2, 3], rtol=1e-9)
+    latency[3, 0] = 3.5 * one_ns  # when the queue has long drained
+    arrivals = ideal_arrivals_ns(builder.build(), nic_rate_bits_per_s=RATE, latency_ns=latency, mtu=MTU)
+    np.testing.assert_allclose(arrivals / one_ns, [2, 2, 4.5], rtol=1e-9)
+
+
+def test_nic_shares_its_rate_among_its_connections() -> None:
+    builder = ScheduleBuilder(3, 1 << 20)
     for _ in range(3):
-        builder.add(0, 1, offset_bytes=0, nbytes=4096)
+        builder.add(0, 1, offset_bytes=0, nbytes=1 << 20)
     for _ in range(2):
-        builder.add(0, 2, offset_bytes=0, nbytes=4096)
+        builder.add(0, 2, offset_bytes=0, nbytes=1 << 20)
     arrivals = ideal_arrivals_ns(builder.build(), nic_rate_bits_per_s=RATE, latency_ns=no_latency, mtu=MTU)
-    np.testing.assert_allclose(arrivals / ns(4096 + 98), [1, 3, 5, 2, 4], rtol=1e-12)
+    np.testing.assert_allclose(arrivals / ns(int(wire_bytes(1 << 20, MTU))), [2, 4, 5, 2, 4], rtol=1e-9)
+
+
+@pytest.mark.parametrize("slow", ["sender", "receiver"])
+def test_slow_nic_is_slow_among_several_too(slow: str) -> None:
+    rates = np.full(4, RATE)
+    rates[0] //= 4
+    builder = ScheduleBuilder(4, 1 << 20)
+    for peer in (1, 2, 3):
+        src, dst = (0, peer) if slow == "sender" else (peer, 0)
+        builder.add(src, dst, offset_bytes=0, nbytes=1 << 20)
+    cct = ideal_cct_ns(builder.build(), nic_rate_bits_per_s=rates, latency_ns=no_latency, mtu=MTU)
+    assert cct == pytest.approx(3 * 4 * ns(int(wire_bytes(1 << 20, MTU))), rel=1e-9)
+
+
+def test_latency_may_be_given_by_connection() -> None:
+    builder = ScheduleBuilder(2, 4096)
+    for channel in (0, 1):
+        builder.add(0, 1, offset_bytes=0, nbytes=4096, channel=channel)
+    schedule = builder.build()
+    arrivals = ideal_arrivals_ns(schedule, nic_rate_bits_per_s=RATE, latency_ns=[100, 5000], mtu=MTU)
+    np.testing.assert_allclose(arrivals, 2 * ns(4096 + 98) + np.array([100, 5000]), rtol=1e-9)
+
+
+def simulate(schedule: Schedule, propagation: int = 2400, hops: int = 4) -> tuple[float, float, float]:
+    """Return the completion time by the model and by the simulation, and the time of the largest frame."""
+    nranks = schedule.nranks
+    frame_ns = ns(largest_frame_wire_bytes(schedule.nbytes, MTU))
+    latency = np.full((nranks, nranks), propagation + (hops - 1) * frame_ns)
+    cct = ideal_cct_ns(schedule, nic_rate_bits_per_s=RATE, latency_ns=latency, mtu=MTU)
+    delays = [[float(propagation)] * nranks] * nranks
+    return cct, max(packet_simulation(schedule, [RATE] * nranks, delays, hops, MTU)), frame_ns
+
+
+@pytest.mark.parametrize("packets_per_slice", [1, 2, 8])
+@pytest.mark.parametrize("nranks", [4, 7, 8])
+@pytest.mark.parametrize(
+    "algorithm", [a for named in ALGORITHMS.values() for a in named.values()], ids=lambda a: f"{a.collective}-{a.name}"
+)
+def test_every_collective_agrees_with_a_packet_level_simulation(
+    algorithm: CollectiveAlgorithm, nranks: int, packets_per_slice: int
+) -> None:
+    if algorithm.name == "halving_doubling" and nranks == 7:
+        pytest.skip("needs a power of two of ranks")
+    slices = algorithm.slices_per_chunk(nranks)
+    size = slices * packets_per_slice * MTU
+    size *= 2 if algorithm.name == "double_binary_tree" else nranks if algorithm.chunk_bytes(size, nranks) < size else 1
+    cct, simulated, _ = simulate(algorithm.build_schedule(range(nranks), size, slices))
+    # Trees share NICs among slices that wait for one another: for n = 2 to 16 and 1 to 32 packets per slice the largest
+    # difference was 1.5 %. All others are the same but for whose turn it is when the last RETH goes out.
+    tolerance = 0.015 if algorithm.name.endswith("tree") else 5e-4
+    assert cct == pytest.approx(simulated, rel=tolerance)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_flows_agree_with_a_packet_level_simulation(data: st.DataObject) -> None:
+    nranks = data.draw(st.integers(2, 6))
+    pair = st.tuples(st.integers(0, nranks - 1), st.integers(1, nranks - 1), st.integers(1, 30))
+    drawn = data.draw(st.lists(pair, min_size=1, max_size=8))
+    schedule = build_flows(nranks, [Flow(a, (a + b) % nranks, n * MTU) for a, b, n in drawn], 4, MTU)
+    cct, simulated, frame_ns = simulate(schedule)
+    # Whose turn it is at the end: 800 random sets of flows differed by at most one frame.
+    assert cct == pytest.approx(simulated, abs=1.5 * frame_ns)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -243,14 +325,11 @@ def test_random_schedules_agree_with_a_packet_level_simulation(data: st.DataObje
     latency = 1000 + frame_ns
     cct = ideal_cct_ns(schedule, nic_rate_bits_per_s=RATE, latency_ns=np.full((nranks, nranks), latency), mtu=MTU)
     simulated = max(packet_simulation(schedule, [RATE] * nranks, [[1000] * nranks] * nranks, 2, MTU))
-    # Where messages meet at a receiving NIC the model delivers one after the other and the simulation
-    # interleaves their packets: the last arrival is the same, but what waits for the others starts sooner or later.
-    # 1500 random schedules differed by at most 14 frames, where the largest message has 8.
-    sources: dict[int, set[int]] = defaultdict(set)
-    for src, dst in schedule.connections:
-        sources[dst].add(src)
-    meet = any(len(senders) > 1 for senders in sources.values())
-    tolerance = 2 * 8 * frame_ns if meet and len(schedule.deps) else 1e-6
+    # Where a NIC serves several connections the model ends short messages later than real turns do, and what waits for
+    # them begins later. 1500 random schedules of messages this short were -2 % to +10 % off (99 of 100: within 5.5 %),
+    # at most 6 frames.
+    shared = any(max(Counter(ranks).values()) > 1 for ranks in zip(*schedule.connections, strict=True))
+    tolerance = (8 if len(schedule.deps) else 1.5) * frame_ns if shared else 1e-6
     assert cct == pytest.approx(simulated, abs=tolerance)
     bound = max(
         np.bincount(schedule.src, wire_bytes(schedule.nbytes, MTU)).max(),
@@ -274,4 +353,4 @@ def test_wrong_rates_and_latencies_are_refused() -> None:
     with pytest.raises(ValueError, match="must not be negative"):
         ideal_cct_ns(schedule, nic_rate_bits_per_s=RATE, latency_ns=np.full((2, 2), -1), mtu=MTU)
     with pytest.raises(ValueError, match="shape"):
-        ideal_cct_ns(schedule, nic_rate_bits_per_s=RATE, latency_ns=np.zeros(2), mtu=MTU)
+        ideal_cct_ns(schedule, nic_rate_bits_per_s=RATE, latency_ns=np.zeros(3), mtu=MTU)
