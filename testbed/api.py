@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,11 +32,14 @@ from testbed.errors import LabError, MachineError, TestbedError
 if TYPE_CHECKING:
     from testbed.carriers.protocol import WorkloadSamples
     from testbed.fabric import Fabric, Lab
+    from testbed.fabric.capture import Capture, CaptureReport
+    from testbed.fabric.inject import Injection
     from testbed.kernel.probe import Finding
     from testbed.measure.counters import FabricCounters
     from testbed.plan.model import Plan
     from testbed.plan.report import PathReport
-    from testbed.results import Result
+    from testbed.results import LinkDirection, Result
+    from testbed.results.graph import Graph
     from testbed.scenario import Scenario
 
 # Room for "-99" behind a name, within what a lab's name may be.
@@ -118,6 +121,9 @@ def run(
     name: str | None = None,
     listener: RunListener | None = None,
     output: Path | None = None,
+    pcap: Path | None = None,
+    pcap_ports: Sequence[str] = (),
+    snap_bytes: int | None = None,
 ) -> Result:
     """Run a scenario's workload and return what was found out. Needs root.
 
@@ -129,6 +135,10 @@ def run(
         name: A deployed lab to run on, at that lab's time dilation; None builds a lab for the run and removes it after.
         listener: Told of the progress.
         output: Folder for ``result.json`` and ``scenario.yaml``; made if missing. None writes nothing.
+        pcap: Capture the run, warm-up included, into this pcapng file. That costs capacity; the result's warnings say so.
+        pcap_ports: Nodes and ports to capture at, such as ``leaf0/up1``; by default the NICs of all hosts, where each frame is seen as
+            it leaves and as it arrives.
+        snap_bytes: Bytes captured of each frame, 0 for all; by default all headers.
 
     Raises:
         LabError: There is no lab ``name``, it is in use, or it was built from another fabric.
@@ -141,15 +151,16 @@ def run(
     require_root()
     heard = listener or SilentListener()
     with _result_folder(output), contextlib.ExitStack() as stack:
+        plan = _plan_with_capacity(scenario, heard) if name is None else _plan_for_lab(scenario, name)
+        capturing = None if pcap is None else stack.enter_context(_planned_capture(plan, pcap, pcap_ports, snap_bytes))
         if name is None:
-            plan = _plan_with_capacity(scenario, heard)
             heard.note(_building(plan))
             fabric = stack.enter_context(_ephemeral_fabric(plan))
         else:
-            plan = _plan_for_lab(scenario, name)
             fabric = stack.enter_context(_attached(plan, name))
             heard.note(f"lab {name}: time dilation {plan.dilation.value:g}")
-        result = _run_on(fabric, heard)
+        capture = None if capturing is None else stack.enter_context(capturing(fabric))
+        result = _run_on(fabric, heard, capture)
         if output is not None:
             save_result(result, output)
     return result
@@ -261,6 +272,136 @@ def execute(name: str | None, node: str, command: Sequence[str]) -> int:
         child.wait()
         raise
     return code if code >= 0 else _SIGNAL_EXIT - code
+
+
+def inject(
+    name: str | None,
+    host: str,
+    file: Path,
+    *,
+    frames_per_s: float | None = None,
+    rate_bits_per_s: int | None = None,
+    count: int | None = None,
+    timeout_s: float | None = None,
+) -> Injection:
+    """Send the frames of a Python file from a host of a deployed lab; return what came back. Needs root.
+
+    The file's ``frames()`` yields scapy packets or bytes; it is code, and runs in this process as the user who calls. See
+    :mod:`testbed.fabric.frame_file`.
+
+    Args:
+        name: The lab; None for the only one there is.
+        host: Such as ``host0``, or ``host0/eth1``.
+        file: The Python file.
+        frames_per_s: Pace on this machine's clock; 1000 by default.
+        rate_bits_per_s: Pace as an emulated rate of frame bytes instead.
+        count: Frames to send at most; all by default.
+        timeout_s: How long to listen after the last, on this machine's clock; 2 by default.
+
+    Raises:
+        LabError: There is no such lab or host.
+        TestbedError: The file is wrong; the message names its line.
+    """
+    from testbed.fabric.inject import DEFAULT_TIMEOUT_S, inject_frames
+    from testbed.kernel.netlink import require_root
+
+    require_root()
+    return inject_frames(
+        find_lab(name),
+        host,
+        file,
+        frames_per_s=frames_per_s,
+        rate_bits_per_s=rate_bits_per_s,
+        count=count,
+        timeout_s=DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s,
+    )
+
+
+def capture(
+    name: str,
+    ports: Sequence[str],
+    file: Path,
+    *,
+    wall_duration_s: float | None = None,
+    count: int = 0,
+    snap_bytes: int | None = None,
+    emulated_time: bool = True,
+    listener: RunListener | None = None,
+) -> CaptureReport:
+    """Capture at ports of a lab into a pcapng file until Ctrl-C, the time, the count or the lab's end. Needs root.
+
+    The lab is not taken: runs with its name go on meanwhile.
+
+    Args:
+        name: The lab.
+        ports: Nodes and ports such as ``leaf0/up1``; none stands for the NICs of all hosts.
+        file: The pcapng file; ``-`` is standard output.
+        wall_duration_s: How long, on this machine's clock.
+        count: Frames after which it ends; 0 for no limit.
+        snap_bytes: Bytes kept of each frame, 0 for all; by default all headers.
+        emulated_time: Whether the file tells emulated time since its beginning or wall time.
+        listener: Told when it has begun.
+
+    Raises:
+        LabError: There is no such lab, node or port.
+        TestbedError: The file cannot be written.
+    """
+    from testbed.fabric.capture import DEFAULT_SNAP_BYTES, captured, opened_capture_file, select_ports
+    from testbed.fabric.recorded import read_recorded
+    from testbed.kernel.netlink import require_root
+
+    require_root()
+    state, topology = read_recorded(name)
+    chosen = select_ports(topology, ports)
+    with (
+        opened_capture_file(file) as output,
+        captured(
+            state,
+            topology,
+            chosen,
+            output,
+            file,
+            snap_bytes=DEFAULT_SNAP_BYTES if snap_bytes is None else snap_bytes,
+            count=count,
+            emulated_time=emulated_time,
+        ) as under_way,
+    ):
+        (listener or SilentListener()).note(f"capturing at {len(chosen)} ports of lab {name}; Ctrl-C ends")
+        with contextlib.suppress(KeyboardInterrupt):
+            under_way.wait(wall_duration_s)
+        return under_way.stop()
+
+
+def describe_graph(scenario: Scenario) -> Graph:
+    """Return the fabric of a scenario, ready to be drawn by :mod:`testbed.results.graph`; nothing is built.
+
+    Raises:
+        PlanError: No fabric can be planned from it.
+    """
+    return _graph_of(scenario, {})
+
+
+def describe_result_graph(file: Path) -> Graph:
+    """Return the fabric of a run with the figures of its links, from its ``result.json``.
+
+    Raises:
+        TestbedError: The file cannot be read, or is no result.
+    """
+    import json
+
+    from testbed.results import Result
+    from testbed.scenario import Scenario
+
+    hint = "name the result.json that `testbed run` wrote"
+    try:
+        result = Result.from_json_dict(json.loads(file.read_text()))
+        scenario = Scenario.model_validate(result.scenario)
+    except OSError as error:
+        raise TestbedError(f"{file} cannot be read: {error.strerror}", hint=hint) from None
+    except (ValueError, AttributeError) as error:  # JSON's and pydantic's errors are ValueErrors
+        raise TestbedError(f"{file}: {str(error).splitlines()[0]}", hint=hint) from None
+    measured = {way.src: way for link in result.fabric.links for way in link.directions}
+    return _graph_of(scenario, measured)
 
 
 def destroy(name: str) -> list[str]:
@@ -422,6 +563,37 @@ def _ephemeral_fabric(plan: Plan) -> Iterator[Fabric]:
         yield fabric
 
 
+def _graph_of(scenario: Scenario, measured: Mapping[str, LinkDirection]) -> Graph:
+    """Return a scenario's fabric as a graph, with the figures of a run by the port that sends."""
+    from testbed.plan.compile import build_topology
+    from testbed.results import LinkDirection
+    from testbed.results.graph import Graph, GraphLink, GraphNode
+
+    topology = build_topology(scenario)
+
+    def way(port_id: int) -> LinkDirection:
+        src, dst = topology.port_name(port_id), topology.port_name(topology.port(port_id).peer)
+        return measured.get(src) or LinkDirection(src, dst)
+
+    def node_name(port_id: int) -> str:
+        return topology.nodes[topology.port(port_id).node].name
+
+    return Graph(
+        name=scenario.name,
+        nodes=tuple(
+            GraphNode(node.name, str(node.kind), tuple(topology.port(port).ifname for port in node.ports))
+            for node in topology.nodes
+        ),
+        links=tuple(
+            GraphLink(
+                node_name(link.a), node_name(link.b), link.rate_bits_per_s, link.delay_ns, way(link.a), way(link.b)
+            )
+            for link in topology.links
+        ),
+        measured=bool(measured),
+    )
+
+
 def _building(plan: Plan) -> str:
     topology, dilation = plan.topology, plan.dilation
     return (
@@ -449,7 +621,20 @@ class _BaselineListener:
         self._listener.iteration(number, of, warmup=warmup)
 
 
-def _run_on(fabric: Fabric, listener: RunListener) -> Result:
+@contextlib.contextmanager
+def _planned_capture(
+    plan: Plan, pcap: Path, wanted: Sequence[str], snap_bytes: int | None
+) -> Iterator[Callable[[Fabric], contextlib.AbstractContextManager[Capture]]]:
+    """Choose the ports and open the file before anything is built; yield what then starts the capture."""
+    from testbed.fabric import capture
+
+    ports = capture.select_ports(plan.topology, wanted)
+    snap = capture.DEFAULT_SNAP_BYTES if snap_bytes is None else snap_bytes
+    with capture.opened_capture_file(pcap) as output:
+        yield lambda fabric: capture.captured(fabric.state, plan.topology, ports, output, pcap, snap_bytes=snap)
+
+
+def _run_on(fabric: Fabric, listener: RunListener, capture: Capture | None = None) -> Result:
     """Run every workload item over a fabric, one after the other."""
     from testbed.assemble import assemble_result
     from testbed.carriers.engine import engine_carrier
@@ -485,4 +670,5 @@ def _run_on(fabric: Fabric, listener: RunListener) -> Result:
         softnet_drops=after.drops_since(before),
         steal_fraction=after.steal_fraction_since(before),
     )
-    return assemble_result(plan, samples, counters, fidelity, host=host, warnings=refused)
+    warnings = [*refused, *(capture.stop().warnings() if capture is not None else ())]
+    return assemble_result(plan, samples, counters, fidelity, host=host, warnings=warnings)

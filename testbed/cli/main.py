@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from testbed.cli import doctor, lab, run, scenario
+from testbed.cli import doctor, frames, graph, lab, run, scenario
 from testbed.cli.signals import end_on_signals
 from testbed.cli.text import print_error
 from testbed.errors import TestbedError
@@ -27,11 +27,14 @@ app.command("doctor")(doctor.doctor)
 app.command("validate")(scenario.validate)
 app.command("plan")(scenario.plan)
 app.command("paths")(scenario.paths)
+app.command("graph")(graph.graph)
 app.command("schema")(scenario.schema)
 app.command("run")(run.run)
 app.command("deploy")(lab.deploy)
 app.command("inspect")(lab.inspect)
 app.command("exec")(lab.execute)
+app.command("inject")(frames.inject)
+app.command("capture")(frames.capture)
 app.command("destroy")(lab.destroy)
 app.command("gc")(lab.collect_garbage)
 

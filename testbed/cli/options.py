@@ -36,6 +36,28 @@ LabName = Annotated[
     str | None,
     typer.Option("--name", metavar="LAB", envvar="TESTBED_NAME", help="Name of the lab.", show_default=False),
 ]
+PcapPorts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pcap-port",
+        metavar="NODE[/IFNAME]",
+        envvar="TESTBED_PCAP_PORT",
+        help="Where --pcap captures: a node or a port such as leaf0/up1; may be repeated. [default: all NICs of hosts]",
+        show_default=False,
+    ),
+]
+SnapLength = Annotated[
+    int | None,
+    typer.Option(
+        "--snap-length",
+        metavar="BYTES",
+        min=0,
+        max=65535,
+        envvar="TESTBED_SNAP_LENGTH",
+        help="Bytes captured of each frame; 0 for all, ICRC included. [default: 128, all headers]",
+        show_default=False,
+    ),
+]
 
 
 def read_overrides(given: list[str] | None) -> list[str]:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from testbed.cli.options import Format, LabName, OutputFormat, ScenarioFile, Set, read_overrides
+from testbed.cli.options import (
+    Format,
+    LabName,
+    OutputFormat,
+    PcapPorts,
+    ScenarioFile,
+    Set,
+    SnapLength,
+    read_overrides,
+)
 
 if TYPE_CHECKING:
     from testbed.results import Result
@@ -68,6 +77,18 @@ def run(
     ] = None,
     output_format: Format = OutputFormat.TABLE,
     name: LabName = None,
+    pcap: Annotated[
+        Path | None,
+        typer.Option(
+            "--pcap",
+            metavar="FILE.pcapng",
+            envvar="TESTBED_PCAP",
+            help="Capture the run into this file; costs capacity.",
+            show_default=False,
+        ),
+    ] = None,
+    pcap_ports: PcapPorts = None,
+    snap_length: SnapLength = None,
     require: Annotated[
         Required,
         typer.Option("--require", envvar="TESTBED_REQUIRE", help="Exit with 4 when the verdict is worse than this."),
@@ -83,7 +104,17 @@ def run(
 
     scenario = _load(file, read_overrides(overrides), seed=seed, iters=iters)
     folder = output or _default_folder(scenario)
-    result = api.run(scenario, name=name, listener=StderrListener(), output=folder)
+    if pcap is None and pcap_ports:
+        raise typer.BadParameter("--pcap-port says where to capture, --pcap to which file: give both")
+    result = api.run(
+        scenario,
+        name=name,
+        listener=StderrListener(),
+        output=folder,
+        pcap=pcap,
+        pcap_ports=pcap_ports or (),
+        snap_bytes=snap_length,
+    )
     if output_format is OutputFormat.JSON:
         sys.stdout.write(render_json(result))
     else:

@@ -144,8 +144,8 @@ class PacketRing:
                 return
             position = base + offset
             for _ in range(count):
-                ahead, seconds, nanoseconds, kept, original, flags, mac, _net, _, tci, tpid, _ = _FRAME_HEAD.unpack_from(
-                    memory, position
+                ahead, seconds, nanoseconds, kept, original, flags, mac, _net, _, tci, tpid, _ = (
+                    _FRAME_HEAD.unpack_from(memory, position)
                 )
                 start = position + mac
                 data = memory[start : start + kept]

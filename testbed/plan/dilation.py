@@ -10,6 +10,7 @@ Source:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -104,7 +105,7 @@ def choose_dilation(
     else:
         value, bound = fidelity, DilationBound.FIDELITY
     if requested is None:
-        value = float(max(1, round(value)))
+        value = float(max(1, math.ceil(value)))  # never below a bound
     return TimeDilation(
         value,
         bound,
