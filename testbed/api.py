@@ -136,8 +136,8 @@ def run(
         listener: Told of the progress.
         output: Folder for ``result.json`` and ``scenario.yaml``; made if missing. None writes nothing.
         pcap: Capture the run, warm-up included, into this pcapng file. That costs capacity; the result's warnings say so.
-        pcap_ports: Nodes and ports to capture at, such as ``leaf0/up1``; by default the NICs of all hosts, where each frame is seen as
-            it leaves and as it arrives.
+        pcap_ports: Nodes and ports to capture at, such as ``leaf0/up1``; by default the NICs of all hosts, where each
+            frame is seen as it leaves and as it arrives.
         snap_bytes: Bytes captured of each frame, 0 for all; by default all headers.
 
     Raises:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from testbed.errors import KernelError, LabError, RunError, TestbedError
 from testbed.fabric.fabric import namespace_of
@@ -147,20 +147,19 @@ class Capture:
         """End the capture, complete the file, and return what is in it; once ended, return that again."""
         if self._report is not None:
             return self._report
-        error, counted = "", {}
+        report: dict[str, Any] = {"error": "its process ended", "ports": {}}
         try:
             with contextlib.suppress(OSError):
                 self._control.shutdown(socket.SHUT_WR)
-            answer = _read_to_end(self._control, _END_S)
-            fields = json.loads(answer) if answer else {"error": "its process ended", "ports": {}}
-            error, counted = fields["error"] or "", fields["ports"]
+            if answer := _read_to_end(self._control, _END_S):
+                report = json.loads(answer)
         except TimeoutError:
-            error = "its process did not end"
+            report["error"] = "its process did not end"
         finally:
             self._control.close()
             _end_process(self._process)
-        ports = tuple(CapturedPort(name, *counted.get(name, (0, 0))) for name in self._ports)
-        self._report = CaptureReport(str(self._file), ports, error)
+        ports = tuple(CapturedPort(name, *report["ports"].get(name, (0, 0))) for name in self._ports)
+        self._report = CaptureReport(str(self._file), ports, report["error"] or "")
         return self._report
 
 
@@ -303,7 +302,7 @@ def _ring_socket_in(namespace: str, ifname: str, name: str, shape: RingShape, sn
         with entered(descriptor):
             return open_ring_socket(ifname, shape, snap_bytes=snap_bytes)
     except KernelError as error:
-        raise KernelError(f"capture at {name}", error.code, error.kernel_message) from None
+        raise KernelError(f"capture at {name}", error.code) from None
     finally:
         os.close(descriptor)
 
@@ -317,4 +316,4 @@ def _capture_cpus() -> list[int]:
 def _describe_time(lab: str, dilation: float) -> str:
     if dilation == 1:
         return f"lab {lab}; time is this machine's"
-    return f"lab {lab}; time is emulated: time since the beginning of the capture / {dilation:g}"
+    return f"lab {lab}; time is emulated: time since the beginning / {dilation:g}; the links' delay shows nowhere"

@@ -8,7 +8,6 @@ end of its control socket closes, whatever becomes of that process: nothing else
 from __future__ import annotations
 
 import contextlib
-import heapq
 import json
 import os
 import select
@@ -17,12 +16,14 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from operator import itemgetter
+from dataclasses import asdict, dataclass, replace
 from typing import BinaryIO, TypedDict
 
-from testbed.kernel.packet_ring import RETIRE_MS, PacketRing, RingShape
-from testbed.kernel.pcapng import render_frame, render_interface, render_section, render_statistics
+import numpy as np
+import numpy.typing as npt
+
+from testbed.kernel.packet_ring import RETIRE_MS, PacketRing, RingShape, join_frames, parse_headers
+from testbed.kernel.pcapng import Frames, render_frames, render_interface, render_section, render_statistics
 
 READY = b"ready\n"
 # Frames of all ports are put in order of time over so long a stretch: a quiet port's block may be this late.
@@ -76,7 +77,7 @@ class _Writer:
         self._job = job
         self._rings = rings
         self._output = output
-        self._pending: list[tuple[int, int, bool, int, bytes]] = []
+        self._pending: list[Frames] = []
         self._start_ns = time.time_ns()
         self.frames = [0] * len(rings)
         output.write(render_section("testbed capture", job.comment))
@@ -94,38 +95,34 @@ class _Writer:
     @property
     def is_full(self) -> bool:
         """Return whether as many frames are written as were asked for."""
-        return bool(self._job.count) and sum(self.frames) >= self._job.count
+        return 0 < self._job.count <= sum(self.frames)
 
     def collect(self) -> None:
         """Take what the rings hold."""
-        runs = []
         for index, ring in enumerate(self._rings):
-            run = [
-                (frame.wall_time_ns, index, frame.outbound, frame.original_bytes, frame.data)
-                for frame in ring.read_frames()
-            ]
-            if run:
-                runs.append(run)
-        if runs:
-            self._pending = list(heapq.merge(self._pending, *(sorted(run, key=itemgetter(0)) for run in runs)))
+            for block, headers in ring.read_blocks():
+                raw = np.frombuffer(block, np.uint8)
+                self._pending.append(parse_headers(raw, np.array(headers, np.int64), interface=index))
 
     def write(self, *, until_ns: int | None = None) -> None:
-        """Write the frames seen until then, or all."""
-        pending, written = self._pending, 0
-        for when, index, outbound, original_bytes, data in pending:
-            if (until_ns is not None and when > until_ns) or self.is_full:
-                break
-            block = render_frame(index, self._file_time_ns(when), data, original_bytes, outbound=outbound)
-            self._output.write(block)
-            self.frames[index] += 1
-            written += 1
-        if written:
-            del pending[:written]
-            self._output.flush()
+        """Write the frames seen until then, or all, in order of time, and no more than were asked for."""
+        frames = join_frames(self._pending)
+        number = len(frames) if until_ns is None else int(np.searchsorted(frames.time_ns, until_ns, side="right"))
+        self._pending = [frames.chosen(np.arange(number, len(frames)))] if number < len(frames) else []
+        if self._job.count:
+            number = min(number, self._job.count - sum(self.frames))
+        if not number:
+            return
+        written = frames.chosen(np.arange(number))
+        written = replace(written, time_ns=self._file_time_ns(written.time_ns))
+        counts = np.bincount(written.interface, minlength=len(self.frames))
+        self._output.write(render_frames(written).data)
+        self._output.flush()
+        self.frames = [count + more for count, more in zip(self.frames, counts.tolist(), strict=True)]
 
     def finish(self) -> dict[str, list[int]]:
         """Write what each port saw and lost; return frames written and frames lost by port."""
-        now_ns = self._file_time_ns(time.time_ns())
+        now_ns = int(self._file_time_ns(np.array([time.time_ns()]))[0])
         report = {}
         for index, (port, ring) in enumerate(zip(self._job.ports, self._rings, strict=True)):
             received, lost = ring.read_statistics()
@@ -134,10 +131,11 @@ class _Writer:
         self._output.flush()
         return report
 
-    def _file_time_ns(self, wall_time_ns: int) -> int:
+    def _file_time_ns(self, wall_time_ns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         if self._job.dilation == 1:
             return wall_time_ns
-        return self._start_ns + round((wall_time_ns - self._start_ns) / self._job.dilation)
+        elapsed = (wall_time_ns - self._start_ns) / self._job.dilation
+        return self._start_ns + np.rint(elapsed).astype(np.int64)
 
 
 def run_job(job: CaptureJob, output: BinaryIO) -> None:
@@ -180,6 +178,7 @@ def _capture(writer: _Writer, rings: Sequence[PacketRing], control: socket.socke
         if last is None and any(descriptor == control.fileno() for descriptor, _ in ready):
             poller.unregister(control)
             last = time.monotonic() + _DRAIN_S
+        time.sleep(RETIRE_MS / 1000)  # work comes in fewer, larger pieces
         writer.collect()
         if last is not None and time.monotonic() >= last:
             writer.write()

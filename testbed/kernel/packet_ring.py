@@ -10,11 +10,15 @@ import fcntl
 import mmap
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from testbed.errors import KernelError
+from testbed.kernel.pcapng import Frames
 
 _ETH_P_ALL = 3
 _SOL_PACKET, _PACKET_RX_RING, _PACKET_STATISTICS, _PACKET_VERSION, _TPACKET_V3 = 263, 5, 6, 10, 2
@@ -29,8 +33,8 @@ RETIRE_MS = 20
 _BLOCK_BYTES = 1 << 17
 # Only a unit of account in version 3, where a frame takes what it needs.
 _FRAME_BYTES = 2048
-_BLOCK_HEAD = struct.Struct("=III")  # at 8: block_status, num_pkts, offset_to_first_pkt
-_FRAME_HEAD = struct.Struct("=IIIIIIHHIIHH")  # struct tpacket3_hdr
+_BLOCK_HEAD = struct.Struct("=IIII")  # at 8: block_status, num_pkts, offset_to_first_pkt, blk_len
+_NEXT_OFFSET = struct.Struct("=I")  # tp_next_offset, the first word of a struct tpacket3_hdr
 _PKTTYPE_OFFSET = 48 + 10  # sll_pkttype of the struct sockaddr_ll behind the header
 
 
@@ -134,29 +138,38 @@ class PacketRing:
         self._memory.close()
         self._socket.close()
 
-    def read_frames(self) -> Iterator[SeenFrame]:
-        """Yield the frames of every block that is ready, oldest first; to be read to its end."""
-        memory = self._memory
+    def read_blocks(self) -> Iterator[tuple[bytes, list[int]]]:
+        """Yield a copy of every block that is ready, a multiple of 8 bytes, and where in it frame headers begin."""
+        unpack_next = _NEXT_OFFSET.unpack_from
         for _ in range(self._blocks):
             base = self._next * _BLOCK_BYTES
-            status, count, offset = _BLOCK_HEAD.unpack_from(memory, base + 8)
+            status, count, offset, length = _BLOCK_HEAD.unpack_from(self._memory, base + 8)
             if not status & _TP_STATUS_USER:
                 return
-            position = base + offset
-            for _ in range(count):
-                ahead, seconds, nanoseconds, kept, original, flags, mac, _net, _, tci, tpid, _ = (
-                    _FRAME_HEAD.unpack_from(memory, position)
-                )
-                start = position + mac
-                data = memory[start : start + kept]
-                if flags & _TP_STATUS_VLAN_VALID:  # the kernel took the tag out
-                    data = data[:12] + struct.pack("!HH", tpid, tci) + data[12:]
-                    original += 4
-                outbound = memory[position + _PKTTYPE_OFFSET] == _PACKET_OUTGOING
-                yield SeenFrame(seconds * 1_000_000_000 + nanoseconds, outbound, original, data)
-                position += ahead
-            struct.pack_into("=I", memory, base + 8, _TP_STATUS_KERNEL)
+            block = self._memory[base : base + (length + 7) // 8 * 8]
+            struct.pack_into("=I", self._memory, base + 8, _TP_STATUS_KERNEL)
             self._next = (self._next + 1) % self._blocks
+            headers = []
+            for _ in range(count):
+                headers.append(offset)
+                offset += unpack_next(block, offset)[0]
+            yield block, headers
+
+    def read_frames(self) -> Iterator[SeenFrame]:
+        """Yield the frames of every block that is ready, oldest first."""
+        for block, headers in self.read_blocks():
+            frames = parse_headers(np.frombuffer(block, np.uint8), np.array(headers, np.int64), interface=0)
+            rows = zip(
+                frames.time_ns.tolist(),
+                frames.outbound.tolist(),
+                frames.original_bytes.tolist(),
+                frames.start.tolist(),
+                frames.kept_bytes.tolist(),
+                strict=True,
+            )
+            raw = frames.raw.tobytes()
+            for time_ns, outbound, original_bytes, start, kept in rows:
+                yield SeenFrame(time_ns, outbound, original_bytes, raw[start : start + kept])
 
     def read_statistics(self) -> tuple[int, int]:
         """Return how many frames the port had since the ring was opened, and how many of them the full ring lost."""
@@ -164,3 +177,63 @@ class PacketRing:
         self._received_packets += packets  # reading clears them; tp_packets counts the dropped ones too
         self._lost_packets += drops
         return self._received_packets, self._lost_packets
+
+
+def parse_headers(raw: npt.NDArray[np.uint8], headers: npt.NDArray[np.int64], *, interface: int) -> Frames:
+    """Return the frames whose headers begin at ``headers`` in ``raw``.
+
+    Source:
+        Linux, include/uapi/linux/if_packet.h (``struct tpacket3_hdr``, which a ``struct sockaddr_ll`` follows).
+    """
+    words, halves = raw.view("=u4"), raw.view("=u2")
+    word, half = headers // 4, headers // 2
+
+    def field(place: int) -> npt.NDArray[np.int64]:
+        return words[word + place].astype(np.int64)
+
+    kept, original, flags = field(3), field(4), field(5)
+    start = headers + halves[half + 12]
+    tagged = np.flatnonzero(flags & _TP_STATUS_VLAN_VALID)
+    if len(tagged):  # the kernel took the tag out: put it back, in a copy behind the others
+        parts, end = [raw], len(raw)
+        for index in tagged.tolist():
+            begin, count = int(start[index]), int(kept[index])
+            tag = struct.pack("!HH", int(halves[half[index] + 18]), int(words[word[index] + 8]))
+            data = raw[begin : begin + count].tobytes()
+            parts.append(np.frombuffer(data[:12] + tag + data[12:], np.uint8))
+            start[index] = end
+            end += count + 4
+        kept[tagged] += 4
+        original[tagged] += 4
+        raw = np.concatenate(parts)
+    return Frames(
+        raw=raw,
+        start=start,
+        kept_bytes=kept,
+        original_bytes=original,
+        interface=np.full(len(headers), interface, np.int64),
+        time_ns=field(1) * 1_000_000_000 + field(2),
+        outbound=raw[headers + _PKTTYPE_OFFSET] == _PACKET_OUTGOING,
+    )
+
+
+def join_frames(parts: Sequence[Frames]) -> Frames:
+    """Return frames of several blocks as one, in order of time; of equal times, in the order given."""
+    if not parts:
+        empty = np.zeros(0, np.int64)
+        return Frames(np.zeros(0, np.uint8), empty, empty, empty, empty, empty, np.zeros(0, np.bool_))
+    offsets = np.cumsum([0, *(len(part.raw) for part in parts[:-1])])
+
+    def joined(name: str) -> npt.NDArray[Any]:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    whole = Frames(
+        raw=joined("raw"),
+        start=np.concatenate([part.start + offset for part, offset in zip(parts, offsets.tolist(), strict=True)]),
+        kept_bytes=joined("kept_bytes"),
+        original_bytes=joined("original_bytes"),
+        interface=joined("interface"),
+        time_ns=joined("time_ns"),
+        outbound=joined("outbound"),
+    )
+    return whole.chosen(np.argsort(whole.time_ns, kind="stable"))

@@ -20,8 +20,9 @@ WALL_TICK_NS = 1_000_000
 SENDERS_PER_TICK = 20
 # A tick is at most this part of the smallest emulated time in use.
 TICK_FRACTION = 4
-# Share of the measured capacity that a run may plan for: the rest is for ACKs, bursts and a neighbour's CPU time.
-CAPACITY_SHARE = 0.7
+# Share of the measured capacity that a run may plan for. The measurement finds what the machine carries for a moment when it
+# is left alone; twice that keeps a run trusted beside a neighbour, who on shared cores takes cache and clock too.
+CAPACITY_SHARE = 0.45
 # What the capacity measurement counts: packets over host, leaf, spine, leaf, host.
 REFERENCE_HOPS = 4
 # Cost of a packet that does not grow with its hops (the sender's side), as a number of hops.

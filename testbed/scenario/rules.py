@@ -191,7 +191,8 @@ def _check_collective(scenario: Scenario, item: CollectiveWorkload, path: KeyPat
 
 
 def _alternatives(algorithms: Sequence[Algorithm]) -> str:
-    return " or ".join(f"`algorithm: {one}`" for one in algorithms if one is not Algorithm.HIERARCHICAL)
+    names = [str(one) for one in algorithms if one is not Algorithm.HIERARCHICAL]
+    return " or ".join(", ".join(f"`{name}`" for name in part) for part in (names[:-1], names[-1:]) if part)
 
 
 def _check_connections(connections: int, path: KeyPath) -> Iterator[Violation]:

@@ -43,13 +43,13 @@ def connect(schedule: Schedule) -> list[Connection]:
 
 
 def odd_schedule() -> Schedule:
-    """Two connections, lengths of every residue, whole packets, single bytes, far offsets; several rings long."""
+    """Two connections, lengths of every residue, whole packets, single bytes, far receive offsets; several rings long."""
     builder = ScheduleBuilder(2, 2**38)
     offset = 0x123456789
     for number in range(120):
         for src in (0, 1):
             nbytes = (1, 2, 3, 4, MTU, MTU + 1, 2 * MTU, 7 * MTU + 5, 40 * MTU, MTU - 1)[(number + src) % 10]
-            builder.add(src, 1 - src, offset_bytes=offset, nbytes=nbytes)
+            builder.add(src, 1 - src, offset_bytes=number, nbytes=nbytes, dst_offset_bytes=offset)
             offset += 2**28 + nbytes
     return builder.build()
 
@@ -120,7 +120,7 @@ class Sender:
         assert len(frame) == 58 + 16 * has_reth + payload + -payload % 4
         if has_reth:
             reth = read[RETH]
-            expected = (int(self.schedule.offset_bytes[transfer]), RKEY, int(self.schedule.nbytes[transfer]))
+            expected = (int(self.schedule.dst_offset_bytes[transfer]), RKEY, int(self.schedule.nbytes[transfer]))
             assert (reth.va, reth.rkey, reth.dmalen) == expected
         else:
             assert RETH not in read

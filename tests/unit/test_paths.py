@@ -18,6 +18,7 @@ from testbed.routing import (
     HashField,
     Path,
     Selector,
+    completion_time,
     find_collisions,
     link_loads,
     max_min_rates,
@@ -327,6 +328,36 @@ def test_incast_is_limited_by_the_nic_and_not_by_the_core() -> None:
     assert predicted_cct_ratio(topology, paths) == pytest.approx(1.0)
     rates = max_min_rates([path.ports for (path,) in paths], nic_port_rates(topology))
     np.testing.assert_allclose(rates, 100e9)
+
+
+def test_incast_through_a_narrow_core_is_slowed_by_the_core() -> None:
+    # Three senders under one leaf, one uplink at half the rate of the receiver's NIC.
+    topology = clos(3, 1, spines=1, uplink=LinkSpec(200_000_000_000, 1000))
+    tables = routing_scheme("ecmp").build_tables(topology, hash_seed=0)
+    paths = [[trace(topology, tables, src, 3)] for src in range(3)]
+    assert predicted_cct_ratio(topology, paths) == pytest.approx(2.0)
+
+
+def test_small_flow_beside_a_large_one_hardly_slows_it() -> None:
+    topology = clos(2, 2, spines=1)
+    tables = routing_scheme("ecmp").build_tables(topology, hash_seed=0)
+    connections = [[trace(topology, tables, s, d)] for s, d in ((0, 2), (1, 3))]
+    assert predicted_cct_ratio(topology, connections, [100, 1]) == pytest.approx(1.01)
+    assert predicted_cct_ratio(topology, connections, [7, 7]) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="shorter"):
+        predicted_cct_ratio(topology, connections, [1])
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_completion_time_is_what_the_busiest_port_has_to_carry(data: st.DataObject) -> None:
+    ports = data.draw(st.integers(1, 6))
+    path = st.lists(st.integers(0, ports - 1), min_size=1, max_size=4, unique=True)
+    paths = data.draw(st.lists(path, min_size=1, max_size=10))
+    nbytes = [data.draw(st.integers(1, 1000)) for _ in paths]
+    capacity = np.array([float(data.draw(st.integers(1, 50))) for _ in range(ports)])
+    load = [sum(n for n, path in zip(nbytes, paths, strict=True) if port in path) for port in range(ports)]
+    assert completion_time(paths, nbytes, capacity) == pytest.approx((np.array(load) / capacity).max())
 
 
 def test_fast_uplinks_absorb_a_collision() -> None:

@@ -9,11 +9,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+import testbed.fabric.fabric as fabric_module
 import testbed.scenario
+from testbed import collectives
 from testbed.errors import ScenarioError
 from testbed.scenario import (
+    Algorithm,
     ClosFabric,
     Collective,
+    FlowsWorkload,
+    IncastWorkload,
+    Pattern,
+    PermutationWorkload,
     RankOrder,
     RoutingScheme,
     Scenario,
@@ -29,6 +36,7 @@ from testbed.scenario.expect import METRICS, ExpectationError
 from testbed.scenario.keypath import parse_path, render_path
 from testbed.scenario.model import find_keys, find_sections
 from testbed.scenario.not_built import NOT_BUILT
+from testbed.scenario.rules import ALGORITHMS, MAX_CONNECTIONS
 
 ROOT = Path(__file__).parents[2]
 AI_ZONE = (ROOT / "scenarios" / "ai-zone.yaml").read_text(encoding="utf-8")
@@ -86,6 +94,11 @@ class TestDefaults:
     def test_send_recv_is_direct(self) -> None:
         scenario = load_scenario(MINIMAL, ["workload[0].collective=send_recv"])
         assert scenario.collectives[0].algorithm == "direct"
+
+    @pytest.mark.parametrize("collective", Collective)
+    def test_algorithm_is_the_first_of_the_collective(self, collective: Collective) -> None:
+        scenario = load_scenario(MINIMAL, [f"workload[0].collective={collective}"])
+        assert scenario.collectives[0].algorithm == ALGORITHMS[collective][0]
 
     def test_scenario_is_frozen(self) -> None:
         scenario = load_scenario(MINIMAL)
@@ -190,6 +203,36 @@ class TestMistakes:
         assert set(found) == {"fabric.<clos>", "<star>"}
 
 
+class TestWorkload:
+    def test_algorithms_are_those_that_exist(self) -> None:
+        for collective, named in collectives.ALGORITHMS.items():
+            offered = [one for one in ALGORITHMS[Collective(collective)] if one is not Algorithm.HIERARCHICAL]
+            assert [str(one) for one in offered] == list(named)
+        assert {str(one) for one in Collective} == {str(one) for one in collectives.Collective}
+        assert [str(one) for one in Pattern] == [str(one) for one in collectives.Pattern]
+        assert {str(one) for one in RankOrder} == {str(one) for one in collectives.RingOrder}
+
+    def test_connections_fit_into_the_qp_table(self) -> None:
+        assert 2 * MAX_CONNECTIONS == fabric_module._QP_ROWS
+
+    def test_patterns_are_read(self) -> None:
+        incast = load_scenario(MINIMAL, ["workload[0]={pattern: incast, fan_in: 3, size: 1 KiB}"]).workload[0]
+        assert isinstance(incast, IncastWorkload)
+        assert (incast.fan_in, incast.size_bytes, incast.iters) == (3, 1024, 3)
+        permutation = load_scenario(MINIMAL, ["workload[0]={pattern: permutation, size: 1 KiB}"]).workload[0]
+        assert isinstance(permutation, PermutationWorkload)
+        flows = load_scenario(
+            MINIMAL, ["workload[0]={pattern: flows, flows: [{src: 3, dst: 0, size: 1 B}, {src: 3, dst: 0, size: 2 B}]}"]
+        ).workload[0]
+        assert isinstance(flows, FlowsWorkload)
+        assert [(one.src, one.dst, one.size_bytes) for one in flows.flows] == [(3, 0, 1), (3, 0, 2)]
+        assert not load_scenario(MINIMAL, ["workload[0]={pattern: permutation, size: 1 KiB}"]).collectives
+
+    def test_fewer_bytes_than_ranks_are_enough_for_a_broadcast(self) -> None:
+        for collective in ("broadcast", "reduce", "send_recv"):
+            assert load_scenario(MINIMAL, [f"workload[0]={{collective: {collective}, size: 1 B}}"])
+
+
 class TestNotBuilt:
     @pytest.mark.parametrize("row", NOT_BUILT, ids=lambda row: f"{row.key}: {row.missing}")
     def test_row_names_a_key_of_the_model(self, row: Any) -> None:
@@ -290,13 +333,20 @@ def fabrics(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def scenarios(draw: st.DrawFn) -> dict[str, Any]:
-    item = st.fixed_dictionaries(
-        {"collective": st.sampled_from(["all_reduce", "send_recv"]), "size": st.integers(1024, 2**34)},
-        optional={
-            "order": st.sampled_from(["rails", "packed"]),
-            "iters": st.integers(1, 10_000),
-            "warmup_iters": st.integers(0, 10_000),
-        },
+    rounds = {"iters": st.integers(1, 10_000), "warmup_iters": st.integers(0, 10_000)}
+    size = st.integers(1024, 2**34)
+    known = st.sampled_from([str(one) for one in Collective if one is not Collective.ALL_TO_ALL])
+    flow = st.fixed_dictionaries({"src": st.just(0), "dst": st.just(1), "size": size})
+    item = st.one_of(
+        st.fixed_dictionaries(
+            {"collective": known, "size": size},
+            optional={"order": st.sampled_from(["rails", "packed", "random"]), **rounds},
+        ),
+        st.fixed_dictionaries({"pattern": st.just("incast"), "fan_in": st.just(1), "size": size}, optional=rounds),
+        st.fixed_dictionaries({"pattern": st.just("permutation"), "size": size}, optional=rounds),
+        st.fixed_dictionaries(
+            {"pattern": st.just("flows"), "flows": st.lists(flow, min_size=1, max_size=3)}, optional=rounds
+        ),
     )
     return {
         "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,30}", fullmatch=True)),

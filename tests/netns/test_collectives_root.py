@@ -1,0 +1,73 @@
+"""Every collective, algorithm and pattern on the wire: what arrives is what its schedule says.
+
+Not when: at these sizes a tick is as long as a message. Times are judged in tests/fidelity.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from testbed.engine.stream import build_streams
+from testbed.plan.model import PlannedWorkload
+from testbed.roce.queue_pairs import REQUESTER, RESPONDER, qp_index
+from tests.netns.labs import Quiet, assert_drained, plain_carrier, small_fabric
+
+pytestmark = pytest.mark.root
+
+# Odd sizes: chunks and slices differ by a byte, messages end in odd packets, and some are shorter than a packet.
+ITEMS = [
+    "collective: all_reduce, algorithm: ring, size: 40003",
+    "collective: all_reduce, algorithm: halving_doubling, size: 40003",
+    "collective: all_reduce, algorithm: double_binary_tree, size: 70003",
+    "collective: reduce_scatter, algorithm: ring, size: 40003",
+    "collective: all_gather, algorithm: ring, size: 40003",
+    "collective: all_to_all, algorithm: direct, size: 40003",
+    "collective: all_to_all, algorithm: pairwise, size: 40003",
+    "collective: broadcast, algorithm: ring, size: 70003",
+    "collective: broadcast, algorithm: binary_tree, size: 70003",
+    "collective: reduce, algorithm: ring, size: 70003",
+    "collective: reduce, algorithm: binary_tree, size: 70003",
+    "collective: gather, algorithm: direct, size: 40003",
+    "collective: scatter, algorithm: direct, size: 40003",
+    "collective: send_recv, algorithm: direct, size: 20001",
+    "collective: all_reduce, algorithm: ring, order: random, size: 4",
+    "pattern: incast, fan_in: 3, size: 20001",
+    "pattern: permutation, size: 20001",
+    "pattern: flows, flows: [{src: 0, dst: 3, size: 20001}, {src: 0, dst: 3, size: 5}, {src: 2, dst: 1, size: 4096}]",
+]
+ROUNDS = 2  # a warm-up and a measured one
+
+
+def payload_bytes(planned: PlannedWorkload) -> npt.NDArray[np.int64]:
+    """Return the payload of each connection in one iteration, without padding."""
+    totals = np.zeros(len(planned.connections), np.int64)
+    np.add.at(totals, planned.schedule.connection, planned.schedule.nbytes)
+    return totals
+
+
+def test_everything_arrives_once_and_nothing_is_sent_twice() -> None:
+    """One lab for all items: they run one after the other over the same QP table, as in a run."""
+    items = [f"workload[{index}]={{{item}, iters: 1, warmup_iters: 1}}" for index, item in enumerate(ITEMS)]
+    settings = ("transport.mtu=1024", "transport.retransmit_timeout=auto")
+    with small_fabric(*settings, *items, name="collectives") as fabric, plain_carrier(fabric) as carrier:
+        for index, planned in enumerate(fabric.plan.workloads):
+            what = ITEMS[index]
+            samples = carrier.run(index, Quiet())
+            count = len(planned.connections)
+            responders = fabric.arrays.qps[qp_index(0, RESPONDER) : 2 * count : 2]
+            requesters = fabric.arrays.qps[qp_index(0, REQUESTER) : 2 * count : 2]
+            packets = build_streams(planned.schedule, fabric.plan.scenario.transport.mtu_bytes).packets
+            messages = np.bincount(planned.schedule.connection, minlength=count)
+
+            assert len(samples.cct_ns) == 1, what
+            assert samples.retransmitted_packets == 0, what
+            assert responders["rx_payload_bytes"].tolist() == (ROUNDS * payload_bytes(planned)).tolist(), what
+            assert responders["rx_messages"].tolist() == (ROUNDS * messages).tolist(), what
+            assert responders["rx_packets"].tolist() == (ROUNDS * packets).tolist(), what
+            assert not responders["duplicate_packets"].any(), what
+            assert not responders["out_of_order_packets"].any(), what
+            assert requesters["acked_packets"].tolist() == (ROUNDS * packets).tolist(), what
+            assert not fabric.arrays.queues["drop_packets"].any(), what
+            assert_drained(fabric)
