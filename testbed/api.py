@@ -651,8 +651,7 @@ def _run_on(fabric: Fabric, listener: RunListener, capture: Capture | None = Non
     with engine_carrier(fabric, lambda: listener.note(waiting)) as (carrier, refused):
         before = MachineCounters.read()
         for index, planned in enumerate(plan.workloads):
-            item = planned.workload
-            listener.note(f"{item.collective} ({item.algorithm}) of {format_size(item.size_bytes)}")
+            listener.note(f"{planned.collective_name} ({planned.algorithm_name}) of {format_size(planned.size_bytes)}")
             heard = _BaselineListener(fabric, listener)
             samples.append(carrier.run(index, heard))
             counted = FabricCounters.between(

@@ -187,12 +187,15 @@ def _render_injection(injection: Injection) -> str:
     if injection.lost_packets:
         lines.append(f"# warning: {injection.lost_packets} frames that reached the host found no room in our memory\n")
     if injection.received:
-        rows = [(f"{frame.time_ns / 1e3:.3f}", frame.length_bytes, frame.text) for frame in injection.received]
-        lines.append(render_columns(("time (us)", "bytes", "frame"), rows, right=("time (us)", "bytes")))
+        seen = [(f"{frame.time_ns / 1e3:.3f}", frame.length_bytes, frame.text) for frame in injection.received]
+        lines.append(render_columns(("time (us)", "bytes", "frame"), seen, right=("time (us)", "bytes")))
         more = injection.received_packets - len(injection.received)
         if more:
             lines.append(f"# and {more} more\n")
-    if injection.counters:
-        moved = [(counter.where, counter.counter, f"{counter.moved:+d}") for counter in injection.counters]
-        lines.append("\n" + render_columns(("where", "counter", "moved"), moved, right=("moved",)))
+    moved: dict[str, list[str]] = {}
+    for counter in injection.counters:
+        moved.setdefault(counter.where, []).append(f"{counter.counter} {counter.moved:+d}")
+    if moved:
+        rows = [(where, ", ".join(changes)) for where, changes in moved.items()]
+        lines.append("\n" + render_columns(("where", "counters that moved"), rows))
     return "".join(lines)

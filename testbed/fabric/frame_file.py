@@ -120,7 +120,7 @@ def _build(file: Path, number: int, item: object, nic: Nic) -> bytes:
     try:
         return bytes(complete_packet(item, nic))
     except Exception as error:  # scapy raises whatever a field's code happens to raise
-        reason = f"{type(error).__name__}: {error}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise TestbedError(f"{file}: scapy cannot build frame {number} ({item.summary()}): {reason}") from None
 
 
@@ -138,5 +138,5 @@ def _blamed_on(file: Path) -> Iterator[None]:
     except Exception as error:
         lines = [entry.lineno for entry in traceback.extract_tb(error.__traceback__) if entry.filename == str(file)]
         where = f"{file}:{lines[-1]}" if lines else str(file)
-        words = f"{type(error).__name__}: {error}".removesuffix(": ")
+        words = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
         raise TestbedError(f"{where}: {words}") from None
