@@ -1,7 +1,8 @@
 """testbed: what does this fabric do to my all-reduce?
 
 The calls of :mod:`testbed.api` are here by name: ``testbed.load``, ``run``, ``deploy``, ``inspect``, ``labs``, ``execute``,
-``destroy``, ``collect_garbage``, ``paths``, ``build_plan``, ``probe_machine``, ``save_result``; and :class:`Fabric`.
+``destroy``, ``collect_garbage``, ``paths``, ``build_plan``, ``probe_machine``, ``save_result``, ``inject``, ``capture``,
+``describe_graph``, ``describe_result_graph``; and :class:`Fabric`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from testbed.api import (
         build_plan,
+        capture,
         collect_garbage,
         deploy,
+        describe_graph,
+        describe_result_graph,
         destroy,
         execute,
+        inject,
         inspect,
         labs,
         load,
@@ -30,10 +35,14 @@ __all__ = [
     "Fabric",
     "Result",
     "build_plan",
+    "capture",
     "collect_garbage",
     "deploy",
+    "describe_graph",
+    "describe_result_graph",
     "destroy",
     "execute",
+    "inject",
     "inspect",
     "labs",
     "load",

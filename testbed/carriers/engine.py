@@ -14,7 +14,7 @@ from testbed.fabric import Fabric
 from testbed.kernel.host_tuning import tuned_host
 from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
-from testbed.plan.model import Plan
+from testbed.plan.model import SWITCH_SHAPER_SPEEDUP, Plan
 
 
 class EngineCarrier:
@@ -69,6 +69,10 @@ class EngineCarrier:
 def engine_setup(plan: Plan, workload: int) -> EngineSetup:
     """Return what the tick loop needs to know of a planned workload."""
     topology, planned = plan.topology, plan.workloads[workload]
+    burst_ns = [0.0]
+    for port in topology.ports:
+        bytes_per_s = plan.wall_rate_bytes_per_s(port.rate_bits_per_s)
+        burst_ns.append(1e9 * plan.burst_bytes(port.rate_bits_per_s) / bytes_per_s)
     rates = [0.0] + [plan.wall_rate_bytes_per_s(port.rate_bits_per_s) for port in topology.ports]
     nic_ports = [topology.host_port(rank).id for rank in range(len(topology.hosts))]
     return EngineSetup(
@@ -81,6 +85,8 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
         wall_port_rate_bytes_per_s=np.array(rates),
         data_priority=plan.scenario.qos.lossless_priority,
         retransmit_timeout_ns=plan.retransmit_timeout_ns,
+        wall_burst_ns=np.array(burst_ns),
+        shaper_gain_fraction=SWITCH_SHAPER_SPEEDUP - 1.0,
         max_backlog_frames=read_max_backlog(),
         resolution_error_fraction=planned.resolution_error_fraction,
     )

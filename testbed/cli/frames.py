@@ -147,8 +147,9 @@ def capture(
     """Capture what passes ports of a lab into one pcapng file, an interface a port, named leaf0/up1.
 
     A frame is seen as it leaves its queue and as it arrives, before the NIC or switch acts on it. Times are emulated: wall time
-    since the beginning / time dilation; the delay of a link is none of them, for the engine adds it where it is felt. Wireshark and tshark decode RoCEv2 and PFC without options. Capturing costs
-    capacity: figures of a run meanwhile are not those of a run alone.
+    since the beginning / time dilation; the delay of a link is none of them, for the engine adds it where it is felt. Wireshark
+    and tshark decode RoCEv2 and PFC without options. Capturing costs capacity: figures of a run meanwhile are not those
+    of a run alone.
     """
     from testbed import api
     from testbed.cli.run import StderrListener

@@ -79,6 +79,8 @@ class EngineSetup:
         wall_port_rate_bytes_per_s: Line rate of each port id, shape ``(ports + 1,)``.
         data_priority: Priority of the data frames.
         retransmit_timeout_ns: Emulated.
+        wall_burst_ns: What each port's token bucket holds, as time at its rate, shape ``(ports + 1,)``.
+        shaper_gain_fraction: How much faster than its link a switch port's shaper is.
         max_backlog_frames: Frames that wait for the fabric's CPU before the kernel drops.
         resolution_error_fraction: What a tick more of latency would add to the ideal completion time.
     """
@@ -92,6 +94,8 @@ class EngineSetup:
     wall_port_rate_bytes_per_s: npt.NDArray[np.float64]
     data_priority: int
     retransmit_timeout_ns: int
+    wall_burst_ns: npt.NDArray[np.float64]
+    shaper_gain_fraction: float
     max_backlog_frames: int = 1000
     resolution_error_fraction: float = 0.0
 
@@ -382,12 +386,21 @@ class TickLoop:
             wall_probe_ns=np.array(waits_ns, np.int64),
             wall_nic_lag_ns=np.array(recorded.nic_lag_ns),
             wall_lost_ns=self._shaping.lost_ns.copy(),
+            wall_gained_ns=self._gained_ns(),
             wall_backlogged_ns=self._shaping.backlogged_ns.copy(),
             wall_duration_ns=last_arrival_ns - begin,
             unaccounted_bytes=unaccounted_bytes,
             resolution_error_fraction=self._setup.resolution_error_fraction,
         )
         return IterationResult(last_arrival_ns - begin, retransmitted, machine)
+
+    def _gained_ns(self) -> float:
+        """Return the time that the fastest of the congested switch ports gained in this iteration."""
+        backlogged_ns = self._shaping.backlogged_ns
+        gained_ns = self._setup.shaper_gain_fraction * backlogged_ns + self._setup.wall_burst_ns
+        gained_ns[backlogged_ns == 0] = 0.0
+        gained_ns[self._setup.nic_port] = 0.0
+        return float(gained_ns.max())
 
     def _find_timeouts(
         self,

@@ -19,6 +19,7 @@ class MachineSamples:
         wall_probe_ns: How long each probe frame took to reach the fabric's CPU, shape ``(probes,)``.
         wall_nic_lag_ns: How far the latest NIC was behind its schedule, at every look, shape ``(looks,)``.
         wall_lost_ns: Time each port lost while its queue was never empty, shape ``(ports + 1,)``.
+        wall_gained_ns: Time the fastest congested switch port gained: its shaper is a little fast and its bucket was full.
         wall_backlogged_ns: Time each port's queue was never empty, shape ``(ports + 1,)``.
         wall_duration_ns: Length of the iteration.
         unaccounted_bytes: Bytes that entered a queue and never left one: lost by the machine, not by the fabric.
@@ -31,6 +32,7 @@ class MachineSamples:
     wall_probe_ns: npt.NDArray[np.int64]
     wall_nic_lag_ns: npt.NDArray[np.float64]
     wall_lost_ns: npt.NDArray[np.float64]
+    wall_gained_ns: float
     wall_backlogged_ns: npt.NDArray[np.float64]
     wall_duration_ns: int
     unaccounted_bytes: int

@@ -7,7 +7,9 @@ What the machine can do to a completion time, and how it is seen without knowing
 * *lag*: a NIC that has something to send is behind its own schedule: the engine came late or the fabric's CPU did not take
   its frames;
 * *stalls*: the fabric's CPU did nothing for a while; probe frames waited;
-* *lost time*: a port whose queue was never empty sent less than its rate.
+* *lost time*: a port whose queue was never empty sent less than its rate;
+* *gained time*: the shaper of a congested switch port is a little fast (``plan.SWITCH_SHAPER_SPEEDUP``), and what its bucket
+  had saved left at once.
 
 Each is a time. Ports have saved a few ticks' worth of their rate in their token buckets and catch up by that much at once;
 what lag and stalls take beyond it, with lost time and resolution, over the iteration's length estimates the relative error of
@@ -32,7 +34,7 @@ INVALID_ERROR_FRACTION = 0.05
 # A probe that waits less than a tick is hidden by the tick itself.
 _STALL_TICKS = 1.0
 # What the buckets of the ports absorb in an iteration: two thirds of plan.BURST_TICKS, for a bucket is not always full.
-_ABSORBED_TICKS = 4
+_ABSORBED_TICKS = 2
 # Steal is time the hypervisor gave to others; what it does shows as lag and stalls, this much alone makes them unreliable.
 _DEGRADED_STEAL_FRACTION = 0.25
 # No p99 below this many samples.
@@ -47,11 +49,13 @@ class ErrorEstimate:
     lag: float
     stalls: float
     lost: float
+    gained: float
 
     @property
     def total(self) -> float:
-        """Return the sum of all causes."""
-        return self.resolution + self.lag + self.stalls + self.lost
+        """Return what all causes together may come to."""
+        # A port that gains hides as much of what others lose.
+        return self.resolution + max(self.lag + self.stalls + self.lost, self.gained)
 
 
 def estimate_error(samples: MachineSamples) -> ErrorEstimate:
@@ -68,6 +72,7 @@ def estimate_error(samples: MachineSamples) -> ErrorEstimate:
         lag=lag * excess / duration,
         stalls=stalls * excess / duration,
         lost=float(samples.wall_lost_ns.max(initial=0.0)) / duration,
+        gained=samples.wall_gained_ns / duration,
     )
 
 
@@ -128,6 +133,7 @@ def _causes(estimate: ErrorEstimate) -> str:
         "lag": "a NIC fell behind its schedule",
         "stalls": "the fabric's CPU stalled",
         "lost": "a port sent less than its rate",
+        "gained": "congested ports are a little fast and their buckets were full",
     }
     shares = sorted(((getattr(estimate, name), text) for name, text in words.items()), reverse=True)
     return ", ".join(f"{text} ({share:.1%})" for share, text in shares if share > TRUSTED_ERROR_FRACTION / 4)

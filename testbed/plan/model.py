@@ -29,12 +29,12 @@ from testbed.topology import NodeKind, Topology
 # Shapers run faster than the links they stand for: at exactly equal rates a drained token bucket never refills, and then every
 # frame waits for a timer of its own (7 µs each). NICs are paced by the engine at the exact rate, so their shapers, which only
 # the kernel's own traffic feels, may be faster still; where a switch port is the bottleneck, its speedup is the error.
-SWITCH_SHAPER_SPEEDUP = 1.005
+SWITCH_SHAPER_SPEEDUP = 1.003
 NIC_SHAPER_SPEEDUP = 1.05
 # A bucket holds at least this many full frames, and some ticks' worth: hops without a queue then need no timers, also when a
 # tick comes late.
 MIN_BURST_FRAMES = 8
-BURST_TICKS = 6
+BURST_TICKS = 3
 # Room for the largest headers beside the payload (IP, UDP, BTH, RETH, ICRC: 60 bytes).
 _MTU_HEADROOM_BYTES = 104
 _MIN_MTU_BYTES = 1500

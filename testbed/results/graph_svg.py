@@ -318,8 +318,7 @@ def _render_tier_notes(rows: Sequence[Sequence[_Box]], graph: Graph, boxes: dict
         texts = list(kinds) if len(kinds) <= 2 else [next(iter(kinds)), f"and {len(kinds) - 1} other kinds"]
         for number, text in enumerate(texts):
             yield (
-                f'<text x="{_MARGIN:.0f}" y="{y + 16 * number:.1f}" fill="#5a6673" '
-                f'dy="0.35em">{escape(text)}</text>'
+                f'<text x="{_MARGIN:.0f}" y="{y + 16 * number:.1f}" fill="#5a6673" dy="0.35em">{escape(text)}</text>'
             )
 
 

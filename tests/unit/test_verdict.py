@@ -26,6 +26,7 @@ QUIET = MachineSamples(
     wall_probe_ns=np.full(TICKS // 8, 50_000),
     wall_nic_lag_ns=np.full(TICKS // 4, 80_000.0),
     wall_lost_ns=np.zeros(5),
+    wall_gained_ns=0.0,
     wall_backlogged_ns=np.zeros(5),
     wall_duration_ns=DURATION_NS,
     unaccounted_bytes=0,
@@ -57,6 +58,10 @@ def with_lost_time(fraction: float) -> MachineSamples:
     return disturbed(wall_lost_ns=np.array([0, 0, 0.3, 1.0, 0.5]) * fraction * DURATION_NS)
 
 
+def with_gained_time(fraction: float) -> MachineSamples:
+    return disturbed(wall_gained_ns=fraction * DURATION_NS)
+
+
 def with_coarse_ticks(fraction: float) -> MachineSamples:
     return disturbed(resolution_error_fraction=fraction, wall_lateness_ns=np.zeros(TICKS, np.int64))
 
@@ -65,6 +70,7 @@ CAUSES = {
     with_lag: "a NIC fell behind its schedule",
     with_stall: "the fabric's CPU stalled",
     with_lost_time: "a port sent less than its rate",
+    with_gained_time: "congested ports are a little fast",
     with_coarse_ticks: "a tick is long beside this collective's steps",
 }
 
