@@ -42,6 +42,12 @@ _PSN_COLUMNS = (PSN_OFFSET, PSN_OFFSET + 1, PSN_OFFSET + 2)
 _RETH_COLUMNS = (*range(_VA_LOW, _VA_LOW + 5), *range(_DMA_LENGTH, _DMA_LENGTH + 4))
 _QP_COLUMNS = (*range(_IP_ADDRESSES, _UDP_SOURCE + 2), *range(DEST_QP_OFFSET, DEST_QP_OFFSET + 3))
 
+# For use with arrays, where an enum's member would be asked for attributes it lacks: a signal whose handler raises just then, in
+# EnumType.__getattr__, is lost, for numpy takes any exception there for "no such attribute".
+_FIRST, _MIDDLE, _LAST, _ONLY = (
+    np.uint8(int(opcode)) for opcode in (Opcode.WRITE_FIRST, Opcode.WRITE_MIDDLE, Opcode.WRITE_LAST, Opcode.WRITE_ONLY)
+)
+
 # An ACK is asked for at the end of each message, and at least this often: often enough for go-back-N to know where it is,
 # rarely enough that ACKs stay a few percent of the packets.
 ACK_EVERY_PACKETS = 32
@@ -152,7 +158,7 @@ class FrameWriter:
         packet = np.arange(start, stop)
         psn = (self._psn_base[connection] + packet) & PSN_MASK
         asks = packet % ACK_EVERY_PACKETS == ACK_EVERY_PACKETS - 1
-        asks |= (opcode == Opcode.WRITE_LAST) | (opcode == Opcode.WRITE_ONLY)
+        asks |= (opcode == _LAST) | (opcode == _ONLY)
         ack = asks.astype(np.uint8) * np.uint8(ACK_REQUEST_BIT)
         columns = (opcode, ack, psn >> 16, (psn >> 8) & 0xFF, psn & 0xFF)
 
@@ -162,14 +168,14 @@ class FrameWriter:
         headers[:, :RETH_OFFSET] = self._short[connection]
         for place, values in zip((BTH_OFFSET, ACK_REQUEST_OFFSET, *_PSN_COLUMNS), columns, strict=True):
             headers[:, place] = values
-        icrc = self._short_tables[0][opcode ^ np.uint8(Opcode.WRITE_MIDDLE)]
+        icrc = self._short_tables[0][opcode ^ _MIDDLE]
         for values, table in zip(columns[1:], self._short_tables[1:], strict=True):
             icrc ^= table[values]
         ring.icrcs[rows] = icrc ^ self._short_icrc[connection]
         ring.header_lengths[rows] = RETH_OFFSET
         ring.payload_lengths[rows] = self._mtu
 
-        begins = (opcode == Opcode.WRITE_FIRST) | (opcode == Opcode.WRITE_ONLY)
+        begins = (opcode == _FIRST) | (opcode == _ONLY)
         odd = streams.payload_bytes[flat + start : flat + stop] != self._mtu
         long = np.flatnonzero(begins & ~odd)
         if len(long):
@@ -210,7 +216,7 @@ class FrameWriter:
         reth += [(length >> shift) & 0xFF for shift in (24, 16, 8, 0)]
         columns = [*columns, *reth]
         icrc = np.full(len(slots), self._long_icrc[connection], np.uint32)
-        icrc ^= self._long_tables[0][columns[0] ^ np.uint8(Opcode.WRITE_FIRST)]
+        icrc ^= self._long_tables[0][columns[0] ^ _FIRST]
         for values, table in zip(columns[1:], self._long_tables[1:], strict=True):
             icrc ^= table[values]
         places = (BTH_OFFSET, ACK_REQUEST_OFFSET, *_PSN_COLUMNS, *_RETH_COLUMNS)

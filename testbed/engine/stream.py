@@ -54,10 +54,10 @@ def build_streams(schedule: Schedule, mtu: int) -> PacketStreams:
     total = int(ends[-1]) if len(ends) else 0
     starts = ends - counts
 
-    opcode = np.full(total, Opcode.WRITE_MIDDLE, np.uint8)
-    opcode[starts] = Opcode.WRITE_FIRST
-    opcode[ends - 1] = Opcode.WRITE_LAST
-    opcode[starts[counts == 1]] = Opcode.WRITE_ONLY
+    opcode = np.full(total, int(Opcode.WRITE_MIDDLE), np.uint8)
+    opcode[starts] = int(Opcode.WRITE_FIRST)
+    opcode[ends - 1] = int(Opcode.WRITE_LAST)
+    opcode[starts[counts == 1]] = int(Opcode.WRITE_ONLY)
     payload = np.full(total, mtu, np.uint16)
     payload[ends - 1] = sizes - (counts - 1) * mtu
     message = np.repeat(order.astype(np.int32), counts)

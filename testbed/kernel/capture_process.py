@@ -149,8 +149,8 @@ def run_job(job: CaptureJob, output: BinaryIO) -> None:
     report: dict[str, object] = {"error": None, "ports": {}}
     writer = None
     try:
+        control.sendall(READY)  # from here on every end is told in the report
         writer = _Writer(job, rings, output)
-        control.sendall(READY)
         _capture(writer, rings, control)
         report["ports"] = writer.finish()
     except OSError as error:  # a full disk, a reader that went

@@ -279,7 +279,7 @@ def test_capture_process_keeps_off_the_engines_cpu(small: Path, tmp_path: Path) 
         assert os.sched_getaffinity(process) == os.sched_getaffinity(0) - {max(os.sched_getaffinity(0))}
 
 
-def test_counted_capture_is_json_free_and_exact(small: Path, tmp_path: Path) -> None:
+def test_counted_capture_has_exactly_so_many_frames(small: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.pcapng"
     with deployed(small, A) as name:
         with capturing(name, "leaf0", "spine0", "spine1", "-o", file, "--count", 5) as process:

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -375,13 +376,33 @@ def test_signal_leaves_nothing(number: signal.Signals, moment: str, tmp_path: Pa
                 while "iteration" not in (line := child.stderr.readline()):
                     assert line, "the run ended"
             child.send_signal(number)
-            _, words = child.communicate(timeout=PATIENCE_S)
+            _, words = child.communicate(timeout=3 * PATIENCE_S)
         finally:
             child.kill()
     assert child.returncode == 128 + number, words
     assert "Traceback" not in words
     assert not list_test_labs()
     assert not list_test_namespaces()
+
+
+def test_no_signal_can_get_lost_in_an_attribute_lookup_during_a_run() -> None:
+    # numpy asks what it is given for attributes and takes any exception for a "no", also one that a signal's handler raised
+    # meanwhile. Python code runs in such a lookup where there is a __getattr__: an enum's, until Python 3.12.
+    lookups = []
+
+    def profile(frame: FrameType, event: str, _argument: object) -> None:
+        if event == "call" and frame.f_code.co_name == "__getattr__" and frame.f_back is not None:
+            caller = frame.f_back.f_code.co_filename
+            if Path(caller).parent.name in ("engine", "carriers"):
+                lookups.append(f"{caller}:{frame.f_back.f_lineno}")
+
+    with small_fabric("workload.0.iters=2", name="lookup") as fabric, plain_carrier(fabric) as carrier:
+        sys.setprofile(profile)
+        try:
+            carrier.run(0, Quiet())
+        finally:
+            sys.setprofile(None)
+    assert lookups == []
 
 
 def test_signal_handled_in_python_leaves_nothing() -> None:
