@@ -640,7 +640,7 @@ def _run_on(fabric: Fabric, listener: RunListener, capture: Capture | None = Non
     from testbed.carriers.engine import engine_carrier
     from testbed.host import MachineCounters, read_host_facts
     from testbed.measure.counters import FabricCounters, Snapshot
-    from testbed.measure.verdict import judge
+    from testbed.measure.verdict import judge, worst
     from testbed.units import format_size
 
     plan = fabric.plan
@@ -663,11 +663,17 @@ def _run_on(fabric: Fabric, listener: RunListener, capture: Capture | None = Non
         after = MachineCounters.read()
     if counters is None:
         raise TestbedError("the workload is empty")
-    fidelity = judge(
-        [one for sample in samples for one in sample.machine],
-        wall_tick_ns=plan.dilation.wall_tick_ns,
-        softnet_drops=after.drops_since(before),
-        steal_fraction=after.steal_fraction_since(before),
+    # Item by item: a bad one must not hide behind good ones.
+    fidelity = worst(
+        [
+            judge(
+                sample.machine,
+                wall_tick_ns=plan.dilation.wall_tick_ns,
+                softnet_drops=after.drops_since(before),
+                steal_fraction=after.steal_fraction_since(before),
+            )
+            for sample in samples
+        ]
     )
     warnings = [*refused, *(capture.stop().warnings() if capture is not None else ())]
     return assemble_result(plan, samples, counters, fidelity, host=host, warnings=warnings)

@@ -70,6 +70,7 @@ def collective_results(plan: Plan, samples: Sequence[WorkloadSamples]) -> tuple[
             size_bytes=planned.size_bytes,
             nranks=planned.nranks,
             cct_ns=[round(time) for time in sample.cct_ns],
+            wall_cct_ns=sample.wall_cct_ns,
             cct_ideal_ns=planned.ideal_cct_ns,
             traffic_factor=planned.traffic_factor,
             predicted_cct_ratio=planned.predicted_cct_ratio,

@@ -61,6 +61,7 @@ class EngineCarrier:
                 results.append(result)
         return WorkloadSamples(
             tuple(result.wall_ns / plan.dilation.value for result in results),
+            tuple(result.wall_seen_ns for result in results),
             sum(result.retransmitted_packets for result in results),
             tuple(result.machine for result in results),
         )

@@ -14,11 +14,13 @@ class WorkloadSamples:
 
     Attributes:
         cct_ns: Completion time of each measured iteration, emulated.
+        wall_cct_ns: Wall time of each measured iteration until a tick saw its last arrival.
         retransmitted_packets: In the measured iterations.
         machine: What was noted about the machine in each measured iteration.
     """
 
     cct_ns: tuple[float, ...]
+    wall_cct_ns: tuple[int, ...]
     retransmitted_packets: int
     machine: tuple[MachineSamples, ...]
 

@@ -23,6 +23,7 @@ from testbed.roce.wire import (
     ACK_REQUEST_BIT,
     ACK_REQUEST_OFFSET,
     BTH_OFFSET,
+    DATA_TOS,
     DEST_QP_OFFSET,
     ETHERNET_BYTES,
     ICRC_BYTES,
@@ -69,9 +70,12 @@ class FrameWriter:
         requesters: The sending QPs, one per connection.
         initial_psns: PSN of each connection's packet 0, shape ``(connections,)``.
         mtu: Payload of a full packet, a multiple of four bytes.
+        tos: TOS byte of the frames.
     """
 
-    def __init__(self, requesters: list[QueuePair], initial_psns: npt.NDArray[np.int64], mtu: int) -> None:
+    def __init__(
+        self, requesters: list[QueuePair], initial_psns: npt.NDArray[np.int64], mtu: int, *, tos: int = DATA_TOS
+    ) -> None:
         count = len(requesters)
         self._mtu = mtu
         self._initial_psns = initial_psns
@@ -79,8 +83,8 @@ class FrameWriter:
         self._depth = 2 * self.block
         self.ring = FrameRing(count * self._depth, np.zeros(mtu, np.uint8))
         payload = bytes(mtu)
-        self._short, self._short_icrc = _templates(requesters, Opcode.WRITE_MIDDLE, payload)
-        self._long, self._long_icrc = _templates(requesters, Opcode.WRITE_FIRST, payload)
+        self._short, self._short_icrc = _templates(requesters, Opcode.WRITE_MIDDLE, payload, tos)
+        self._long, self._long_icrc = _templates(requesters, Opcode.WRITE_FIRST, payload, tos)
         varying = (BTH_OFFSET, ACK_REQUEST_OFFSET, *_PSN_COLUMNS)
         self._short_tables = [delta_table(RETH_OFFSET + mtu - column) for column in varying]
         end = RETH_OFFSET + RETH_BYTES + mtu
@@ -249,7 +253,7 @@ class FrameWriter:
 
 
 def _templates(
-    requesters: list[QueuePair], opcode: Opcode, payload: bytes
+    requesters: list[QueuePair], opcode: Opcode, payload: bytes, tos: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32]]:
     """Return the header of each QP's full-size frame with PSN 0 and an empty RETH, and its ICRC.
 
@@ -265,7 +269,7 @@ def _templates(
         first.local.mac, first.local.next_hop_mac, first.local.address, first.remote.address, first.udp_source_port
     )
     target = WriteTarget(0, RKEY, 0) if opcode == Opcode.WRITE_FIRST else None
-    frame = build_write(path, opcode=opcode, dest_qp=first.peer_qpn, psn=0, payload=payload, target=target)
+    frame = build_write(path, opcode=opcode, dest_qp=first.peer_qpn, psn=0, payload=payload, target=target, tos=tos)
     header = RETH_OFFSET + (RETH_BYTES if target else 0)
     rows = np.repeat(np.frombuffer(frame, np.uint8)[None, :header], len(requesters), axis=0)
     for row, qp in zip(rows, requesters, strict=True):

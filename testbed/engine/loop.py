@@ -19,7 +19,7 @@ from testbed.engine.stream import PacketStreams, build_streams
 from testbed.errors import RunError
 from testbed.measure.samples import MachineSamples
 from testbed.roce.queue_pairs import REQUESTER, RESPONDER, Connection, qp_index, ranks_of
-from testbed.roce.wire import LINK_OVERHEAD_BYTES, Opcode, frame_bytes
+from testbed.roce.wire import LINK_OVERHEAD_BYTES, Opcode, data_tos, frame_bytes
 
 # Frames in a host's queue beyond which its NIC waits, at most: a paused or starved host then stops by itself.
 _MAX_CREDIT_FRAMES = 48
@@ -106,11 +106,14 @@ class IterationResult:
 
     Attributes:
         wall_ns: From release to the last arrival.
+        wall_seen_ns: From release to the tick that saw the last arrival: the same without the engine's account of
+            propagation between ticks.
         retransmitted_packets: Packets sent again.
         machine: What was noted about the machine.
     """
 
     wall_ns: int
+    wall_seen_ns: int
     retransmitted_packets: int
     machine: MachineSamples
 
@@ -189,7 +192,9 @@ class TickLoop:
         credit = int(_BACKLOG_SHARE * setup.max_backlog_frames) // senders
         self._credit_frames = max(_MIN_CREDIT_FRAMES, min(_MAX_CREDIT_FRAMES, credit))
         initial_psns = np.array([connection.initial_psn for connection in connections], np.int64)
-        self._writer = FrameWriter([c.requester for c in connections], initial_psns, setup.mtu)
+        self._writer = FrameWriter(
+            [c.requester for c in connections], initial_psns, setup.mtu, tos=data_tos(setup.data_priority)
+        )
         self._psn_offset = np.zeros(count, np.int64)
         self._message_offset = np.zeros(count, np.int64)
         self._nak_seen = np.zeros(count, np.int64)
@@ -392,7 +397,7 @@ class TickLoop:
             unaccounted_bytes=unaccounted_bytes,
             resolution_error_fraction=self._setup.resolution_error_fraction,
         )
-        return IterationResult(last_arrival_ns - begin, retransmitted, machine)
+        return IterationResult(last_arrival_ns - begin, moved_ns - begin, retransmitted, machine)
 
     def _gained_ns(self) -> float:
         """Return the time that the fastest of the congested switch ports gained in this iteration."""

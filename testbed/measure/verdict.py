@@ -33,7 +33,7 @@ TRUSTED_ERROR_FRACTION = 0.0075
 INVALID_ERROR_FRACTION = 0.05
 # A probe that waits less than a tick is hidden by the tick itself.
 _STALL_TICKS = 1.0
-# What the buckets of the ports absorb in an iteration: two thirds of plan.BURST_TICKS, for a bucket is not always full.
+# What the buckets of the ports absorb in an iteration: two thirds of plan.BURST_TICKS (3), for a bucket is not always full.
 _ABSORBED_TICKS = 2
 # Steal is time the hypervisor gave to others; what it does shows as lag and stalls, this much alone makes them unreliable.
 _DEGRADED_STEAL_FRACTION = 0.25
@@ -124,6 +124,12 @@ def judge(
         softnet_drops_packets=softnet_drops,
         steal_fraction=round(steal_fraction, 4),
     )
+
+
+def worst(verdicts: Sequence[Fidelity]) -> Fidelity:
+    """Return the worst of several verdicts, the later where two are alike; at least one."""
+    order = [FidelityVerdict.TRUSTED, FidelityVerdict.DEGRADED, FidelityVerdict.INVALID]
+    return max(verdicts, key=lambda one: (order.index(one.verdict), one.estimated_error_fraction or 0.0))
 
 
 def _causes(estimate: ErrorEstimate) -> str:

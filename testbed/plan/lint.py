@@ -11,10 +11,6 @@ from testbed.plan.dilation import DilationBound
 if TYPE_CHECKING:
     from testbed.plan.model import Plan, PlannedWorkload
 
-# A flow that slows to half its rate piles up about a chunk per rank that can run ahead; below three chunks a collision drops.
-# A chunk is what a connection may send before anything has arrived.
-_BUFFER_CHUNKS = 3
-
 
 def find_warnings(plan: Plan) -> tuple[str, ...]:
     """Return what the lint found, a sentence each."""
@@ -50,16 +46,12 @@ def _find_buffer_warnings(plan: Plan, planned: PlannedWorkload) -> list[str]:
         ]
     if not len(planned.schedule.deps):
         return []
-    chunk = max(
-        ahead
-        for ahead, path in zip(unbidden, planned.paths, strict=True)
-        if any(sharing[p] > 1 for p in path.ports[1:])
-    )
-    if plan.buffer_bytes >= _BUFFER_CHUNKS * chunk:
+    # What circulates in a ring piles up before its slowest link: at worst all of it, a buffer's worth of one rank.
+    if plan.buffer_bytes >= planned.size_bytes:
         return []
     return [
-        f"{max(sharing.values())} flows share a link and a switch buffers {plan.buffer_bytes} bytes, less than "
-        f"{_BUFFER_CHUNKS} chunks of {chunk}: without PFC this can drop"
+        f"{max(sharing.values())} flows share a link and a switch buffers {plan.buffer_bytes} bytes, less than the "
+        f"{planned.size_bytes} that can pile up there: without PFC this can drop"
     ]
 
 

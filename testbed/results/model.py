@@ -41,6 +41,7 @@ class CollectiveResult:
         nranks: Number of ranks.
         cct_ns: Completion time of each measured iteration, in the order in which they ran.
         cct_ideal_ns: Completion time over a core that never blocks.
+        wall_cct_ns: Wall time of each until a tick of the engine saw the last arrival: what the clock said, up to a tick.
         cct_ratio: Median of `cct_ns` / `cct_ideal_ns`.
         algbw_bytes_per_s: Size / median completion time.
         busbw_bytes_per_s: Algorithm bandwidth times the bytes that each NIC must send per byte of the buffer.
@@ -52,6 +53,7 @@ class CollectiveResult:
     size_bytes: int
     nranks: int
     cct_ns: tuple[int, ...] = ()
+    wall_cct_ns: tuple[int, ...] = ()
     cct_ideal_ns: float | None = None
     cct_ratio: float | None = None
     algbw_bytes_per_s: float | None = None
@@ -67,6 +69,7 @@ class CollectiveResult:
         size_bytes: int,
         nranks: int,
         cct_ns: Sequence[int],
+        wall_cct_ns: Sequence[int] = (),
         cct_ideal_ns: float | None,
         traffic_factor: float,
         predicted_cct_ratio: float | None = None,
@@ -79,6 +82,7 @@ class CollectiveResult:
             size_bytes: Size of the buffer on each rank.
             nranks: Number of ranks.
             cct_ns: Completion time of each measured iteration.
+            wall_cct_ns: The same by this machine's clock.
             cct_ideal_ns: Completion time over a core that never blocks, if known.
             traffic_factor: busbw / algbw of the algorithm.
             predicted_cct_ratio: As in the attribute.
@@ -94,6 +98,7 @@ class CollectiveResult:
             size_bytes=size_bytes,
             nranks=nranks,
             cct_ns=tuple(cct_ns),
+            wall_cct_ns=tuple(wall_cct_ns),
             cct_ideal_ns=cct_ideal_ns,
             cct_ratio=median_ns / cct_ideal_ns if median_ns and cct_ideal_ns else None,
             algbw_bytes_per_s=algbw,
@@ -258,7 +263,15 @@ class Result:
             return _load(
                 cls,
                 fields,
-                results=tuple(_load(CollectiveResult, row, cct_ns=tuple(row["cct_ns"])) for row in fields["results"]),
+                results=tuple(
+                    _load(
+                        CollectiveResult,
+                        row,
+                        cct_ns=tuple(row["cct_ns"]),
+                        wall_cct_ns=tuple(row.get("wall_cct_ns", ())),
+                    )
+                    for row in fields["results"]
+                ),
                 fabric=_load(FabricResult, fabric, links=tuple(links)),
                 fidelity=fidelity
                 and _load(

@@ -33,6 +33,8 @@ _FRACTION = kinds.fraction(Fraction(1))
 _FLAG = kinds.flag()
 _UINT32 = kinds.integer(0, 2**32 - 1)
 _PRIORITY = kinds.integer(0, 7)
+# 6 and 7 are those of CNP, ACK and network control, which have a queue of their own.
+_DATA_PRIORITY = kinds.integer(0, 5)
 _RANK = kinds.integer(0, MAX_HOSTS - 1)
 _NODE = kinds.text(40, r"[A-Za-z0-9:._-]+", 'must be a node or link such as "leaf0" or "leaf0:spine1"')
 
@@ -352,7 +354,7 @@ class Pfc(_Section):
 class Qos(_Section):
     """Priorities, marking and pausing."""
 
-    lossless_priority: Annotated[int, _PRIORITY] = _key(
+    lossless_priority: Annotated[int, _DATA_PRIORITY] = _key(
         "lossless_priority", "Priority of RoCE data, 0 to 7; its DSCP is eight times this.", default=3
     )
     ecn: Ecn = _key("ecn", "Explicit congestion notification.", default={})

@@ -176,11 +176,11 @@ def test_what_does_not_pile_up_is_not_warned_of(item: str) -> None:
     assert plan_of(item).warnings == ()
 
 
-def test_ring_that_collides_is_warned_of_below_three_chunks() -> None:
+def test_ring_that_collides_is_warned_of_where_not_all_that_circulates_fits() -> None:
     item = "collective: all_reduce, size: 64 MiB"
-    warnings = plan_of(item, overrides=("routing.scheme=ecmp", "fabric.switch.buffer=11 MiB")).warnings
-    assert any(f"less than 3 chunks of {4 << 20}" in warning for warning in warnings)
-    assert plan_of(item, overrides=("routing.scheme=ecmp", "fabric.switch.buffer=32 MiB")).warnings == ()
+    warnings = plan_of(item, overrides=("routing.scheme=ecmp", "fabric.switch.buffer=63 MiB")).warnings
+    assert any(f"less than the {64 << 20} that can pile up" in warning for warning in warnings)
+    assert plan_of(item, overrides=("routing.scheme=ecmp", "fabric.switch.buffer=64 MiB")).warnings == ()
     assert plan_of(item, overrides=("fabric.switch.buffer=11 MiB",)).warnings == ()
 
 
