@@ -14,7 +14,7 @@ from testbed.fabric import Fabric
 from testbed.kernel.host_tuning import tuned_host
 from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
-from testbed.plan.model import SWITCH_SHAPER_SPEEDUP, Plan
+from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan
 
 
 class EngineCarrier:
@@ -70,10 +70,13 @@ class EngineCarrier:
 def engine_setup(plan: Plan, workload: int) -> EngineSetup:
     """Return what the tick loop needs to know of a planned workload."""
     topology, planned = plan.topology, plan.workloads[workload]
-    burst_ns = [0.0]
+    burst_ns = np.zeros(len(topology.ports) + 1)
+    gain = np.zeros(len(topology.ports) + 1)
     for port in topology.ports:
-        bytes_per_s = plan.wall_rate_bytes_per_s(port.rate_bits_per_s)
-        burst_ns.append(1e9 * plan.burst_bytes(port.rate_bits_per_s) / bytes_per_s)
+        if port.id not in plan.unshared_ports:  # elsewhere a backlog is the machine's, and nothing is gained by it
+            bytes_per_s = plan.wall_rate_bytes_per_s(port.rate_bits_per_s)
+            burst_ns[port.id] = 1e9 * plan.burst_bytes(port.id, shared=True) / bytes_per_s
+            gain[port.id] = SHARED_SHAPER_SPEEDUP - 1.0
     rates = [0.0] + [plan.wall_rate_bytes_per_s(port.rate_bits_per_s) for port in topology.ports]
     nic_ports = [topology.host_port(rank).id for rank in range(len(topology.hosts))]
     return EngineSetup(
@@ -86,8 +89,8 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
         wall_port_rate_bytes_per_s=np.array(rates),
         data_priority=plan.scenario.qos.lossless_priority,
         retransmit_timeout_ns=plan.retransmit_timeout_ns,
-        wall_burst_ns=np.array(burst_ns),
-        shaper_gain_fraction=SWITCH_SHAPER_SPEEDUP - 1.0,
+        wall_burst_ns=burst_ns,
+        shaper_gain_fraction=gain,
         max_backlog_frames=read_max_backlog(),
         resolution_error_fraction=planned.resolution_error_fraction,
     )

@@ -80,7 +80,7 @@ class EngineSetup:
         data_priority: Priority of the data frames.
         retransmit_timeout_ns: Emulated.
         wall_burst_ns: What each port's token bucket holds, as time at its rate, shape ``(ports + 1,)``.
-        shaper_gain_fraction: How much faster than its link a switch port's shaper is.
+        shaper_gain_fraction: How much faster than its link each port's shaper is, shape ``(ports + 1,)``.
         max_backlog_frames: Frames that wait for the fabric's CPU before the kernel drops.
         resolution_error_fraction: What a tick more of latency would add to the ideal completion time.
     """
@@ -95,7 +95,7 @@ class EngineSetup:
     data_priority: int
     retransmit_timeout_ns: int
     wall_burst_ns: npt.NDArray[np.float64]
-    shaper_gain_fraction: float
+    shaper_gain_fraction: npt.NDArray[np.float64]
     max_backlog_frames: int = 1000
     resolution_error_fraction: float = 0.0
 

@@ -144,7 +144,7 @@ class Fabric:
                 "port_cpus": list(port_cpus),
             }
             apply_operations(
-                plan.operations(list(state.namespaces.values())),
+                plan.operations(list(state.namespaces.values()), any_workload=not state.ephemeral),
                 mark=state.mark,
                 cpu_of_node=lambda node: port_cpus[node % len(port_cpus)],
                 programs=loaded.programs,

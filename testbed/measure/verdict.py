@@ -8,7 +8,7 @@ What the machine can do to a completion time, and how it is seen without knowing
   its frames;
 * *stalls*: the fabric's CPU did nothing for a while; probe frames waited;
 * *lost time*: a port whose queue was never empty sent less than its rate;
-* *gained time*: the shaper of a congested switch port is a little fast (``plan.SWITCH_SHAPER_SPEEDUP``), and what its bucket
+* *gained time*: the shaper of a congested switch port is a little fast (``plan.SHARED_SHAPER_SPEEDUP``), and what its bucket
   had saved left at once.
 
 Each is a time. Ports have saved a few ticks' worth of their rate in their token buckets and catch up by that much at once;
@@ -33,7 +33,7 @@ TRUSTED_ERROR_FRACTION = 0.0075
 INVALID_ERROR_FRACTION = 0.05
 # A probe that waits less than a tick is hidden by the tick itself.
 _STALL_TICKS = 1.0
-# What the buckets of the ports absorb in an iteration: two thirds of plan.BURST_TICKS (3), for a bucket is not always full.
+# What the buckets of the ports absorb in an iteration: two thirds of plan.SHARED_BURST_TICKS, for a bucket is not always full.
 _ABSORBED_TICKS = 2
 # Steal is time the hypervisor gave to others; what it does shows as lag and stalls, this much alone makes them unreliable.
 _DEGRADED_STEAL_FRACTION = 0.25

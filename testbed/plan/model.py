@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +28,16 @@ from testbed.scenario import CollectiveWorkload, FlowsWorkload, Scenario, Worklo
 from testbed.topology import NodeKind, Topology
 
 # Shapers run faster than the links they stand for: at exactly equal rates a drained token bucket never refills, and then every
-# frame waits for a timer of its own (7 µs each). NICs are paced by the engine at the exact rate, so their shapers, which only
-# the kernel's own traffic feels, may be faster still; where a switch port is the bottleneck, its speedup is the error.
-SWITCH_SHAPER_SPEEDUP = 1.003
-NIC_SHAPER_SPEEDUP = 1.05
+# frame waits for a timer of its own (7 µs each), which can overload the fabric's CPU for good. The engine paces NICs at the exact
+# rate, so a port that only one NIC feeds never limits anything, and its shaper may be faster still; where several NICs share a
+# switch port the speedup is the error.
+SHARED_SHAPER_SPEEDUP = 1.003
+UNSHARED_SHAPER_SPEEDUP = 1.05
 # A bucket holds at least this many full frames, and some ticks' worth: hops without a queue then need no timers, also when a
-# tick comes late.
+# tick comes late. What the bucket of a shared port has saved leaves faster than the link would, so it is smaller.
 MIN_BURST_FRAMES = 8
-BURST_TICKS = 3
+SHARED_BURST_TICKS = 3
+UNSHARED_BURST_TICKS = 6
 # Room for the largest headers beside the payload (IP, UDP, BTH, RETH, ICRC: 60 bytes).
 _MTU_HEADROOM_BYTES = 104
 _MIN_MTU_BYTES = 1500
@@ -129,17 +132,44 @@ class Plan:
         """Return what a link rate is on this machine's clock."""
         return rate_bits_per_s / 8 / self.dilation.value
 
-    def burst_bytes(self, rate_bits_per_s: int) -> int:
-        """Return the bucket of a port's shaper."""
-        tick_bytes = self.wall_rate_bytes_per_s(rate_bits_per_s) * self.dilation.wall_tick_ns / 1e9
-        return max(MIN_BURST_FRAMES, round(BURST_TICKS * tick_bytes / self.frame_wire_bytes)) * self.frame_wire_bytes
+    @cached_property
+    def unshared_ports(self) -> frozenset[int]:
+        """Return the ports that data of at most one NIC crosses in any workload item, at a rate that they carry.
 
-    def operations(self, namespaces: Sequence[str]) -> tuple[Operation, ...]:
+        They are NICs, and switch ports that no two flows of different NICs share. Ports without data are not among them.
+        """
+        shared: set[int] = set()
+        crossed: set[int] = set()
+        for planned in self.workloads:
+            feeders: dict[int, int] = {}
+            for path in planned.paths:
+                nic = path.ports[0]
+                for port in path.ports:
+                    crossed.add(port)
+                    slower = self.topology.port(port).rate_bits_per_s < self.topology.port(nic).rate_bits_per_s
+                    if feeders.setdefault(port, nic) != nic or slower:
+                        shared.add(port)
+        return frozenset(crossed - shared) | self.nic_ports()
+
+    def burst_bytes(self, port: int, *, shared: bool) -> int:
+        """Return the bucket of a port's shaper."""
+        ticks = SHARED_BURST_TICKS if shared else UNSHARED_BURST_TICKS
+        rate = self.wall_rate_bytes_per_s(self.topology.port(port).rate_bits_per_s)
+        tick_bytes = rate * self.dilation.wall_tick_ns / 1e9
+        return max(MIN_BURST_FRAMES, round(ticks * tick_bytes / self.frame_wire_bytes)) * self.frame_wire_bytes
+
+    def nic_ports(self) -> frozenset[int]:
+        """Return the port ids of all NICs."""
+        return frozenset(self.topology.host_port(rank).id for rank in range(len(self.topology.hosts)))
+
+    def operations(self, namespaces: Sequence[str], *, any_workload: bool) -> tuple[Operation, ...]:
         """Return what builds the fabric, in order.
 
         Args:
             namespaces: Name of each node's namespace.
+            any_workload: Other workloads than the plan's will run: every switch port may be shared.
         """
+        unshared = self.nic_ports() if any_workload else self.unshared_ports
         topology = self.topology
         mtu = max(_MIN_MTU_BYTES, self.scenario.transport.mtu_bytes + _MTU_HEADROOM_BYTES)
         result: list[Operation] = [
@@ -154,7 +184,8 @@ class Plan:
             for port_id in node.ports:
                 port = topology.port(port_id)
                 peer = topology.port(port.peer)
-                speedup = NIC_SHAPER_SPEEDUP if node.kind is NodeKind.HOST else SWITCH_SHAPER_SPEEDUP
+                shared = port.id not in unshared
+                speedup = SHARED_SHAPER_SPEEDUP if shared else UNSHARED_SHAPER_SPEEDUP
                 rate = self.wall_rate_bytes_per_s(port.rate_bits_per_s) * speedup
                 result.append(
                     ShapePort(
@@ -162,7 +193,7 @@ class Plan:
                         port.id,
                         port.ifname,
                         round(rate),
-                        self.burst_bytes(port.rate_bits_per_s),
+                        self.burst_bytes(port.id, shared=shared),
                         LINK_OVERHEAD_BYTES,
                     )
                 )

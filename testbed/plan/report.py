@@ -223,7 +223,7 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
         names = [node.name for node in topology.nodes]
         report["operations"] = [
             {"node": names[_node_of(operation)], "command": operation.describe()}
-            for operation in plan.operations(names)
+            for operation in plan.operations(names, any_workload=False)
         ]
     return report
 

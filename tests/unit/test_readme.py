@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from testbed.cli.main import app
 from testbed.measure.verdict import INVALID_ERROR_FRACTION, TRUSTED_ERROR_FRACTION
-from testbed.plan.model import SWITCH_SHAPER_SPEEDUP
+from testbed.plan.model import SHARED_SHAPER_SPEEDUP
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -60,7 +60,7 @@ def test_scripts_and_scenarios_that_are_named_exist(path: Path) -> None:
 
 
 def test_constants_in_the_documentation_are_those_of_the_code() -> None:
-    shaper = f"{100 * (SWITCH_SHAPER_SPEEDUP - 1):.2g} %"
+    shaper = f"{100 * (SHARED_SHAPER_SPEEDUP - 1):.2g} %"
     for name in ("README.md", "docs/limitations.md"):
         assert re.findall(r"Switch ports (?:run|are) ([0-9.]+ %)", (ROOT / name).read_text()) == [shaper]
     for name in ("README.md", "docs/fidelity.md"):
