@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from scapy.layers.l2 import Ether
 from scapy.utils import RawPcapReader, wrpcap
 
 from testbed.carriers.engine import engine_carrier
+from testbed.collectives import ScheduleBuilder
 from testbed.engine.frames import ACK_EVERY_PACKETS, RKEY
 from testbed.engine.stream import build_streams
 from testbed.fabric import Fabric
@@ -587,10 +589,29 @@ def test_idle_path_takes_its_configured_delay_to_a_tick() -> None:
         for port in plan.workloads[0].paths[0].ports
     )
     assert one_way_ns == pytest.approx(4 * 50_000 + frame_ns, abs=2)
-    # Never before its time. After it: within a tick, and the median tick's lateness is far below half of one.
+    # Never before its time, and within a tick after it.
     assert min(times) >= one_way_ns - 1
-    assert statistics.median(times) <= one_way_ns + 1.5 * tick_ns
+    assert statistics.median(times) <= one_way_ns + tick_ns
 
     # Negative control: without a delay only the engine's two ticks and the kernel's time are left.
     quick, _ = completion_times("0 ns")
     assert statistics.median(quick) < one_way_ns / 20
+
+
+def test_idle_round_trip_takes_the_configured_time_to_a_tick() -> None:
+    settings = ("workload.0.size=1 KiB", "workload.0.iters=9", "time_dilation=2000", "fabric.host_link.delay=20 us")
+    with small_fabric(*LINE, *settings, "transport.retransmit_timeout=10 ms", name="rtt") as fabric:
+        planned = fabric.plan.workloads[0]
+        builder = ScheduleBuilder(2, 1024, in_place=False)
+        ping = builder.add(0, 1, offset_bytes=0, nbytes=1024)
+        builder.add(1, 0, offset_bytes=0, nbytes=1024, after=[ping])
+        echo = dataclasses.replace(planned, schedule=builder.build().sorted_by_sender())
+        fabric.plan = dataclasses.replace(fabric.plan, workloads=(echo,))
+        with engine_carrier(fabric) as (carrier, _):
+            samples = carrier.run(0, Quiet())
+        tick_ns = fabric.plan.dilation.wall_tick_ns / fabric.plan.dilation.value
+        rtt_ns = int(planned.one_way_ns.sum())
+        clock_ns = [wall_ns / fabric.plan.dilation.value for wall_ns in samples.wall_cct_ns]
+    assert statistics.median(samples.cct_ns) == pytest.approx(rtt_ns, abs=tick_ns)
+    # By the clock alone, without the account of what happens between ticks: a tick for each way.
+    assert statistics.median(clock_ns) == pytest.approx(rtt_ns, abs=2 * tick_ns)
