@@ -66,7 +66,7 @@ class Fabric:
             KernelError: The kernel refused something; nothing is left behind.
         """
         with signals_held() as signals:
-            with cls._created(plan, name, signals, ephemeral=False) as fabric:
+            with cls._created(plan, name, signals, ephemeral=False, any_workload=True) as fabric:
                 pass
             try:
                 signals.release()
@@ -78,19 +78,30 @@ class Fabric:
 
     @classmethod
     @contextlib.contextmanager
-    def build(cls, plan: Plan, name: str) -> Iterator[Fabric]:
+    def build(cls, plan: Plan, name: str, *, any_workload: bool = False) -> Iterator[Fabric]:
         """Build a lab for the block and remove it after.
+
+        Args:
+            plan: What to build.
+            name: Its name.
+            any_workload: Other traffic than the plan's will cross it: every switch port keeps its exact rate.
 
         Raises:
             LabError: The name is taken.
             KernelError: The kernel refused something; nothing is left behind.
         """
-        with signals_held() as signals, cls._created(plan, name, signals, ephemeral=True) as fabric:
+        created = cls._created
+        with (
+            signals_held() as signals,
+            created(plan, name, signals, ephemeral=True, any_workload=any_workload) as fabric,
+        ):
             yield fabric
 
     @classmethod
     @contextlib.contextmanager
-    def _created(cls, plan: Plan, name: str, signals: HeldSignals, *, ephemeral: bool) -> Iterator[Fabric]:
+    def _created(
+        cls, plan: Plan, name: str, signals: HeldSignals, *, ephemeral: bool, any_workload: bool
+    ) -> Iterator[Fabric]:
         """Record and build a lab; keep it only if it is not ephemeral and the block ends well.
 
         Signals are held on entry and after: none comes between the lab's record and the block that undoes it, nor while it
@@ -102,7 +113,7 @@ class Fabric:
         kept = False
         try:
             signals.release()
-            yield cls(plan, state, lock, cls._build(plan, state))
+            yield cls(plan, state, lock, cls._build(plan, state, any_workload))
             signals.hold()
             kept = not ephemeral
         finally:
@@ -114,7 +125,7 @@ class Fabric:
                     lock.close()
 
     @staticmethod
-    def _build(plan: Plan, state: registry.LabState) -> layout.MappedArrays:
+    def _build(plan: Plan, state: registry.LabState, any_workload: bool) -> layout.MappedArrays:
         """Load the programs, fill the maps, build everything and record the lab as ready."""
         entries = _map_entries(plan)
         loaded = bpf.load_object(
@@ -144,7 +155,7 @@ class Fabric:
                 "port_cpus": list(port_cpus),
             }
             apply_operations(
-                plan.operations(list(state.namespaces.values()), any_workload=not state.ephemeral),
+                plan.operations(list(state.namespaces.values()), any_workload=any_workload),
                 mark=state.mark,
                 cpu_of_node=lambda node: port_cpus[node % len(port_cpus)],
                 programs=loaded.programs,

@@ -63,7 +63,7 @@ def lab_name(suffix: str) -> str:
 
 @contextlib.contextmanager
 def small_fabric(*overrides: str, name: str = "lab") -> Iterator[Fabric]:
-    with Fabric.build(small_plan(*overrides), lab_name(name)) as fabric:
+    with Fabric.build(small_plan(*overrides), lab_name(name), any_workload=True) as fabric:
         yield fabric
 
 
