@@ -54,9 +54,7 @@ struct bth {
 	__be32 psn;     /* AckReq in the top bit */
 } __attribute__((packed));
 
-#define MAC_PORT(mac) (((__u16)(mac)[2] << 8) | (mac)[3])
 #define MAC_INGRESS(mac) (((__u16)(mac)[4] << 8) | (mac)[5])
-#define ECN_CE 3
 
 static __always_inline __u32 mix(__u32 h)
 {
