@@ -610,14 +610,16 @@ class _BaselineListener:
 
         self._fabric = fabric
         self._listener = listener
-        self.baseline = Snapshot.of(fabric.arrays.queues, fabric.arrays.qps)
+        self.baseline = Snapshot.of(fabric.arrays.queues, fabric.arrays.qps, fabric.arrays.ingress)
 
     def iteration(self, number: int, of: int, *, warmup: bool) -> None:
         from testbed.measure.counters import Snapshot
 
         if number == 0 and not warmup:
             self._fabric.arrays.queues["peak_bytes"] = 0
-            self.baseline = Snapshot.of(self._fabric.arrays.queues, self._fabric.arrays.qps)
+            self.baseline = Snapshot.of(
+                self._fabric.arrays.queues, self._fabric.arrays.qps, self._fabric.arrays.ingress
+            )
         self._listener.iteration(number, of, warmup=warmup)
 
 
@@ -656,7 +658,7 @@ def _run_on(fabric: Fabric, listener: RunListener, capture: Capture | None = Non
             samples.append(carrier.run(index, heard))
             counted = FabricCounters.between(
                 heard.baseline,
-                Snapshot.of(fabric.arrays.queues, fabric.arrays.qps),
+                Snapshot.of(fabric.arrays.queues, fabric.arrays.qps, fabric.arrays.ingress),
                 wall_duration_ns=sum(one.wall_duration_ns for one in samples[-1].machine),
             )
             counters = counted if counters is None else counters + counted

@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from testbed.carriers.protocol import WorkloadSamples
 from testbed.measure.counters import FabricCounters
 from testbed.plan.model import Plan
@@ -20,7 +23,7 @@ from testbed.results import (
     Result,
 )
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
-from testbed.scenario import Expectation, Verdict, evaluate
+from testbed.scenario import CongestionControl, Expectation, Verdict, evaluate
 
 # Which of several workload items a check looks at: the one that is furthest from holding.
 _WORST: Mapping[str, Callable[[Sequence[float]], float]] = {"<=": max, "<": max, ">=": min, ">": min}
@@ -46,7 +49,7 @@ def assemble_result(
         warnings: Beside the plan's own.
     """
     results = collective_results(plan, samples)
-    fabric = fabric_result(plan, counters, sum(sample.retransmitted_packets for sample in samples))
+    fabric = fabric_result(plan, counters, samples)
     trusted = fidelity.verdict is not FidelityVerdict.INVALID
     return Result(
         scenario=plan.scenario.resolved(),
@@ -79,23 +82,33 @@ def collective_results(plan: Plan, samples: Sequence[WorkloadSamples]) -> tuple[
     )
 
 
-def fabric_result(plan: Plan, counters: FabricCounters, retransmitted_packets: int) -> FabricResult:
-    """Return what the fabric counted; figures of mechanisms that are not built stay None."""
+def fabric_result(plan: Plan, counters: FabricCounters, samples: Sequence[WorkloadSamples]) -> FabricResult:
+    """Return what the fabric counted; figures of mechanisms that are off stay None."""
+    controlled = plan.scenario.transport.congestion_control is not CongestionControl.NONE
+    paused_ns = sum((sample.wall_paused_ns for sample in samples), np.zeros(len(plan.topology.ports) + 1))
     return FabricResult(
         drops_packets=int(counters.drops_packets.sum()),
+        headroom_drops_packets=int(counters.headroom_drops_packets.sum()) if plan.pausing else None,
+        lost_packets=int(counters.lost_packets.sum()),
         out_of_order_packets=counters.out_of_order_packets,
-        retransmitted_packets=retransmitted_packets,
+        retransmitted_packets=sum(sample.retransmitted_packets for sample in samples),
         nak_packets=counters.nak_packets,
+        ecn_marked_packets=int(counters.marked_packets.sum()) if plan.marking else None,
+        cnp_packets=counters.cnp_packets if controlled else None,
+        pause_frames=int(counters.pause_frames.sum()) if plan.pausing else None,
         links=tuple(
-            LinkResult(link.name, tuple(link_direction(plan, counters, port) for port in (link.a, link.b)))
+            LinkResult(link.name, tuple(link_direction(plan, counters, port, paused_ns) for port in (link.a, link.b)))
             for link in plan.topology.links
         ),
     )
 
 
-def link_direction(plan: Plan, counters: FabricCounters, port_id: int) -> LinkDirection:
+def link_direction(
+    plan: Plan, counters: FabricCounters, port_id: int, wall_paused_ns: npt.NDArray[np.float64]
+) -> LinkDirection:
     """Return what one port sent."""
     port = plan.topology.port(port_id)
+    pausable = plan.is_pausable(port.id)
     return LinkDirection(
         src=plan.topology.port_name(port.id),
         dst=plan.topology.port_name(port.peer),
@@ -108,6 +121,12 @@ def link_direction(plan: Plan, counters: FabricCounters, port_id: int) -> LinkDi
         ),
         peak_depth_bytes=int(counters.peak_bytes[port.id]),
         drops_packets=int(counters.drops_packets[port.id]),
+        marked_packets=int(counters.marked_packets[port.id]) if port.id in plan.marking else None,
+        lost_packets=int(counters.lost_packets[port.id]),
+        pause_frames=int(counters.pause_frames[port.id]) if pausable else None,
+        paused_fraction=float(wall_paused_ns[port.id]) / counters.wall_duration_ns
+        if pausable and counters.wall_duration_ns
+        else None,
     )
 
 

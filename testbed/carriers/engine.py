@@ -7,14 +7,19 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from testbed.carriers.flow_control import flow_control
 from testbed.carriers.protocol import ProgressListener, WorkloadSamples
+from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.loop import EngineSetup, TickLoop
+from testbed.engine.rate_limit import CongestionLimit, NoRateLimit, RateLimit
 from testbed.engine.stream import build_streams
 from testbed.fabric import Fabric
 from testbed.kernel.host_tuning import tuned_host
 from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
 from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan
+from testbed.roce.congestion import make
+from testbed.scenario import CongestionControl
 
 
 class EngineCarrier:
@@ -25,10 +30,19 @@ class EngineCarrier:
         sockets: Descriptor of each rank's packet socket.
         probe: The fidelity probe.
         clock: Source of time.
+        flow: PFC on the fabric.
     """
 
-    def __init__(self, fabric: Fabric, sockets: list[int], probe: ProbeLink, clock: MonotonicClock) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        sockets: list[int],
+        probe: ProbeLink,
+        clock: MonotonicClock,
+        flow: FlowControl | NoFlowControl,
+    ) -> None:
         self._fabric = fabric
+        self._flow = flow
         self._sockets = sockets
         self._probe = probe
         self._clock = clock
@@ -49,6 +63,8 @@ class EngineCarrier:
             clock=self._clock,
             probe=self._probe,
             describe_connection=lambda index: describe_connection(plan, workload, index),
+            flow_control=self._flow,
+            rate_limit=rate_limit(plan, workload),
         )
         streams = build_streams(planned.schedule, plan.scenario.transport.mtu_bytes)
         warmups, iters = planned.workload.warmup_iters, planned.workload.iters
@@ -64,6 +80,7 @@ class EngineCarrier:
             tuple(result.wall_seen_ns for result in results),
             sum(result.retransmitted_packets for result in results),
             tuple(result.machine for result in results),
+            np.sum([result.wall_paused_ns for result in results], axis=0),
         )
 
 
@@ -96,6 +113,22 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
     )
 
 
+def rate_limit(plan: Plan, workload: int) -> RateLimit:
+    """Return the congestion control of a workload's QPs."""
+    transport = plan.scenario.transport
+    if transport.congestion_control is CongestionControl.NONE:
+        return NoRateLimit()
+    planned = plan.workloads[workload]
+    ranks = [connection.requester.local.rank for connection in planned.connections]
+    rates = np.array([plan.topology.host_port(rank).rate_bits_per_s / 8 for rank in ranks])
+    return CongestionLimit(
+        make(str(transport.congestion_control), {}, rates),
+        time_dilation=plan.dilation.value,
+        frame_wire_bytes=plan.frame_wire_bytes,
+        wall_tick_ns=plan.dilation.wall_tick_ns,
+    )
+
+
 def describe_connection(plan: Plan, workload: int, index: int) -> str:
     """Name a connection by its ranks, QP and path."""
     planned = plan.workloads[workload]
@@ -125,5 +158,6 @@ def engine_carrier(
         contextlib.closing(ProbeLink(fabric.probe_cpu, clock.now_ns)) as probe,
         tuned_host(port_cpus, waiting) as host_warnings,
         engine_thread(engine_cpu) as warnings,
+        flow_control(fabric, clock.now_ns()) as flow,
     ):
-        yield EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock), host_warnings + warnings
+        yield EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock, flow), host_warnings + warnings

@@ -11,10 +11,12 @@ import numpy.typing as npt
 
 from testbed.collectives import Schedule
 from testbed.engine.delay_line import DelayLine
+from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.frames import FrameWriter
 from testbed.engine.nic import NicPacer, share_budget
 from testbed.engine.observer import ShapingObserver
 from testbed.engine.progress import Progress
+from testbed.engine.rate_limit import NoRateLimit, RateLimit
 from testbed.engine.stream import PacketStreams, build_streams
 from testbed.errors import RunError
 from testbed.measure.samples import MachineSamples
@@ -83,6 +85,7 @@ class EngineSetup:
         shaper_gain_fraction: How much faster than its link each port's shaper is, shape ``(ports + 1,)``.
         max_backlog_frames: Frames that wait for the fabric's CPU before the kernel drops.
         resolution_error_fraction: What a tick more of latency would add to the ideal completion time.
+        wall_cnp_interval_ns: A responder sends at most one CNP per QP in this time; 0: none at all.
     """
 
     connections: Sequence[Connection]
@@ -98,6 +101,7 @@ class EngineSetup:
     shaper_gain_fraction: npt.NDArray[np.float64]
     max_backlog_frames: int = 1000
     resolution_error_fraction: float = 0.0
+    wall_cnp_interval_ns: int = 0
 
 
 @dataclass
@@ -110,12 +114,14 @@ class IterationResult:
             propagation between ticks.
         retransmitted_packets: Packets sent again.
         machine: What was noted about the machine.
+        wall_paused_ns: Time each port was paused, shape ``(ports + 1,)``.
     """
 
     wall_ns: int
     wall_seen_ns: int
     retransmitted_packets: int
     machine: MachineSamples
+    wall_paused_ns: npt.NDArray[np.float64]
 
 
 @dataclass
@@ -142,6 +148,8 @@ class TickLoop:
         clock: Source of time.
         probe: The machine's fidelity probe.
         describe_connection: Names a connection for error messages.
+        flow_control: PFC of the fabric.
+        rate_limit: What congestion control lets each QP send.
     """
 
     def __init__(
@@ -154,8 +162,12 @@ class TickLoop:
         clock: Clock,
         probe: Probe,
         describe_connection: Callable[[int], str],
+        flow_control: FlowControl | NoFlowControl | None = None,
+        rate_limit: RateLimit | None = None,
     ) -> None:
         self._setup = setup
+        self._flow = flow_control or NoFlowControl(len(queues))
+        self._limit: RateLimit = rate_limit or NoRateLimit()
         self._clock = clock
         self._probe = probe
         self._sockets = list(sockets)
@@ -175,13 +187,13 @@ class TickLoop:
         self._enq_bytes, self._deq_bytes = data["enq_bytes"].view(np.int64), data["deq_bytes"].view(np.int64)
         self._deq_packets = data["deq_packets"].view(np.int64)
         self._rx_messages = self._responders["rx_messages"].view(np.int64)
-        # acked_packets, naks_packets and nak_position are neighbours: one strided copy takes all three.
-        self._feedback_fields = _adjacent_fields(self._requesters, "acked_packets", 3)
+        # acked_packets, naks_packets, nak_position and cnps_packets are neighbours: one strided copy takes all four.
+        self._feedback_fields = _adjacent_fields(self._requesters, "acked_packets", 4)
         self._acked = self._feedback_fields[0]
         dilation = setup.time_dilation
         wall_one_way = np.rint(setup.one_way_ns * dilation).astype(np.int64)
         self._arrivals = DelayLine(wall_one_way, 1, setup.wall_tick_ns, early_ns=setup.wall_tick_ns)
-        self._feedback = DelayLine(2 * wall_one_way, 3, setup.wall_tick_ns)
+        self._feedback = DelayLine(2 * wall_one_way, 4, setup.wall_tick_ns)
         self._wall_timeout_ns = int(setup.retransmit_timeout_ns * dilation)
         nic_rate = setup.wall_port_rate_bytes_per_s[setup.nic_port]
         self._wall_write_off_ns = self._wall_timeout_ns // 2
@@ -213,6 +225,7 @@ class TickLoop:
                 row["udp_source_port"] = end.udp_source_port
                 row["initial_rx_psn"] = connection.initial_psn
                 row["initial_tx_psn"] = connection.initial_psn
+                row["cnp_interval_ns"] = self._setup.wall_cnp_interval_ns
         qps["active"][: 2 * len(connections)] = 1
 
     def run_iteration(self, schedule: Schedule, streams: PacketStreams | None = None) -> IterationResult:
@@ -228,6 +241,7 @@ class TickLoop:
         streams = streams or build_streams(schedule, self._setup.mtu)
         progress = Progress(schedule, streams)
         writer, pacer, clock = self._writer, self._pacer, self._clock
+        flow, limit = self._flow, self._limit
         writer.restart(schedule, streams, self._psn_offset)
         nic, nic_port = self._nic, self._setup.nic_port
         nics, count = len(nic_port), len(nic)
@@ -270,10 +284,13 @@ class TickLoop:
         last_arrival_ns = moved_ns = due = begin
         progress.released_at_ns[:] = begin
         nic_released_at = np.full(nics, float(begin))
+        paused_before = flow.paused_until(begin)
+        flow.lateness_ns.clear()
         ticks = 0
         while True:
             now = clock.now_ns()
             lateness = now - due
+            flow.tick(now)
 
             self._arrivals.next_snapshot[0] = self._rx_messages
             arrivals = self._arrivals.advance(now)[0]
@@ -290,7 +307,9 @@ class TickLoop:
                     break
 
             self._feedback.next_snapshot[:] = self._feedback_fields
-            acked, naks, nak_position = self._feedback.advance(now)
+            acked, naks, nak_position, cnps = self._feedback.advance(now)
+            if limit.limits:
+                limit.advance(now, cnps, acked)
             advanced = acked > acked_before
             if advanced.any():
                 np.maximum(acked_before, acked, out=acked_before)
@@ -321,7 +340,7 @@ class TickLoop:
                     )
                 progress_ns[sent == acked_before] = now
                 deq = self._deq_bytes[nic_port]
-                moving = deq != stuck_deq
+                moving = (deq != stuck_deq) | flow.closed[nic_port]
                 stuck_deq[moving], stuck_since_ns[moving] = deq[moving], now
                 stuck = now - stuck_since_ns > self._wall_write_off_ns
                 if stuck.any():
@@ -333,6 +352,15 @@ class TickLoop:
             room = deq - self._enq_bytes[nic_port]
             room += allowance
             wants = released - sent
+            if limit.limits:
+                wants = limit.allowed(now, wants)
+                starts_at = np.full(nics, np.inf)
+                np.minimum.at(starts_at, nic, np.where(wants > 0, limit.free_at_ns, np.inf))
+                pacer.hold_until(np.isfinite(starts_at), starts_at)
+            if flow.any_closed:
+                paused = flow.closed[nic_port]
+                wants = np.where(paused[nic], 0, wants)
+                pacer.hold_until(paused, float(now + tick_ns))
             if wants.any():
                 credit = room * frames_per_byte
                 if self._one_qp_per_nic:
@@ -359,6 +387,8 @@ class TickLoop:
                     pacer.charge(np.bincount(nic, weights=wire_bytes, minlength=nics).astype(np.int64))
                     gone = np.flatnonzero(taken)
                     self._arrivals.note_sent(gone, pacer.started_at_ns[nic[gone]], sent_bytes[gone])
+                if limit.limits:
+                    limit.charge(now, sent_bytes - wire_before[packet], sent, sent + taken)
                 if rewound:
                     retransmitted += int(np.maximum(np.minimum(taken, high_water - sent), 0).sum())
                 sent += taken
@@ -369,7 +399,8 @@ class TickLoop:
                 writer.prepare(sent - offset, _REFILL_MARGIN_PACKETS)
                 deq = self._deq_bytes.copy()
                 depth = self._enq_bytes - deq
-                self._shaping.observe(now, depth, deq + self._deq_packets * LINK_OVERHEAD_BYTES)
+                self._shaping.observe(now, depth, deq + self._deq_packets * LINK_OVERHEAD_BYTES, flow.blocked)
+                flow.forget_blocked()
                 nic_wants = np.bincount(nic, weights=released > sent, minlength=nics)
                 recorded.nic_lag_ns.append(pacer.lag_ns(now, nic_wants))
             if ticks % _PROBE_TICKS == 0:
@@ -380,6 +411,8 @@ class TickLoop:
             due = max(due + tick_ns, now)
             clock.sleep_until_ns(due)
         self._shaping.finish()
+        paused_ns = flow.paused_until(now) - paused_before
+        gate_lateness_ns = np.array(flow.lateness_ns, np.int64)
         waits_ns = self._probe.waits_ns()
         unaccounted_bytes = self._settle(streams)
         self._psn_offset += streams.packets
@@ -396,8 +429,9 @@ class TickLoop:
             wall_duration_ns=last_arrival_ns - begin,
             unaccounted_bytes=unaccounted_bytes,
             resolution_error_fraction=self._setup.resolution_error_fraction,
+            wall_gate_lateness_ns=gate_lateness_ns,
         )
-        return IterationResult(last_arrival_ns - begin, moved_ns - begin, retransmitted, machine)
+        return IterationResult(last_arrival_ns - begin, moved_ns - begin, retransmitted, machine, paused_ns)
 
     def _gained_ns(self) -> float:
         """Return the time that the fastest of the congested switch ports gained in this iteration."""
@@ -501,17 +535,19 @@ class TickLoop:
         deadline = self._clock.now_ns() + self._wall_timeout_ns * _STALL_TIMEOUTS
         still, moved = 0, -1
         while self._clock.now_ns() < deadline:
+            self._flow.tick(self._clock.now_ns())
             left = self._enq_bytes.sum() - self._deq_bytes.sum()
             unacked = self._acked < total
             if not left and not unacked.any():
                 return 0
             before, moved = moved, int(self._deq_bytes.sum()) + int(self._acked.sum())
-            still = still + 1 if moved == before else 0
+            still = still + 1 if moved == before and not self._flow.any_closed else 0
             if still > _REST_TICKS:
                 # An ACK that is not here by now is lost; its data is not.
                 self._acked[unacked] = total[unacked]
                 lost = int((self._enq_bytes - self._deq_bytes).sum())
                 self._deq_bytes[:] = self._enq_bytes
+                self._flow.forget_frames()
                 return lost
             self._clock.sleep_until_ns(self._clock.now_ns() + self._setup.wall_tick_ns)
         raise RunError("the fabric did not come to rest after the last transfer")

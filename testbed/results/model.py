@@ -119,6 +119,10 @@ class LinkDirection:
         utilisation_fraction: Wire bytes / what the link could have carried while collectives were measured.
         peak_depth_bytes: Greatest depth of the port's queue.
         drops_packets: Frames dropped before the queue.
+        marked_packets: Frames on which this port set CE; None where it does not mark.
+        lost_packets: Frames lost on the link.
+        pause_frames: PFC frames, XOFF and XON, that this port received; None where nothing can pause it.
+        paused_fraction: Share of the measured time that it was paused; None where nothing can pause it.
     """
 
     src: str
@@ -128,6 +132,10 @@ class LinkDirection:
     utilisation_fraction: float | None = None
     peak_depth_bytes: int | None = None
     drops_packets: int | None = None
+    marked_packets: int | None = None
+    lost_packets: int | None = None
+    pause_frames: int | None = None
+    paused_fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +157,7 @@ class FabricResult:
 
     drops_packets: int | None = None
     headroom_drops_packets: int | None = None
+    lost_packets: int | None = None
     out_of_order_packets: int | None = None
     retransmitted_packets: int | None = None
     nak_packets: int | None = None

@@ -29,6 +29,7 @@ from testbed.scenario.model import (
     Workload,
     render_json_schema,
 )
+from testbed.scenario.qos import EcnPreset, WatchdogAction
 
 __all__ = [
     "AdmissionScheme",
@@ -38,6 +39,7 @@ __all__ = [
     "Collective",
     "CollectiveWorkload",
     "CongestionControl",
+    "EcnPreset",
     "Expectation",
     "FabricKind",
     "Flow",
@@ -56,6 +58,7 @@ __all__ = [
     "UdpSourcePort",
     "Uplink",
     "Verdict",
+    "WatchdogAction",
     "Workload",
     "evaluate",
     "load_scenario",
