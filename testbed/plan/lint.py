@@ -27,7 +27,7 @@ def find_warnings(plan: Plan) -> tuple[str, ...]:
                 f"time_dilation {dilation.value:g} is below {dilation.capacity_value:.0f}, "
                 "what this machine's measured capacity asks for"
             )
-    for planned in plan.workloads:
+    for planned in plan.largest_workloads:  # what piles up grows with the size
         warnings += _find_buffer_warnings(plan, planned)
     return tuple(warnings)
 

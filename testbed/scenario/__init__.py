@@ -29,6 +29,7 @@ from testbed.scenario.model import (
     Workload,
     render_json_schema,
 )
+from testbed.scenario.sweep import expand_sizes
 
 __all__ = [
     "AdmissionScheme",
@@ -58,6 +59,7 @@ __all__ = [
     "Verdict",
     "Workload",
     "evaluate",
+    "expand_sizes",
     "load_scenario",
     "parse_expectation",
     "render_json_schema",
