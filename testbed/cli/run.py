@@ -217,6 +217,9 @@ def load_with_options(
     scenario = api.load(file, overrides)
     given = {key: value for key, value in sweep.items() if value is not None}
     each = given if iters is None else {**given, "iters": iters}
+    growth = ("size_factor", "size_step")
+    if len(given.keys() & growth) == 1:  # the one that is given replaces what the file says, which may be the other
+        each = {**dict.fromkeys(growth, "null"), **each}
     if not each:
         return scenario
     if given:

@@ -451,8 +451,12 @@ class _Sized(_Iterated):
     @model_validator(mode="before")
     @classmethod
     def _fill_size_factor(cls, data: Any) -> Any:
-        """Let the sizes of a sweep double unless it says how they grow."""
-        if not isinstance(data, Mapping) or "max_size" not in data or {"size_factor", "size_step"} & set(data):
+        """Let the sizes of a sweep double unless it says how they grow; null takes a key of the sweep away again."""
+        if not isinstance(data, Mapping):
+            return data
+        keys = ("max_size", "size_factor", "size_step")
+        data = {key: value for key, value in data.items() if value is not None or key not in keys}
+        if "max_size" not in data or "size_factor" in data or "size_step" in data:
             return data
         return {**data, "size_factor": 2}
 

@@ -151,6 +151,14 @@ class TestOptions:
         scenario = load(file, "workload[0].size=9 MiB", "workload[0].max_size=10 MiB", size="4 MiB", max_size="5 MiB")
         assert (scenario.collectives[0].size_bytes, scenario.collectives[0].max_size_bytes) == (4 * MIB, 5 * MIB)
 
+    def test_growth_given_replaces_the_other_way_to_grow(self, file: Path) -> None:
+        steps = ["workload[0].max_size=3 MiB", "workload[0].size_step=1 MiB"]
+        by_factor = load(file, *steps, max_size="4 MiB", size_factor=2)
+        assert [item.size_bytes for item in expand_sizes(by_factor.collectives[0])] == [MIB, 2 * MIB, 4 * MIB]
+        factor = ["workload[0].max_size=4 MiB", "workload[0].size_factor=4"]
+        by_step = load(file, *factor, max_size="3 MiB", size_step="1 MiB")
+        assert [item.size_bytes for item in expand_sizes(by_step.collectives[0])] == [MIB, 2 * MIB, 3 * MIB]
+
     @pytest.mark.parametrize(
         ("arguments", "option", "words"),
         [
