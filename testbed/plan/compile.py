@@ -37,6 +37,7 @@ from testbed.scenario import (
     StarFabric,
     UdpSourcePort,
     Workload,
+    expand_sizes,
 )
 from testbed.topology import LinkSpec, Topology, build_clos, build_star
 
@@ -92,7 +93,11 @@ def compile_plan(
     topology = build_topology(scenario)
     scheme = routing_scheme(str(scenario.routing.scheme))
     tables = scheme.build_tables(topology, hash_seed=scenario.routing.hash_seed)
-    workloads = tuple(_plan_workload(item, scenario, topology, tables) for item in scenario.workload)
+    workloads = tuple(
+        _plan_workload(index, one_size, scenario, topology, tables)
+        for index, item in enumerate(scenario.workload)
+        for one_size in expand_sizes(item)
+    )
     if not workloads:
         raise PlanError("the workload is empty")
 
@@ -181,7 +186,9 @@ def _pattern(item: IncastWorkload | PermutationWorkload | FlowsWorkload, scenari
     return _Traffic(schedule, ranks, busiest_nic_bytes(flows) / total)
 
 
-def _plan_workload(item: Workload, scenario: Scenario, topology: Topology, tables: ForwardingTables) -> PlannedWorkload:
+def _plan_workload(
+    index: int, item: Workload, scenario: Scenario, topology: Topology, tables: ForwardingTables
+) -> PlannedWorkload:
     mtu = scenario.transport.mtu_bytes
     schedule, order, traffic_factor = _build_traffic(item, scenario)
     connections = build_connections(
@@ -197,6 +204,7 @@ def _plan_workload(item: Workload, scenario: Scenario, topology: Topology, table
         [round(path.delay_ns + sum(times)) for path, times in zip(paths, frame_ns, strict=True)], np.int64
     )
     planned = PlannedWorkload(
+        item=index,
         workload=item,
         order=order,
         schedule=schedule,

@@ -30,7 +30,7 @@ def find_warnings(plan: Plan) -> tuple[str, ...]:
             )
     warnings += find_qos_warnings(plan.scenario, plan.topology, plan.marking, plan.pausing)
     if not plan.pausing:
-        for planned in plan.workloads:
+        for planned in plan.largest_workloads:  # what piles up grows with the size
             warnings += _find_buffer_warnings(plan, planned)
     return tuple(warnings)
 

@@ -51,14 +51,17 @@ UNSHARED_BURST_TICKS = 6
 _MTU_HEADROOM_BYTES = 104
 _MIN_MTU_BYTES = 1500
 _ETHERNET_HEADER_BYTES = 14
+# Collectives whose call takes one rank's share of the buffer as its count.
+_COUNTED_BY_SHARE = frozenset({"reduce_scatter", "all_gather", "all_to_all", "gather", "scatter"})
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedWorkload:
-    """One item of the workload, ready to run.
+    """One item of the workload at one of its sizes, ready to run.
 
     Attributes:
-        workload: The item.
+        item: Index of the item in the scenario; the sizes of a sweep share it.
+        workload: The item, at this size alone.
         order: Ranks that take part, in the order of the collective.
         schedule: Its transfers.
         connections: A QP pair per connection of the schedule.
@@ -71,6 +74,7 @@ class PlannedWorkload:
             reaction is for this workload.
     """
 
+    item: int
     workload: Workload
     order: tuple[int, ...]
     schedule: Schedule
@@ -104,6 +108,17 @@ class PlannedWorkload:
         return sum(flow.size_bytes for flow in item.flows) if isinstance(item, FlowsWorkload) else item.size_bytes
 
     @property
+    def count(self) -> int:
+        """Return the elements, of a byte each, that a rank passes to the collective's call, as nccl-tests' column.
+
+        That is a rank's share of the larger buffer where the ranks' shares differ from it, rounded down.
+
+        Source:
+            nccl-tests, src/all_gather.cu and its neighbours (``…GetCollByteCount``, ``paramcount``).
+        """
+        return self.size_bytes // self.nranks if self.collective_name in _COUNTED_BY_SHARE else self.size_bytes
+
+    @property
     def nranks(self) -> int:
         """Return the number of ranks that take part."""
         return len(self.order)
@@ -118,7 +133,7 @@ class Plan:
         topology: Nodes, ports, links.
         tables: Forwarding tables.
         dilation: Time dilation and what set it.
-        workloads: The workload, ready to run.
+        workloads: The workload, ready to run: one per item and size.
         wall_tick_lateness_ns: How late this machine's ticks are at their 99th percentile; None where it was not measured.
         retransmit_timeout_ns: Emulated.
         warnings: What the lint found.
@@ -132,6 +147,11 @@ class Plan:
     wall_tick_lateness_ns: int | None
     retransmit_timeout_ns: int
     warnings: tuple[str, ...]
+
+    @property
+    def largest_workloads(self) -> tuple[PlannedWorkload, ...]:
+        """Return each item of the workload once, at its largest size."""
+        return tuple({planned.item: planned for planned in self.workloads}.values())
 
     @property
     def frame_wire_bytes(self) -> int:

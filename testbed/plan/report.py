@@ -75,7 +75,8 @@ class PathCollision:
 class PathReport:
     """Every flow's path and what follows from them, before anything is built.
 
-    Items of a workload run one after the other: loads and collisions are those of each item alone.
+    Items of a workload run one after the other: loads and collisions are those of each item alone. The sizes of a sweep
+    take the same paths and stand here once.
 
     Attributes:
         flows: All flows, item by item.
@@ -95,7 +96,8 @@ def describe_paths(plan: Plan) -> PathReport:
     flows: list[FlowPath] = []
     links: list[LinkLoad] = []
     collisions: list[PathCollision] = []
-    for index, planned in enumerate(plan.workloads):
+    for planned in plan.largest_workloads:
+        index = planned.item
         described = _describe_flows(plan, index, planned)
         flows += described
         links += _describe_loads(plan, index, planned)

@@ -30,9 +30,59 @@ class FidelityVerdict(StrEnum):
     INVALID = "invalid"
 
 
+DATATYPE = "uint8"
+"""What an element is: sizes are in bytes, and nothing is summed, so no other type would change a figure."""
+
+
+@dataclass(frozen=True, slots=True)
+class FabricCounts:
+    """What the fabric counted over some measured iterations; attributes are named after what they count."""
+
+    drops_packets: int | None = None
+    headroom_drops_packets: int | None = None
+    lost_packets: int | None = None
+    out_of_order_packets: int | None = None
+    retransmitted_packets: int | None = None
+    nak_packets: int | None = None
+    ecn_marked_packets: int | None = None
+    cnp_packets: int | None = None
+    pause_frames: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """Whether the figures can be trusted, and the evidence.
+
+    Attributes:
+        verdict: A `FidelityVerdict`.
+        reasons: One sentence for each threshold that was missed; empty when trusted.
+        wall_tick_lateness_p50_ns: Median lateness of the engine's ticks, wall time.
+        wall_tick_lateness_p99_ns: 99th percentile of the same.
+        cpu_fraction: Share of its CPU that the engine used.
+        shaping_error_fraction: Largest share of an iteration that a port lost while its queue was never empty.
+        estimated_error_fraction: The machine's estimated share in the completion time, from above.
+        wall_nic_lag_max_ns: How far a NIC fell behind its own schedule at most, wall time.
+        wall_fabric_wait_p99_ns: 99th percentile of how long a frame waits for the fabric's CPU, wall time.
+        softnet_drops_packets: Frames the kernel dropped between two ports.
+        steal_fraction: Share of the CPU time that a hypervisor gave to others.
+    """
+
+    verdict: FidelityVerdict
+    reasons: tuple[str, ...] = ()
+    wall_tick_lateness_p50_ns: int | None = None
+    wall_tick_lateness_p99_ns: int | None = None
+    cpu_fraction: float | None = None
+    shaping_error_fraction: float | None = None
+    estimated_error_fraction: float | None = None
+    wall_nic_lag_max_ns: int | None = None
+    wall_fabric_wait_p99_ns: int | None = None
+    softnet_drops_packets: int | None = None
+    steal_fraction: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class CollectiveResult:
-    """One collective at one size; see `from_samples`.
+    """One collective at one size: a row of the table; see `from_samples`.
 
     Attributes:
         collective: Such as ``all_reduce``.
@@ -46,6 +96,10 @@ class CollectiveResult:
         algbw_bytes_per_s: Size / median completion time.
         busbw_bytes_per_s: Algorithm bandwidth times the bytes that each NIC must send per byte of the buffer.
         predicted_cct_ratio: What the load prediction gave for `cct_ratio` before the run.
+        count: Elements that each rank passes to the call, as nccl-tests counts them.
+        datatype: Type of an element.
+        fabric: What the fabric counted in this row's measured iterations.
+        fidelity: Whether this row can be trusted; None when nothing ran.
     """
 
     collective: str
@@ -59,6 +113,10 @@ class CollectiveResult:
     algbw_bytes_per_s: float | None = None
     busbw_bytes_per_s: float | None = None
     predicted_cct_ratio: float | None = None
+    count: int | None = None
+    datatype: str = DATATYPE
+    fabric: FabricCounts = field(default_factory=FabricCounts)
+    fidelity: Fidelity | None = None
 
     @classmethod
     def from_samples(
@@ -73,6 +131,9 @@ class CollectiveResult:
         cct_ideal_ns: float | None,
         traffic_factor: float,
         predicted_cct_ratio: float | None = None,
+        count: int | None = None,
+        fabric: FabricCounts | None = None,
+        fidelity: Fidelity | None = None,
     ) -> Self:
         """Return the result with every figure that follows from the samples; None where there are none.
 
@@ -85,7 +146,10 @@ class CollectiveResult:
             wall_cct_ns: The same by this machine's clock.
             cct_ideal_ns: Completion time over a core that never blocks, if known.
             traffic_factor: busbw / algbw of the algorithm.
-            predicted_cct_ratio: As in the attribute.
+            predicted_cct_ratio: As in the attribute; so are `count`, `fabric` and `fidelity`.
+            count: See there.
+            fabric: See there.
+            fidelity: See there.
 
         Source:
             nccl-tests, doc/PERFORMANCE.md (algbw and busbw).
@@ -104,6 +168,9 @@ class CollectiveResult:
             algbw_bytes_per_s=algbw,
             busbw_bytes_per_s=None if algbw is None else algbw * traffic_factor,
             predicted_cct_ratio=predicted_cct_ratio,
+            count=count,
+            fabric=fabric or FabricCounts(),
+            fidelity=fidelity,
         )
 
 
@@ -152,50 +219,14 @@ class LinkResult:
 
 
 @dataclass(frozen=True, slots=True)
-class FabricResult:
-    """What the fabric counted during the measured iterations; attributes are named after what they count."""
-
-    drops_packets: int | None = None
-    headroom_drops_packets: int | None = None
-    lost_packets: int | None = None
-    out_of_order_packets: int | None = None
-    retransmitted_packets: int | None = None
-    nak_packets: int | None = None
-    ecn_marked_packets: int | None = None
-    cnp_packets: int | None = None
-    pause_frames: int | None = None
-    links: tuple[LinkResult, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Fidelity:
-    """Whether the figures can be trusted, and the evidence.
+class FabricResult(FabricCounts):
+    """What the fabric counted during all measured iterations, and what crossed each link.
 
     Attributes:
-        verdict: A `FidelityVerdict`.
-        reasons: One sentence for each threshold that was missed; empty when trusted.
-        wall_tick_lateness_p50_ns: Median lateness of the engine's ticks, wall time.
-        wall_tick_lateness_p99_ns: 99th percentile of the same.
-        cpu_fraction: Share of its CPU that the engine used.
-        shaping_error_fraction: Largest share of an iteration that a port lost while its queue was never empty.
-        estimated_error_fraction: The machine's estimated share in the completion time, from above.
-        wall_nic_lag_max_ns: How far a NIC fell behind its own schedule at most, wall time.
-        wall_fabric_wait_p99_ns: 99th percentile of how long a frame waits for the fabric's CPU, wall time.
-        softnet_drops_packets: Frames the kernel dropped between two ports.
-        steal_fraction: Share of the CPU time that a hypervisor gave to others.
+        links: All links.
     """
 
-    verdict: FidelityVerdict
-    reasons: tuple[str, ...] = ()
-    wall_tick_lateness_p50_ns: int | None = None
-    wall_tick_lateness_p99_ns: int | None = None
-    cpu_fraction: float | None = None
-    shaping_error_fraction: float | None = None
-    estimated_error_fraction: float | None = None
-    wall_nic_lag_max_ns: int | None = None
-    wall_fabric_wait_p99_ns: int | None = None
-    softnet_drops_packets: int | None = None
-    steal_fraction: float | None = None
+    links: tuple[LinkResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +237,10 @@ class Check:
         expect: The line as written.
         metric: The result's key that it names.
         expected: The number to compare with, in the metric's unit.
-        observed: The measured figure, None when nothing measured it.
+        observed: The measured figure of the row furthest from holding, None when nothing measured it.
         verdict: ``pass``, ``fail`` or ``not_judged``.
         tolerance: How far `observed` may be off, where the check has one.
+        row: Index of the row in `Result.results` that `observed` is from; None when there is none.
     """
 
     expect: str
@@ -217,6 +249,7 @@ class Check:
     observed: float | None
     verdict: str
     tolerance: float | None = None
+    row: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +262,8 @@ class Result:
         time_dilation: Wall time / emulated time.
         host: Facts about the machine: kernel, CPUs, versions.
         results: One per collective and size.
-        fabric: What the fabric counted.
-        fidelity: Whether to trust it; None when nothing ran.
+        fabric: What the fabric counted, all rows together.
+        fidelity: Whether to trust it, that of the worst row; None when nothing ran.
         checks: One per line of ``expect:``.
         warnings: What to look at before trusting a figure, and what is not modelled.
         schema_version: Version of this structure.
@@ -268,7 +301,6 @@ class Result:
                 _load(LinkResult, link, directions=tuple(_load(LinkDirection, way) for way in link["directions"]))
                 for link in fabric["links"]
             ]
-            fidelity = fields["fidelity"]
             return _load(
                 cls,
                 fields,
@@ -278,17 +310,13 @@ class Result:
                         row,
                         cct_ns=tuple(row["cct_ns"]),
                         wall_cct_ns=tuple(row.get("wall_cct_ns", ())),
+                        fabric=_load(FabricCounts, row.get("fabric", {})),
+                        fidelity=_load_fidelity(row.get("fidelity")),
                     )
                     for row in fields["results"]
                 ),
                 fabric=_load(FabricResult, fabric, links=tuple(links)),
-                fidelity=fidelity
-                and _load(
-                    Fidelity,
-                    fidelity,
-                    verdict=FidelityVerdict(fidelity["verdict"]),
-                    reasons=tuple(fidelity["reasons"]),
-                ),
+                fidelity=_load_fidelity(fields["fidelity"]),
                 checks=tuple(_load(Check, check) for check in fields["checks"]),
                 warnings=tuple(fields["warnings"]),
             )
@@ -316,6 +344,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, str) else value
+
+
+def _load_fidelity(fields: Mapping[str, Any] | None) -> Fidelity | None:
+    if fields is None:
+        return None
+    verdict, reasons = FidelityVerdict(fields["verdict"]), tuple(fields["reasons"])
+    return _load(Fidelity, fields, verdict=verdict, reasons=reasons)
 
 
 def _load(kind: type[T], fields: Mapping[str, Any], **parsed: Any) -> T:

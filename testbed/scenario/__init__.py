@@ -30,6 +30,7 @@ from testbed.scenario.model import (
     render_json_schema,
 )
 from testbed.scenario.qos import EcnPreset, WatchdogAction
+from testbed.scenario.sweep import expand_sizes
 
 __all__ = [
     "AdmissionScheme",
@@ -61,6 +62,7 @@ __all__ = [
     "WatchdogAction",
     "Workload",
     "evaluate",
+    "expand_sizes",
     "load_scenario",
     "parse_expectation",
     "render_json_schema",

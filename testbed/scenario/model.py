@@ -353,10 +353,41 @@ class _Iterated(_Section):
     )
 
 
+class _Sized(_Iterated):
+    """What every item with one size has: the item may be run at several, as nccl-tests does."""
+
+    max_size_bytes: Annotated[int | None, _SIZE] = _key(
+        "max_size",
+        "Makes the item a sweep: it is run at `size` and at each following size up to this one, and each has a row in "
+        "the table.",
+        default=None,
+    )
+    size_factor: Annotated[int | None, kinds.integer(2, 1024)] = _key(
+        "size_factor",
+        "Each size of a sweep over the one before. Default: 2, unless there is a `size_step`.",
+        default=None,
+    )
+    size_step_bytes: Annotated[int | None, _SIZE] = _key(
+        "size_step", "Each size of a sweep less the one before, instead of `size_factor`.", default=None
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_size_factor(cls, data: Any) -> Any:
+        """Let the sizes of a sweep double unless it says how they grow; null takes a key of the sweep away again."""
+        if not isinstance(data, Mapping):
+            return data
+        keys = ("max_size", "size_factor", "size_step")
+        data = {key: value for key, value in data.items() if value is not None or key not in keys}
+        if "max_size" not in data or "size_factor" in data or "size_step" in data:
+            return data
+        return {**data, "size_factor": 2}
+
+
 _DIRECT = (Collective.ALL_TO_ALL, Collective.GATHER, Collective.SCATTER, Collective.SEND_RECV)
 
 
-class CollectiveWorkload(_Iterated):
+class CollectiveWorkload(_Sized):
     """A collective over all ranks of the fabric."""
 
     collective: Annotated[Collective, kinds.choice(Collective)] = _key(
@@ -395,7 +426,7 @@ def usual_algorithm(collective: object) -> Algorithm:
     return Algorithm.DIRECT if collective in [str(one) for one in _DIRECT] else Algorithm.RING
 
 
-class IncastWorkload(_Iterated):
+class IncastWorkload(_Sized):
     """Hosts 1 to fan_in send to host 0, all at once."""
 
     pattern: Annotated[Pattern, kinds.only(_PATTERN, "incast")] = _key(
@@ -405,7 +436,7 @@ class IncastWorkload(_Iterated):
     size_bytes: Annotated[int, _SIZE] = _key("size", "What each sender sends.", example="1 MiB")
 
 
-class PermutationWorkload(_Iterated):
+class PermutationWorkload(_Sized):
     """Every host sends to one other, and receives from one other."""
 
     pattern: Annotated[Pattern, kinds.only(_PATTERN, "permutation")] = _key(
