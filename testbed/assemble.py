@@ -28,10 +28,11 @@ from testbed.results import (
     Result,
 )
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
-from testbed.scenario import CongestionControl, Expectation, Verdict, evaluate
+from testbed.scenario import CongestionControl, Expectation, Verdict, evaluate, parse_expectation
 
 # Which of several rows a check looks at: the one that is furthest from holding.
 _WORST: Mapping[str, Callable[..., int]] = {"<=": max, "<": max, ">=": min, ">": min}
+_LOSSLESS = parse_expectation("headroom_drops_packets == 0")
 
 
 def assemble_result(
@@ -64,9 +65,17 @@ def assemble_result(
         results=results,
         fabric=fabric,
         fidelity=worst(fidelities),
-        checks=tuple(judge_check(line, results) for line in plan.scenario.expect),
+        checks=tuple(judge_check(line, results) for line in expectations(plan)),
         warnings=(*plan.warnings, *warnings),
     )
+
+
+def expectations(plan: Plan) -> tuple[Expectation, ...]:
+    """Return what must hold: the scenario's lines, and that a lossless priority loses nothing."""
+    stated = plan.scenario.expect
+    if not plan.pausing or any(one.metric == _LOSSLESS.metric for one in stated):
+        return stated
+    return (*stated, _LOSSLESS)
 
 
 def collective_results(
@@ -114,6 +123,9 @@ def fabric_result(plan: Plan, counters: FabricCounters, samples: Sequence[Worklo
         ecn_marked_packets=int(counters.marked_packets.sum()) if plan.marking else None,
         cnp_packets=counters.cnp_packets if controlled else None,
         pause_frames=int(counters.pause_frames.sum()) if plan.pausing else None,
+        paused_fraction_max=float(paused_ns.max()) / counters.wall_duration_ns
+        if plan.pausing and counters.wall_duration_ns
+        else None,
         links=tuple(
             LinkResult(link.name, tuple(link_direction(plan, counters, port, paused_ns) for port in (link.a, link.b)))
             for link in plan.topology.links

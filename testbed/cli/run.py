@@ -24,7 +24,7 @@ from testbed.cli.options import (
 
 if TYPE_CHECKING:
     from testbed.errors import Mistake
-    from testbed.results import Check, CollectiveResult, Result
+    from testbed.results import Check, CollectiveResult, FabricResult, Result
     from testbed.scenario import Scenario
 
 # nccl-tests' options, and the key of a workload item that each one sets.
@@ -279,6 +279,7 @@ def render_result(result: Result) -> str:
         f"# fabric: {fabric.drops_packets} drops, {fabric.out_of_order_packets} out of order, "
         f"{fabric.nak_packets} NAKs, {fabric.retransmitted_packets} retransmitted (packets)\n"
     )
+    lines += _congestion_lines(fabric)
     if result.fidelity is not None:
         lines.append(f"# verdict: {result.fidelity.verdict}\n")
         lines += [f"#   {reason}\n" for reason in _reasons(result)]
@@ -286,6 +287,22 @@ def render_result(result: Result) -> str:
         lines.append(f"# check: {check.expect}: {check.verdict} ({_observed(check, result)})\n")
     lines += [f"# warning: {warning}\n" for warning in result.warnings]
     return "".join(lines)
+
+
+def _congestion_lines(fabric: FabricResult) -> list[str]:
+    """Return what marked, notified and paused, where the scenario has any of it."""
+    words = []
+    if fabric.ecn_marked_packets is not None:
+        words.append(f"{fabric.ecn_marked_packets} marked")
+    if fabric.cnp_packets is not None:
+        words.append(f"{fabric.cnp_packets} CNPs")
+    if fabric.pause_frames is not None:
+        most = f" (the worst port paused {fabric.paused_fraction_max:.1%} of the time)" if fabric.pause_frames else ""
+        words.append(f"{fabric.pause_frames} PFC frames{most}")
+        words.append(f"{fabric.headroom_drops_packets} lossless drops")
+    if fabric.lost_packets:
+        words.append(f"{fabric.lost_packets} lost on links")
+    return [f"# congestion: {', '.join(words)}\n"] if words else []
 
 
 def _reasons(result: Result) -> list[str]:

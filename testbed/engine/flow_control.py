@@ -144,6 +144,7 @@ class FlowControl:
         self._until_ns = [0] * count
         self._heard_ns = [0] * count
         self._storm = [False] * count
+        self._storms = 0
         self._refresh_ns = [int(link.wall_quantum_ns * MAX_QUANTA / 2) for link in self._links]
         self._open_count = 0
         ports = len(queues)
@@ -198,7 +199,7 @@ class FlowControl:
             self._hear(frames)
         if any(self._asked):
             self._refresh(now_ns)
-        if self._pending or self.any_closed:
+        if self._pending or self.any_closed or self._storms:
             self._obey(now_ns)
 
     def _announce(self, now_ns: int, changes: npt.NDArray[Any]) -> None:
@@ -259,7 +260,7 @@ class FlowControl:
             elif self._is_closed[index]:
                 self._note_open(index, now_ns)
                 open_.append(index)
-        if self.any_closed or any(self._storm):
+        if self.any_closed or self._storms:
             open_ += self._find_releases(now_ns, horizon_ns)
         # What closes and opens in the same tick only opens.
         closing = [self._links[index].sender for index in close if self._is_closed[index]]
@@ -291,6 +292,7 @@ class FlowControl:
 
     def _set_storm(self, index: int, *, on: bool) -> None:
         self._storm[index] = on
+        self._storms = sum(self._storm)
         if self._watchdog is not None and self._watchdog.drops:
             self._queues["loss_threshold"][self._links[index].sender] = _ALL_FRAMES if on else 0
 

@@ -47,6 +47,7 @@ class FabricCounts:
     ecn_marked_packets: int | None = None
     cnp_packets: int | None = None
     pause_frames: int | None = None
+    paused_fraction_max: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
