@@ -30,7 +30,7 @@ class EngineCarrier:
         sockets: Descriptor of each rank's packet socket.
         probe: The fidelity probe.
         clock: Source of time.
-        flow: PFC on the fabric.
+        flow: PFC on the fabric; also an attribute.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class EngineCarrier:
         flow: FlowControl | NoFlowControl,
     ) -> None:
         self._fabric = fabric
-        self._flow = flow
+        self.flow = flow
         self._sockets = sockets
         self._probe = probe
         self._clock = clock
@@ -63,7 +63,7 @@ class EngineCarrier:
             clock=self._clock,
             probe=self._probe,
             describe_connection=lambda index: describe_connection(plan, workload, index),
-            flow_control=self._flow,
+            flow_control=self.flow,
             rate_limit=rate_limit(plan, workload),
         )
         streams = build_streams(planned.schedule, plan.scenario.transport.mtu_bytes)
