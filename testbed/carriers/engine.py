@@ -18,7 +18,7 @@ from testbed.kernel.host_tuning import tuned_host
 from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
 from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan
-from testbed.roce.congestion import make
+from testbed.roce.congestion import cnp_interval_ns, make
 from testbed.scenario import CongestionControl
 
 
@@ -87,6 +87,7 @@ class EngineCarrier:
 def engine_setup(plan: Plan, workload: int) -> EngineSetup:
     """Return what the tick loop needs to know of a planned workload."""
     topology, planned = plan.topology, plan.workloads[workload]
+    transport = plan.scenario.transport
     burst_ns = np.zeros(len(topology.ports) + 1)
     gain = np.zeros(len(topology.ports) + 1)
     for port in topology.ports:
@@ -110,6 +111,9 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
         shaper_gain_fraction=gain,
         max_backlog_frames=read_max_backlog(),
         resolution_error_fraction=planned.resolution_error_fraction,
+        wall_cnp_interval_ns=round(
+            cnp_interval_ns(str(transport.congestion_control), transport.congestion_parameters) * plan.dilation.value
+        ),
     )
 
 
@@ -122,7 +126,7 @@ def rate_limit(plan: Plan, workload: int) -> RateLimit:
     ranks = [connection.requester.local.rank for connection in planned.connections]
     rates = np.array([plan.topology.host_port(rank).rate_bits_per_s / 8 for rank in ranks])
     return CongestionLimit(
-        make(str(transport.congestion_control), {}, rates),
+        make(str(transport.congestion_control), transport.congestion_parameters, rates),
         time_dilation=plan.dilation.value,
         frame_wire_bytes=plan.frame_wire_bytes,
         wall_tick_ns=plan.dilation.wall_tick_ns,

@@ -1,5 +1,6 @@
 """The scenario: file format, defaults, and all mistakes of a file at once."""
 
+from testbed.scenario.congestion import CongestionControl
 from testbed.scenario.expect import Expectation, Verdict, evaluate, parse_expectation
 from testbed.scenario.load import load_scenario
 from testbed.scenario.model import (
@@ -9,7 +10,6 @@ from testbed.scenario.model import (
     ClosFabric,
     Collective,
     CollectiveWorkload,
-    CongestionControl,
     FabricKind,
     Flow,
     FlowsWorkload,

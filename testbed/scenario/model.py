@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import BaseModel, Discriminator, Tag, model_validator
 
 from testbed.scenario import kinds
+from testbed.scenario.congestion import CongestionControl, Dcqcn, Timely, congestion_parameters
 from testbed.scenario.expect import Expectation
 from testbed.scenario.qos import Qos
 from testbed.scenario.section import Section as _Section
@@ -91,13 +92,6 @@ class LossRecovery(StrEnum):
 
     GO_BACK_N = "go_back_n"
     SELECTIVE = "selective"
-
-
-class CongestionControl(StrEnum):
-    """What slows a sender down."""
-
-    NONE = "none"
-    DCQCN = "dcqcn"
 
 
 class AdmissionScheme(StrEnum):
@@ -341,7 +335,14 @@ class Transport(_Section):
     congestion_control: Annotated[CongestionControl, kinds.choice(CongestionControl)] = _key(
         "congestion_control", "What slows senders down.", default="none"
     )
+    dcqcn: Dcqcn | None = _key("dcqcn", "Parameters of dcqcn.", default=None)
+    timely: Timely | None = _key("timely", "Parameters of timely.", default=None)
     admission: Admission = _key("admission", "What senders must be granted.", default={})
+
+    @property
+    def congestion_parameters(self) -> dict[str, Any]:
+        """What `testbed.roce.congestion.make` takes as parameters of the congestion control that is chosen."""
+        return congestion_parameters(getattr(self, str(self.congestion_control), None))
 
 
 class _Iterated(_Section):

@@ -58,7 +58,7 @@ def find_violations(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         scenario: The scenario, with stand-ins where keys are mistaken.
         valid: Tells whether keys may be looked at.
     """
-    for check in (_check_shape, _check_size, _check_buffer, _check_timeout, _check_workload):
+    for check in (_check_shape, _check_size, _check_buffer, _check_timeout, _check_timely, _check_workload):
         yield from check(scenario, valid)
 
 
@@ -102,6 +102,13 @@ def _check_buffer(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     if valid(_BUFFER, _MTU) and scenario.fabric.switch.buffer_bytes < frame_bytes:
         rule = f"must hold at least one frame of {format_size(frame_bytes)} (mtu {scenario.transport.mtu_bytes})"
         yield Violation(_BUFFER, rule, "enlarge the buffer, or lower transport.mtu")
+
+
+def _check_timely(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    timely = scenario.transport.timely
+    path: KeyPath = ("transport", "timely", "t_low")
+    if timely and valid(path, ("transport", "timely", "t_high")) and timely.t_low_ns > timely.t_high_ns:
+        yield Violation(path, f"must be at most t_high ({format_time(timely.t_high_ns)})")
 
 
 def idle_rtt_ns(scenario: Scenario) -> int:
