@@ -81,6 +81,14 @@ class EngineCarrier:
             sum(result.retransmitted_packets for result in results),
             tuple(result.machine for result in results),
             np.sum([result.wall_paused_ns for result in results], axis=0),
+            np.median([result.wall_end_ns for result in results], axis=0) / plan.dilation.value,
+            np.median(
+                [
+                    result.together_bytes * 1e9 * plan.dilation.value / max(1, result.wall_together_ns)
+                    for result in results
+                ],
+                axis=0,
+            ),
         )
 
 

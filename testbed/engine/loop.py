@@ -115,6 +115,9 @@ class IterationResult:
         retransmitted_packets: Packets sent again.
         machine: What was noted about the machine.
         wall_paused_ns: Time each port was paused, shape ``(ports + 1,)``.
+        wall_end_ns: From release to the last arrival of each connection, shape ``(connections,)``.
+        together_bytes: Payload that each connection had delivered when the first of them ended, shape ``(connections,)``.
+        wall_together_ns: From release to the tick that saw the first connection's end.
     """
 
     wall_ns: int
@@ -122,6 +125,9 @@ class IterationResult:
     retransmitted_packets: int
     machine: MachineSamples
     wall_paused_ns: npt.NDArray[np.float64]
+    wall_end_ns: npt.NDArray[np.float64]
+    together_bytes: npt.NDArray[np.int64]
+    wall_together_ns: int
 
 
 @dataclass
@@ -187,6 +193,7 @@ class TickLoop:
         self._enq_bytes, self._deq_bytes = data["enq_bytes"].view(np.int64), data["deq_bytes"].view(np.int64)
         self._deq_packets = data["deq_packets"].view(np.int64)
         self._rx_messages = self._responders["rx_messages"].view(np.int64)
+        self._rx_payload_bytes = self._responders["rx_payload_bytes"].view(np.int64)
         # acked_packets, naks_packets, nak_position and cnps_packets are neighbours: one strided copy takes all four.
         self._feedback_fields = _adjacent_fields(self._requesters, "acked_packets", 4)
         self._acked = self._feedback_fields[0]
@@ -285,6 +292,11 @@ class TickLoop:
         progress.released_at_ns[:] = begin
         nic_released_at = np.full(nics, float(begin))
         paused_before = flow.paused_until(begin)
+        last_message = self._message_offset + np.array([len(transfers) for transfers in streams.transfers_of], np.int64)
+        last_transfer = [int(transfers[-1]) if len(transfers) else -1 for transfers in streams.transfers_of]
+        end_ns = np.full(count, float(begin))
+        payload_before = self._rx_payload_bytes.copy()
+        together_ns, together_bytes = 0, np.zeros(count, np.int64)
         flow.lateness_ns.clear()
         ticks = 0
         while True:
@@ -301,6 +313,11 @@ class TickLoop:
                 latest = progress.record_arrivals(moved.tolist(), messages, arrived_at_ns)
                 last_arrival_ns = max(last_arrival_ns, round(latest))
                 seen_messages[moved] = arrivals[moved]
+                for connection in moved[seen_messages[moved] >= last_message[moved]].tolist():
+                    end_ns[connection] = arrived_at_ns(connection, last_transfer[connection])
+                    if not together_ns:
+                        together_ns = now
+                        together_bytes = self._rx_payload_bytes - payload_before
                 np.add(progress.released_packets, offset, out=released)
                 moved_ns = now
                 if not progress.pending_transfers:
@@ -431,7 +448,16 @@ class TickLoop:
             resolution_error_fraction=self._setup.resolution_error_fraction,
             wall_gate_lateness_ns=gate_lateness_ns,
         )
-        return IterationResult(last_arrival_ns - begin, moved_ns - begin, retransmitted, machine, paused_ns)
+        return IterationResult(
+            last_arrival_ns - begin,
+            moved_ns - begin,
+            retransmitted,
+            machine,
+            paused_ns,
+            end_ns - begin,
+            together_bytes,
+            together_ns - begin,
+        )
 
     def _gained_ns(self) -> float:
         """Return the time that the fastest of the congested switch ports gained in this iteration."""

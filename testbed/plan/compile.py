@@ -50,11 +50,12 @@ _ORDER_STREAM, _PERMUTATION_STREAM = 1, 2
 
 
 class _Traffic(NamedTuple):
-    """A workload item as a schedule, the ranks that take part, and busbw / algbw."""
+    """A workload item as a schedule, the ranks that take part, busbw / algbw, and where each flow's connection is."""
 
     schedule: Schedule
     order: tuple[int, ...]
     traffic_factor: float
+    flow_order: tuple[int, ...] = ()
 
 
 def build_topology(scenario: Scenario) -> Topology:
@@ -158,7 +159,10 @@ def _build_traffic(item: Workload, scenario: Scenario) -> _Traffic:
     Slices below a packet would only add headers: where chunks are small they are cut into fewer.
     """
     traffic = _collective(item, scenario) if isinstance(item, CollectiveWorkload) else _pattern(item, scenario)
-    return traffic._replace(schedule=traffic.schedule.sorted_by_sender())
+    pairs = traffic.schedule.connections
+    place = {index: number for number, index in enumerate(sorted(range(len(pairs)), key=lambda index: pairs[index]))}
+    order = tuple(place[index] for index in range(len(pairs)))
+    return traffic._replace(schedule=traffic.schedule.sorted_by_sender(), flow_order=order)
 
 
 def _collective(item: CollectiveWorkload, scenario: Scenario) -> _Traffic:
@@ -192,7 +196,7 @@ def _plan_workload(
     index: int, item: Workload, scenario: Scenario, topology: Topology, tables: ForwardingTables
 ) -> PlannedWorkload:
     mtu = scenario.transport.mtu_bytes
-    schedule, order, traffic_factor = _build_traffic(item, scenario)
+    schedule, order, traffic_factor, flow_order = _build_traffic(item, scenario)
     connections = build_connections(
         list(schedule.connections),
         build_endpoints(topology),
@@ -217,6 +221,7 @@ def _plan_workload(
         predicted_cct_ratio=predict_cct_ratio(topology, schedule, paths),
         traffic_factor=traffic_factor,
         resolution_error_fraction=0.0,
+        flow_order=flow_order,
     )
     return replace(planned, ideal_cct_ns=_ideal_cct_ns(planned, topology, scenario, 0))
 

@@ -25,6 +25,7 @@ from testbed.plan.qos import (
     PAUSABLE_BURST_TICKS,
     Marking,
     PauseThresholds,
+    gate_allowance_ns,
     marking_of,
     notification_interval_ns,
     pause_thresholds,
@@ -73,6 +74,7 @@ class PlannedWorkload:
         traffic_factor: busbw / algbw: the bytes that the busiest NIC must carry each way per byte of `size_bytes`.
         resolution_error_fraction: What a tick more of latency adds to the ideal completion time: how coarse the engine's
             reaction is for this workload.
+        flow_order: Index of each flow's connection, in the order in which the scenario lists the flows.
     """
 
     item: int
@@ -86,6 +88,7 @@ class PlannedWorkload:
     predicted_cct_ratio: float
     traffic_factor: float
     resolution_error_fraction: float
+    flow_order: tuple[int, ...] = ()
 
     @property
     def collective_name(self) -> str:
@@ -204,6 +207,11 @@ class Plan:
         """Return the PFC thresholds of every switch port's lossless priority, by port id."""
         bursts = {port.id: self.burst_bytes(port.id, shared=True) for port in self.topology.ports}
         return pause_thresholds(self.scenario, self.topology, self.dilation, bursts, self.wall_tick_lateness_ns)
+
+    @property
+    def wall_gate_allowance_ns(self) -> int:
+        """Return how late this machine may obey a pause: what the headroom makes room for."""
+        return round(gate_allowance_ns(self.dilation, self.wall_tick_lateness_ns))
 
     @property
     def cnp_interval_ns(self) -> int:

@@ -66,6 +66,17 @@ class PauseThresholds:
     delay_ns: float
 
 
+def gate_allowance_ns(dilation: TimeDilation, lateness_ns: int | None) -> float:
+    """Return how late this machine may obey a pause, wall: what the headroom makes room for.
+
+    Args:
+        dilation: Of the run.
+        lateness_ns: How late its ticks are, wall, 99th percentile; None where it was not measured.
+    """
+    tick_ns = dilation.wall_tick_ns
+    return _GATE_TICKS * tick_ns + (lateness_ns if lateness_ns is not None else _DEFAULT_LATENESS_TICKS * tick_ns)
+
+
 def response_ns(rate_bits_per_s: int) -> float:
     """Return the time that a port of that rate may take to obey a PFC frame."""
     quanta = next((quanta for rate, quanta in _RESPONSE_QUANTA if rate_bits_per_s <= rate), _FASTEST_RESPONSE_QUANTA)
@@ -136,7 +147,6 @@ def pause_thresholds(
     if not pfc.enabled:
         return {}
     tick_ns = dilation.wall_tick_ns
-    late_ns = lateness_ns if lateness_ns is not None else _DEFAULT_LATENESS_TICKS * tick_ns
     frame_bytes = scenario.transport.mtu_bytes + 58 + LINK_OVERHEAD_BYTES
     result = {}
     for port in topology.ports:
@@ -146,7 +156,7 @@ def pause_thresholds(
         switch = switch_of(scenario, node)
         bytes_per_ns = port.rate_bits_per_s / 8e9
         delay_ns = 2 * port.delay_ns + response_ns(port.rate_bits_per_s)
-        gate_ns = (_GATE_TICKS * tick_ns + late_ns) / dilation.value
+        gate_ns = gate_allowance_ns(dilation, lateness_ns) / dilation.value
         burst = burst_bytes[port.peer]
         needed = round(2 * frame_bytes + bytes_per_ns * (delay_ns + gate_ns) + burst + _PFC_WIRE_BYTES)
         headroom = pfc.headroom_bytes if pfc.headroom_bytes is not None else needed

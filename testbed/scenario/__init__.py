@@ -1,7 +1,7 @@
 """The scenario: file format, defaults, and all mistakes of a file at once."""
 
 from testbed.scenario.congestion import CongestionControl
-from testbed.scenario.expect import Expectation, Verdict, evaluate, parse_expectation
+from testbed.scenario.expect import FLOW_METRIC, Expectation, Verdict, evaluate, parse_expectation
 from testbed.scenario.load import load_scenario
 from testbed.scenario.model import (
     AdmissionScheme,
@@ -34,6 +34,7 @@ from testbed.scenario.qos import EcnPreset, WatchdogAction
 from testbed.scenario.sweep import expand_sizes
 
 __all__ = [
+    "FLOW_METRIC",
     "AdmissionScheme",
     "Algorithm",
     "Carrier",
