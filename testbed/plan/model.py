@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +13,10 @@ import numpy.typing as npt
 from testbed.collectives import Schedule
 from testbed.plan.dilation import TimeDilation
 from testbed.plan.operations import (
+    MAIN_TABLE,
     AddAddress,
     AddRoute,
+    AddRule,
     AttachPrograms,
     CreateLink,
     CreateNamespace,
@@ -41,6 +44,8 @@ UNSHARED_BURST_TICKS = 6
 # Room for the largest headers beside the payload (IP, UDP, BTH, RETH, ICRC: 60 bytes).
 _MTU_HEADROOM_BYTES = 104
 _MIN_MTU_BYTES = 1500
+# The routing tables of a host's several NICs; clear of the kernel's own, 253 to 255.
+_FIRST_SOURCE_TABLE = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +165,7 @@ class Plan:
 
     def nic_ports(self) -> frozenset[int]:
         """Return the port ids of all NICs."""
-        return frozenset(self.topology.host_port(rank).id for rank in range(len(self.topology.hosts)))
+        return frozenset(port.id for port in self.topology.nics)
 
     def operations(self, namespaces: Sequence[str], *, any_workload: bool) -> tuple[Operation, ...]:
         """Return what builds the fabric, in order.
@@ -199,7 +204,11 @@ class Plan:
                 )
                 result.append(AttachPrograms(node.index, port.id, port.ifname, node.kind is NodeKind.HOST))
                 result.append(AddAddress(node.index, port.id, port.ifname, port.address, 31, peer.address, peer.mac))
+            tables = itertools.count(_FIRST_SOURCE_TABLE)
             for route in topology.kernel_routes(node):
                 hops = tuple((hop.address, hop.port) for hop in route.next_hops)
-                result.append(AddRoute(node.index, route.prefix, route.prefix_length, hops))
+                table = MAIN_TABLE if route.source is None else next(tables)
+                result.append(AddRoute(node.index, route.prefix, route.prefix_length, hops, table))
+                if route.source is not None:
+                    result.append(AddRule(node.index, route.source, table))
         return tuple(result)

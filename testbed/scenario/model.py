@@ -25,6 +25,7 @@ MAX_SWITCHES = 256
 GIB = 2**30
 
 _RATE = kinds.rate(10**6, 1_600 * 10**9)
+_NVLINK_RATE = kinds.rate(10**6, 100_000 * 10**9)
 _DELAY = kinds.time(0, 10**9)
 _TIME = kinds.time(0, 3600 * 10**9)
 _TIMEOUT = kinds.auto_or(kinds.time(1, 10 * 10**9))
@@ -36,7 +37,7 @@ _PRIORITY = kinds.integer(0, 7)
 # 6 and 7 are those of CNP, ACK and network control, which have a queue of their own.
 _DATA_PRIORITY = kinds.integer(0, 5)
 _RANK = kinds.integer(0, MAX_HOSTS - 1)
-_NODE = kinds.text(40, r"[A-Za-z0-9:._-]+", 'must be a node or link such as "leaf0" or "leaf0:spine1"')
+_NODE = kinds.text(40, r"[A-Za-z0-9:/._-]+", 'must be a node or link such as "leaf0" or "leaf0:spine1"')
 
 
 class FabricKind(StrEnum):
@@ -130,7 +131,7 @@ class Algorithm(StrEnum):
 
 
 class RankOrder(StrEnum):
-    """Order in which a collective visits the hosts."""
+    """Order in which a collective visits the ranks."""
 
     RAILS = "rails"
     PACKED = "packed"
@@ -239,17 +240,54 @@ class Switch(_Section):
     )
 
 
+class Nvlink(_Section):
+    """What joins the GPUs of a host; a model, no packets."""
+
+    rate_bits_per_s: Annotated[int, _NVLINK_RATE] = _key(
+        "rate",
+        "What a GPU sends, and what it receives, at most; NVLink's data sheets give the sum of both directions.",
+        default="3600 Gbit/s",
+    )
+    latency_ns: Annotated[int, _DELAY] = _key(
+        "latency", "From a byte's leaving a GPU to its arrival at another.", default="2 us"
+    )
+
+
 class _Fabric(_Section):
     """What every shape of fabric has."""
 
     host_link: Link = _key("host_link", "The link between a host's NIC and its leaf.", example={"rate": "400 Gbit/s"})
     switch: Switch = _key("switch", "The switches.", default={})
     nics_per_host: Annotated[int, kinds.integer(1, 16)] = _key(
-        "nics_per_host", "NICs, hence rails, of one host.", default=1
+        "nics_per_host", "NICs, hence rails, of one host, each with a link to the host's leaf.", default=1
     )
     gpus_per_host: Annotated[int, kinds.integer(1, 16)] = _key(
-        "gpus_per_host", "GPUs, hence ranks, of one host.", default=1
+        "gpus_per_host",
+        "GPUs, hence ranks, of one host: a multiple of nics_per_host. Ranks are numbered host by host, and share their "
+        "host's NICs evenly and in order. Those of one host talk over NVLink.",
+        default=1,
     )
+    nvlink: Nvlink = _key("nvlink", "What joins the GPUs of a host: a model, no packets.", default={})
+
+    @property
+    def host_counts(self) -> tuple[int, ...]:
+        """Hosts under each leaf."""
+        raise NotImplementedError
+
+    @property
+    def nhosts(self) -> int:
+        """Hosts of the whole fabric."""
+        return sum(self.host_counts)
+
+    @property
+    def nranks(self) -> int:
+        """Ranks of the whole fabric."""
+        return self.nhosts * self.gpus_per_host
+
+    @property
+    def rank_counts(self) -> tuple[int, ...]:
+        """Ranks under each leaf."""
+        return tuple(hosts * self.gpus_per_host for hosts in self.host_counts)
 
 
 class StarFabric(_Fabric):
@@ -258,7 +296,7 @@ class StarFabric(_Fabric):
     kind: Annotated[FabricKind, kinds.only(_FABRIC_KIND, "star")] = _key(
         "kind", "Shape of the fabric: star.", example="star"
     )
-    hosts_per_leaf: Annotated[int, kinds.integer(2, MAX_HOSTS)] = _key(
+    hosts_per_leaf: Annotated[int, kinds.integer(1, MAX_HOSTS)] = _key(
         "hosts_per_leaf", "Hosts on the one switch.", example=2
     )
 
@@ -266,11 +304,6 @@ class StarFabric(_Fabric):
     def host_counts(self) -> tuple[int, ...]:
         """Hosts under each leaf."""
         return (self.hosts_per_leaf,)
-
-    @property
-    def nhosts(self) -> int:
-        """Hosts of the whole fabric."""
-        return self.hosts_per_leaf
 
 
 class ClosFabric(_Fabric):
@@ -307,11 +340,6 @@ class ClosFabric(_Fabric):
         if isinstance(self.hosts_per_leaf, tuple):
             return self.hosts_per_leaf
         return (self.hosts_per_leaf,) * self.leaves
-
-    @property
-    def nhosts(self) -> int:
-        """Hosts of the whole fabric."""
-        return sum(self.host_counts)
 
 
 def _select_fabric(data: Any) -> str:
@@ -444,14 +472,14 @@ class CollectiveWorkload(_Iterated):
     )
     algorithm: Annotated[Algorithm, kinds.choice(Algorithm)] = _derived_key(
         "algorithm",
-        "Its schedule. all_reduce: ring, halving_doubling, double_binary_tree; broadcast and reduce: ring, binary_tree; "
+        "Its schedule. all_reduce: ring, halving_doubling, double_binary_tree, hierarchical; broadcast and reduce: ring, binary_tree; "
         "all_to_all: direct (all at once), pairwise; reduce_scatter and all_gather: ring; gather, scatter and send_recv: "
         "direct. Default: the first of these.",
     )
     order: Annotated[RankOrder | tuple[int, ...], _ORDER] = _key(
         "order",
-        "Order in which the algorithm visits the ranks: rails changes the leaf at every hop, packed stays under a leaf "
-        "as long as it can, random is drawn from the scenario's seed, alike for all items; or a list of all ranks.",
+        "Order in which the algorithm visits the ranks: rails changes the leaf at every hop, packed stays in a host and "
+        "under a leaf as long as it can, random is drawn from the scenario's seed, alike for all items; or a list of all ranks.",
         default="rails",
     )
     size_bytes: Annotated[int, _SIZE] = _key(
@@ -473,31 +501,31 @@ def usual_algorithm(collective: object) -> Algorithm:
 
 
 class IncastWorkload(_Iterated):
-    """Hosts 1 to fan_in send to host 0, all at once."""
+    """Ranks 1 to fan_in send to rank 0, all at once."""
 
     pattern: Annotated[Pattern, kinds.only(_PATTERN, "incast")] = _key(
-        "pattern", "The pattern: incast; hosts 1 to fan_in send to host 0 at once.", example="incast"
+        "pattern", "The pattern: incast; ranks 1 to fan_in send to rank 0 at once.", example="incast"
     )
     fan_in: Annotated[int, kinds.integer(1, MAX_HOSTS)] = _key("fan_in", "Number of senders.", example=1)
     size_bytes: Annotated[int, _SIZE] = _key("size", "What each sender sends.", example="1 MiB")
 
 
 class PermutationWorkload(_Iterated):
-    """Every host sends to one other, and receives from one other."""
+    """Every rank sends to one other, and receives from one other."""
 
     pattern: Annotated[Pattern, kinds.only(_PATTERN, "permutation")] = _key(
         "pattern",
         "The pattern: permutation; who sends to whom is drawn from the scenario's seed, alike for all items.",
         example="permutation",
     )
-    size_bytes: Annotated[int, _SIZE] = _key("size", "What each host sends.", example="1 MiB")
+    size_bytes: Annotated[int, _SIZE] = _key("size", "What each rank sends.", example="1 MiB")
 
 
 class Flow(_Section):
-    """One flow between two hosts."""
+    """One flow between two ranks; with one GPU per host, ranks are hosts."""
 
-    src: Annotated[int, _RANK] = _key("src", "Number of the sending host.", example=0)
-    dst: Annotated[int, _RANK] = _key("dst", "Number of the receiving host.", example=1)
+    src: Annotated[int, _RANK] = _key("src", "The sending rank.", example=0)
+    dst: Annotated[int, _RANK] = _key("dst", "The receiving rank.", example=1)
     size_bytes: Annotated[int, _SIZE] = _key("size", "What it sends.", example="1 MiB")
 
 
@@ -505,7 +533,7 @@ _ONE_FLOW = {"src": 0, "dst": 1, "size": "1 MiB"}
 
 
 class FlowsWorkload(_Iterated):
-    """Flows as listed, started together; two between the same hosts have a connection each."""
+    """Flows as listed, started together; two between the same ranks have a connection each."""
 
     pattern: Annotated[Pattern, kinds.only(_PATTERN, "flows")] = _key("pattern", "The pattern: flows.", example="flows")
     flows: tuple[Flow, ...] = _list_key("flows", "The flows.", required=True, example=[_ONE_FLOW])
