@@ -74,6 +74,7 @@ def collective_results(plan: Plan, samples: Sequence[WorkloadSamples]) -> tuple[
             cct_ideal_ns=planned.ideal_cct_ns,
             traffic_factor=planned.traffic_factor,
             predicted_cct_ratio=planned.predicted_cct_ratio,
+            nvlink_bytes=max(sample.nvlink_bytes, default=None),
         )
         for planned, sample in zip(plan.workloads, samples, strict=True)
     )

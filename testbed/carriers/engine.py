@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from testbed.carriers.protocol import ProgressListener, WorkloadSamples
+from testbed.engine.intra_host import run_inside_hosts
 from testbed.engine.loop import EngineSetup, TickLoop
 from testbed.engine.stream import build_streams
 from testbed.fabric import Fabric
 from testbed.kernel.host_tuning import tuned_host
 from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
-from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan
+from testbed.measure.samples import MachineSamples
+from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan, PlannedWorkload
 
 
 class EngineCarrier:
@@ -22,7 +24,7 @@ class EngineCarrier:
 
     Args:
         fabric: The fabric.
-        sockets: Descriptor of each rank's packet socket.
+        sockets: Descriptor of each NIC's packet socket.
         probe: The fidelity probe.
         clock: Source of time.
     """
@@ -41,6 +43,8 @@ class EngineCarrier:
         """
         plan = self._fabric.plan
         planned = plan.workloads[workload]
+        if not planned.connections:
+            return _run_inside_hosts(plan, planned, listener)
         loop = TickLoop(
             engine_setup(plan, workload),
             queues=self._fabric.arrays.queues,
@@ -50,7 +54,7 @@ class EngineCarrier:
             probe=self._probe,
             describe_connection=lambda index: describe_connection(plan, workload, index),
         )
-        streams = build_streams(planned.schedule, plan.scenario.transport.mtu_bytes)
+        streams = build_streams(planned.schedule, plan.scenario.transport.mtu_bytes, len(planned.connections))
         warmups, iters = planned.workload.warmup_iters, planned.workload.iters
         results = []
         for number in range(warmups + iters):
@@ -64,7 +68,41 @@ class EngineCarrier:
             tuple(result.wall_seen_ns for result in results),
             sum(result.retransmitted_packets for result in results),
             tuple(result.machine for result in results),
+            tuple(result.nvlink_bytes for result in results),
         )
+
+
+def _run_inside_hosts(plan: Plan, planned: PlannedWorkload, listener: ProgressListener) -> WorkloadSamples:
+    """Run a workload that no packet carries: its time is the model's, whatever the machine does."""
+    iters = planned.workload.iters
+    samples = []
+    for number in range(iters):
+        listener.iteration(number, iters, warmup=False)
+        samples.append(run_inside_hosts(planned.schedule, planned.intra_host))
+    nothing = np.zeros(0, np.int64)
+    machine = tuple(
+        MachineSamples(
+            wall_tick_ns=plan.dilation.wall_tick_ns,
+            wall_lateness_ns=nothing,
+            wall_busy_ns=nothing,
+            wall_probe_ns=nothing,
+            wall_nic_lag_ns=np.zeros(0),
+            wall_lost_ns=np.zeros(0),
+            wall_gained_ns=0.0,
+            wall_backlogged_ns=np.zeros(0),
+            wall_duration_ns=max(1, round(cct_ns * plan.dilation.value)),
+            unaccounted_bytes=0,
+            resolution_error_fraction=0.0,
+        )
+        for cct_ns, _ in samples
+    )
+    return WorkloadSamples(
+        cct_ns=tuple(cct_ns for cct_ns, _ in samples),
+        wall_cct_ns=(),
+        retransmitted_packets=0,
+        machine=machine,
+        nvlink_bytes=tuple(nbytes for _, nbytes in samples),
+    )
 
 
 def engine_setup(plan: Plan, workload: int) -> EngineSetup:
@@ -78,14 +116,13 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
             burst_ns[port.id] = 1e9 * plan.burst_bytes(port.id, shared=True) / bytes_per_s
             gain[port.id] = SHARED_SHAPER_SPEEDUP - 1.0
     rates = [0.0] + [plan.wall_rate_bytes_per_s(port.rate_bits_per_s) for port in topology.ports]
-    nic_ports = [topology.host_port(rank).id for rank in range(len(topology.hosts))]
     return EngineSetup(
         connections=planned.connections,
         one_way_ns=planned.one_way_ns,
         time_dilation=plan.dilation.value,
         wall_tick_ns=plan.dilation.wall_tick_ns,
         mtu=plan.scenario.transport.mtu_bytes,
-        nic_port=np.array(nic_ports, np.int64),
+        nic_port=np.array([nic.id for nic in topology.nics], np.int64),
         wall_port_rate_bytes_per_s=np.array(rates),
         data_priority=plan.scenario.qos.lossless_priority,
         retransmit_timeout_ns=plan.retransmit_timeout_ns,
@@ -93,6 +130,7 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
         shaper_gain_fraction=gain,
         max_backlog_frames=read_max_backlog(),
         resolution_error_fraction=planned.resolution_error_fraction,
+        intra_host=planned.intra_host,
     )
 
 

@@ -14,15 +14,17 @@ class WorkloadSamples:
 
     Attributes:
         cct_ns: Completion time of each measured iteration, emulated.
-        wall_cct_ns: Wall time of each measured iteration until a tick saw its last arrival.
+        wall_cct_ns: Wall time of each measured iteration until a tick saw its last arrival; empty where no packet was sent.
         retransmitted_packets: In the measured iterations.
         machine: What was noted about the machine in each measured iteration.
+        nvlink_bytes: Payload that the model of the links inside hosts carried in each measured iteration.
     """
 
     cct_ns: tuple[float, ...]
     wall_cct_ns: tuple[int, ...]
     retransmitted_packets: int
     machine: tuple[MachineSamples, ...]
+    nvlink_bytes: tuple[int, ...] = ()
 
 
 class ProgressListener(Protocol):

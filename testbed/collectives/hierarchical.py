@@ -20,7 +20,7 @@ _Slot = tuple[int, int, int]
 
 
 class HierarchicalAllReduce(CollectiveAlgorithm):
-    """All-reduce of ``N`` hosts with ``g`` GPUs each, in ``2 * (g - 1)`` steps inside hosts and ``2 * (N - 1)`` between them.
+    """All-reduce of ``N`` hosts with ``g`` GPUs each: ``2 * (g - 1)`` steps inside hosts, ``2 * (N - 1)`` between them.
 
     The buffer is cut into a shard per GPU. Inside each host a ring reduce-scatter leaves shard ``p``, summed over the host,
     on GPU ``p``. The GPUs ``p`` of all hosts then all-reduce it around a ring of their own, and inside each host a ring
@@ -30,8 +30,9 @@ class HierarchicalAllReduce(CollectiveAlgorithm):
     The three follow each other slice by slice, not one after the other: a slice (of a chunk of the ring between the hosts)
     leaves its host when it is summed there, and is passed on inside a host when its sum over all hosts is there. Each step
     inside a host has connections of its own, so that no slice waits behind one that is not there yet, and slices stand in
-    the schedule in the order in which the ring between the hosts uses them. With one GPU per host, it is the ring all-reduce; with one host, a
-    reduce-scatter and an all-gather.
+    the schedule in the order in which the ring between the hosts uses them.
+
+    With one GPU per host, it is the ring all-reduce; with one host, a reduce-scatter and an all-gather.
 
     Args:
         gpus_per_host: ``g``; ranks are numbered host by host.
@@ -160,8 +161,6 @@ class _Builder:
                 src = slot[0] + step
                 after = [self._send(slot, self._rank(h, src), self._rank(h, src + 1), TransferOp.COPY, after, step)]
 
-    def _send(
-        self, slot: _Slot, src: int, dst: int, op: TransferOp, after: Sequence[int], channel: int = 0
-    ) -> int:
+    def _send(self, slot: _Slot, src: int, dst: int, op: TransferOp, after: Sequence[int], channel: int = 0) -> int:
         offset, nbytes = self._pieces[slot]
         return self._schedule.add(src, dst, offset_bytes=offset, nbytes=nbytes, op=op, after=after, channel=channel)

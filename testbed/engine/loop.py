@@ -9,16 +9,17 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from testbed.collectives import Schedule
+from testbed.collectives import IntraHostLinks, Schedule
 from testbed.engine.delay_line import DelayLine
 from testbed.engine.frames import FrameWriter
+from testbed.engine.intra_host import IntraHostTransfers
 from testbed.engine.nic import NicPacer, share_budget
 from testbed.engine.observer import ShapingObserver
 from testbed.engine.progress import Progress
 from testbed.engine.stream import PacketStreams, build_streams
 from testbed.errors import RunError
 from testbed.measure.samples import MachineSamples
-from testbed.roce.queue_pairs import REQUESTER, RESPONDER, Connection, qp_index, ranks_of
+from testbed.roce.queue_pairs import REQUESTER, RESPONDER, Connection, nics_of, qp_index
 from testbed.roce.wire import LINK_OVERHEAD_BYTES, Opcode, data_tos, frame_bytes
 
 # Frames in a host's queue beyond which its NIC waits, at most: a paused or starved host then stops by itself.
@@ -70,12 +71,12 @@ class EngineSetup:
     """All that the loop needs to know, as values.
 
     Attributes:
-        connections: Both ends of every connection.
+        connections: Both ends of every connection over the network: the first ones of the schedules.
         one_way_ns: Propagation and frame times of each connection's path, shape ``(connections,)``, emulated.
         time_dilation: Wall time per emulated time.
         wall_tick_ns: Length of a tick.
         mtu: Payload of a full packet, bytes.
-        nic_port: Port id of each rank's NIC, shape ``(ranks,)``.
+        nic_port: Port id of each NIC, shape ``(nics,)``.
         wall_port_rate_bytes_per_s: Line rate of each port id, shape ``(ports + 1,)``.
         data_priority: Priority of the data frames.
         retransmit_timeout_ns: Emulated.
@@ -83,6 +84,7 @@ class EngineSetup:
         shaper_gain_fraction: How much faster than its link each port's shaper is, shape ``(ports + 1,)``.
         max_backlog_frames: Frames that wait for the fabric's CPU before the kernel drops.
         resolution_error_fraction: What a tick more of latency would add to the ideal completion time.
+        intra_host: What carries the schedules' other connections, inside hosts; None where there are none.
     """
 
     connections: Sequence[Connection]
@@ -98,6 +100,7 @@ class EngineSetup:
     shaper_gain_fraction: npt.NDArray[np.float64]
     max_backlog_frames: int = 1000
     resolution_error_fraction: float = 0.0
+    intra_host: IntraHostLinks | None = None
 
 
 @dataclass
@@ -110,12 +113,14 @@ class IterationResult:
             propagation between ticks.
         retransmitted_packets: Packets sent again.
         machine: What was noted about the machine.
+        nvlink_bytes: Payload that the model of the links inside hosts carried.
     """
 
     wall_ns: int
     wall_seen_ns: int
     retransmitted_packets: int
     machine: MachineSamples
+    nvlink_bytes: int = 0
 
 
 @dataclass
@@ -138,7 +143,7 @@ class TickLoop:
         setup: The run as values.
         queues: The fabric's queue counters, shape ``(ports + 1, 8)``.
         qps: The fabric's QP table.
-        sockets: File descriptor of each rank's packet socket.
+        sockets: File descriptor of each NIC's packet socket.
         clock: Source of time.
         probe: The machine's fidelity probe.
         describe_connection: Names a connection for error messages.
@@ -162,9 +167,9 @@ class TickLoop:
         self._describe = describe_connection
         connections = list(setup.connections)
         count = len(connections)
-        self._nic = ranks_of(connections)
+        self._nic = nics_of(connections)
         if (np.diff(self._nic) < 0).any():
-            raise ValueError("connections must be in the order of the ranks that send")
+            raise ValueError("connections must be in the order of the NICs that send")
         # The usual case, and the fast one: every NIC sends on one QP.
         self._one_qp_per_nic = count == len(setup.nic_port) and bool((self._nic == np.arange(count)).all())
         self._configure(qps, connections)
@@ -209,7 +214,7 @@ class TickLoop:
             for role, end in ((REQUESTER, connection.requester), (RESPONDER, connection.responder)):
                 row = qps[qp_index(index, role)]
                 row["peer_qpn"] = end.peer_qpn
-                row["port"] = self._setup.nic_port[end.local.rank]
+                row["port"] = self._setup.nic_port[end.local.nic]
                 row["udp_source_port"] = end.udp_source_port
                 row["initial_rx_psn"] = connection.initial_psn
                 row["initial_tx_psn"] = connection.initial_psn
@@ -219,14 +224,15 @@ class TickLoop:
         """Run a schedule once, from the release of its first transfers to its last arrival.
 
         Args:
-            schedule: What to send; its connections are the setup's.
-            streams: ``build_streams(schedule, mtu)``, if the caller has it.
+            schedule: What to send; its first connections are the setup's.
+            streams: ``build_streams(schedule, mtu, len(setup.connections))``, if the caller has it.
 
         Raises:
             RunError: A QP ran out of retries, or nothing moves any more.
         """
-        streams = streams or build_streams(schedule, self._setup.mtu)
-        progress = Progress(schedule, streams)
+        streams = streams or build_streams(schedule, self._setup.mtu, len(self._nic))
+        intra_host = IntraHostTransfers(schedule, self._setup.intra_host, self._setup.time_dilation)
+        progress = Progress(schedule, streams, intra_host.release)
         writer, pacer, clock = self._writer, self._pacer, self._clock
         writer.restart(schedule, streams, self._psn_offset)
         nic, nic_port = self._nic, self._setup.nic_port
@@ -239,7 +245,7 @@ class TickLoop:
         offset = self._psn_offset
         released = progress.released_packets + offset
         wire_before = streams.wire_bytes_before
-        ends = streams.message_end_packet + streams.first_packet[schedule.connection]
+        ends = streams.message_end_packet + streams.first_packet[np.minimum(schedule.connection, count)]
         wire_at_end = wire_before[ends].tolist()
         ns_per_byte = (1e9 / self._setup.wall_port_rate_bytes_per_s[nic_port])[nic].tolist()
         line = self._arrivals
@@ -269,6 +275,7 @@ class TickLoop:
         progress_ns = np.full(count, begin, np.int64)
         last_arrival_ns = moved_ns = due = begin
         progress.released_at_ns[:] = begin
+        intra_host.begin(begin)
         nic_released_at = np.full(nics, float(begin))
         ticks = 0
         while True:
@@ -286,8 +293,12 @@ class TickLoop:
                 seen_messages[moved] = arrivals[moved]
                 np.add(progress.released_packets, offset, out=released)
                 moved_ns = now
-                if not progress.pending_transfers:
-                    break
+            if intra_host.busy:
+                last_arrival_ns = max(last_arrival_ns, round(intra_host.advance(now + tick_ns, progress)))
+                np.add(progress.released_packets, offset, out=released)
+                moved_ns = now
+            if not progress.pending_transfers:
+                break
 
             self._feedback.next_snapshot[:] = self._feedback_fields
             acked, naks, nak_position = self._feedback.advance(now)
@@ -383,7 +394,7 @@ class TickLoop:
         waits_ns = self._probe.waits_ns()
         unaccounted_bytes = self._settle(streams)
         self._psn_offset += streams.packets
-        self._message_offset += np.array([len(t) for t in streams.transfers_of], np.int64)
+        self._message_offset += streams.messages
         machine = MachineSamples(
             wall_tick_ns=tick_ns,
             wall_lateness_ns=np.array(recorded.lateness_ns, np.int64),
@@ -397,7 +408,8 @@ class TickLoop:
             unaccounted_bytes=unaccounted_bytes,
             resolution_error_fraction=self._setup.resolution_error_fraction,
         )
-        return IterationResult(last_arrival_ns - begin, moved_ns - begin, retransmitted, machine)
+        nvlink_bytes = intra_host.arrived_bytes
+        return IterationResult(last_arrival_ns - begin, moved_ns - begin, retransmitted, machine, nvlink_bytes)
 
     def _gained_ns(self) -> float:
         """Return the time that the fastest of the congested switch ports gained in this iteration."""

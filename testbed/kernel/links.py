@@ -135,9 +135,7 @@ def create_route(
         table: Number of the routing table, below 256.
     """
     scope, kind = _RT_SCOPE_UNIVERSE, _RTN_UNICAST if next_hops else _RTN_UNREACHABLE
-    payload = struct.pack(
-        "=BBBBBBBBI", socket.AF_INET, prefix_len, 0, 0, table, _RTPROT_STATIC, scope, kind, 0
-    )
+    payload = struct.pack("=BBBBBBBBI", socket.AF_INET, prefix_len, 0, 0, table, _RTPROT_STATIC, scope, kind, 0)
     if prefix_len:
         payload += attribute(_RTA_DST, struct.pack("!I", prefix))
     if len(next_hops) == 1:

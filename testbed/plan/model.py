@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from testbed.collectives import Schedule
+from testbed.collectives import IntraHostLinks, Schedule
 from testbed.plan.dilation import TimeDilation
 from testbed.plan.operations import (
     MAIN_TABLE,
@@ -56,9 +56,11 @@ class PlannedWorkload:
         workload: The item.
         order: Ranks that take part, in the order of the collective.
         schedule: Its transfers.
-        connections: A QP pair per connection of the schedule.
-        paths: The path of each connection's data.
-        one_way_ns: Propagation and one frame time per hop of each path, shape ``(connections,)``.
+        connections: A QP pair for each of the schedule's first connections, those between hosts. The others join ranks of
+            one host and have none.
+        paths: The path of each QP pair's data.
+        one_way_ns: Propagation and one frame time per hop of each path, shape ``(paths,)``.
+        intra_host: What carries the schedule's other connections.
         ideal_cct_ns: Completion time over a non-blocking core.
         predicted_cct_ratio: Expected CCT over ideal, from the forwarding tables.
         traffic_factor: busbw / algbw: the bytes that the busiest NIC must carry each way per byte of `size_bytes`.
@@ -72,6 +74,7 @@ class PlannedWorkload:
     connections: tuple[Connection, ...]
     paths: tuple[Path, ...]
     one_way_ns: npt.NDArray[np.int64]
+    intra_host: IntraHostLinks
     ideal_cct_ns: float
     predicted_cct_ratio: float
     traffic_factor: float
@@ -102,6 +105,11 @@ class PlannedWorkload:
     def nranks(self) -> int:
         """Return the number of ranks that take part."""
         return len(self.order)
+
+    @property
+    def nvlink_bytes(self) -> int:
+        """Return the payload that stays inside hosts, in an iteration."""
+        return int(self.schedule.nbytes[self.schedule.connection >= len(self.connections)].sum())
 
 
 @dataclass(frozen=True, eq=False)

@@ -209,6 +209,7 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
                 "warmup_iters": planned.workload.warmup_iters,
                 "connections": len(planned.connections),
                 "transfers": len(planned.schedule.nbytes),
+                "nvlink_bytes": planned.nvlink_bytes,
                 "cct_ideal_ns": planned.ideal_cct_ns,
                 "predicted_cct_ratio": planned.predicted_cct_ratio,
                 "wall_duration_ns": expected_wall_ns(plan, planned),

@@ -46,6 +46,7 @@ class CollectiveResult:
         algbw_bytes_per_s: Size / median completion time.
         busbw_bytes_per_s: Algorithm bandwidth times the bytes that each NIC must send per byte of the buffer.
         predicted_cct_ratio: What the load prediction gave for `cct_ratio` before the run.
+        nvlink_bytes: Payload of an iteration that stayed inside hosts. A model of NVLink carried it, no packets.
     """
 
     collective: str
@@ -59,6 +60,7 @@ class CollectiveResult:
     algbw_bytes_per_s: float | None = None
     busbw_bytes_per_s: float | None = None
     predicted_cct_ratio: float | None = None
+    nvlink_bytes: int | None = None
 
     @classmethod
     def from_samples(
@@ -73,6 +75,7 @@ class CollectiveResult:
         cct_ideal_ns: float | None,
         traffic_factor: float,
         predicted_cct_ratio: float | None = None,
+        nvlink_bytes: int | None = None,
     ) -> Self:
         """Return the result with every figure that follows from the samples; None where there are none.
 
@@ -86,6 +89,7 @@ class CollectiveResult:
             cct_ideal_ns: Completion time over a core that never blocks, if known.
             traffic_factor: busbw / algbw of the algorithm.
             predicted_cct_ratio: As in the attribute.
+            nvlink_bytes: As in the attribute.
 
         Source:
             nccl-tests, doc/PERFORMANCE.md (algbw and busbw).
@@ -104,6 +108,7 @@ class CollectiveResult:
             algbw_bytes_per_s=algbw,
             busbw_bytes_per_s=None if algbw is None else algbw * traffic_factor,
             predicted_cct_ratio=predicted_cct_ratio,
+            nvlink_bytes=nvlink_bytes,
         )
 
 

@@ -248,8 +248,8 @@ class Nvlink(_Section):
         "What a GPU sends, and what it receives, at most; NVLink's data sheets give the sum of both directions.",
         default="3600 Gbit/s",
     )
-    latency_ns: Annotated[int, _DELAY] = _key(
-        "latency", "From a byte's leaving a GPU to its arrival at another.", default="2 us"
+    delay_ns: Annotated[int, _DELAY] = _key(
+        "delay", "Latency: from a byte's leaving a GPU to its arrival at another.", default="2 us"
     )
 
 
@@ -472,9 +472,9 @@ class CollectiveWorkload(_Iterated):
     )
     algorithm: Annotated[Algorithm, kinds.choice(Algorithm)] = _derived_key(
         "algorithm",
-        "Its schedule. all_reduce: ring, halving_doubling, double_binary_tree, hierarchical; broadcast and reduce: ring, binary_tree; "
-        "all_to_all: direct (all at once), pairwise; reduce_scatter and all_gather: ring; gather, scatter and send_recv: "
-        "direct. Default: the first of these.",
+        "Its schedule. all_reduce: ring, halving_doubling, double_binary_tree, hierarchical (NVLink inside the hosts, a ring "
+        "per GPU between them); broadcast and reduce: ring, binary_tree; all_to_all: direct (all at once), pairwise; "
+        "reduce_scatter and all_gather: ring; gather, scatter and send_recv: direct. Default: the first of these.",
     )
     order: Annotated[RankOrder | tuple[int, ...], _ORDER] = _key(
         "order",

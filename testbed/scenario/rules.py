@@ -86,7 +86,9 @@ def _check_shape(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
 def _check_size(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     fabric = scenario.fabric
     if valid(_NICS, _GPUS) and fabric.gpus_per_host % fabric.nics_per_host:
-        rule = f"must be a multiple of nics_per_host ({fabric.nics_per_host}): the NICs of a host serve as many GPUs each"
+        rule = (
+            f"must be a multiple of nics_per_host ({fabric.nics_per_host}): the NICs of a host serve as many GPUs each"
+        )
         yield Violation(_GPUS, rule, f"give `gpus_per_host: {fabric.nics_per_host}`, or more")
     if not valid(_KIND, _LEAVES, _HOSTS, _NICS, _GPUS):
         return

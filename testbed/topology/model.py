@@ -313,9 +313,9 @@ class Topology:
         """Return the routes of the node's own kernel, which mirror the forwarding tables.
 
         Hosts send everything to their leaf, over all their NICs; what has the address of one of several NICs leaves by that
-        one, or a reply would take another way than the request came. A leaf sends all of the fabric but its own block over all spines; a
-        spine knows the block of each leaf. Of its own block a leaf reaches its host links, which are connected
-        routes; the rest is unreachable, or packets for an empty slot would travel up and down until their TTL
+        one, or a reply would take another way than the request came. A leaf sends all of the fabric but its own block
+        over all spines; a spine knows the block of each leaf. Of its own block a leaf reaches its host links, which are
+        connected routes; the rest is unreachable, or packets for an empty slot would travel up and down until their TTL
         ends. Routes to the switches' uplink addresses are left out.
 
         Returns:
