@@ -50,7 +50,7 @@ class IntraHostModel:
     """
 
     # Kinds of events, in the order in which those of one moment are taken.
-    _ARRIVED, _ENTERS, _SENT = range(3)
+    _ARRIVED, _RELEASED, _ENTERS, _SENT = range(4)
 
     def __init__(self, schedule: Schedule, links: IntraHostLinks) -> None:
         self._src: list[int] = schedule.src.tolist()
@@ -70,10 +70,7 @@ class IntraHostModel:
 
     def release(self, transfer: int, now_ns: float) -> None:
         """Let a transfer leave from ``now_ns`` on."""
-        src = self._src[transfer]
-        heapq.heappush(self._waiting[src], transfer)
-        if not self._sending[src]:
-            self._send_next(src, now_ns)
+        heapq.heappush(self._events, (now_ns, self._RELEASED, transfer))
 
     def arrivals(self, until_ns: float = math.inf) -> Iterator[tuple[float, int]]:
         """Yield what arrives up to a time as ``(time, transfer)``, in order; more may be released meanwhile."""
@@ -82,6 +79,11 @@ class IntraHostModel:
             now, kind, number = heapq.heappop(events)
             if kind == self._ARRIVED:
                 yield now, number
+            elif kind == self._RELEASED:
+                src = self._src[number]
+                heapq.heappush(self._waiting[src], number)
+                if not self._sending[src]:
+                    self._send_next(src, now)
             elif kind == self._ENTERS:
                 dst = self._dst[number]
                 self._in_free_ns[dst] = max(now, self._in_free_ns[dst]) + self._times_ns[number]
