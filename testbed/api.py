@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from testbed.measure.counters import FabricCounters
     from testbed.plan.model import Plan
     from testbed.plan.report import PathReport
-    from testbed.results import LinkDirection, Result
+    from testbed.results import Fidelity, LinkDirection, Result
     from testbed.results.graph import Graph
     from testbed.scenario import Scenario
 
@@ -610,14 +610,16 @@ class _BaselineListener:
 
         self._fabric = fabric
         self._listener = listener
-        self.baseline = Snapshot.of(fabric.arrays.queues, fabric.arrays.qps)
+        self.baseline = Snapshot.of(fabric.arrays.queues, fabric.arrays.qps, fabric.arrays.ingress)
 
     def iteration(self, number: int, of: int, *, warmup: bool) -> None:
         from testbed.measure.counters import Snapshot
 
         if number == 0 and not warmup:
             self._fabric.arrays.queues["peak_bytes"] = 0
-            self.baseline = Snapshot.of(self._fabric.arrays.queues, self._fabric.arrays.qps)
+            self.baseline = Snapshot.of(
+                self._fabric.arrays.queues, self._fabric.arrays.qps, self._fabric.arrays.ingress
+            )
         self._listener.iteration(number, of, warmup=warmup)
 
 
@@ -635,18 +637,19 @@ def _planned_capture(
 
 
 def _run_on(fabric: Fabric, listener: RunListener, capture: Capture | None = None) -> Result:
-    """Run every workload item over a fabric, one after the other."""
+    """Run every workload item, at each of its sizes, over a fabric, one after the other."""
     from testbed.assemble import assemble_result
     from testbed.carriers.engine import engine_carrier
     from testbed.host import MachineCounters, read_host_facts
     from testbed.measure.counters import FabricCounters, Snapshot
-    from testbed.measure.verdict import judge, worst
+    from testbed.measure.verdict import judge
     from testbed.units import format_size
 
     plan = fabric.plan
     host = read_host_facts()
     samples: list[WorkloadSamples] = []
-    counters: FabricCounters | None = None
+    counters: list[FabricCounters] = []
+    fidelities: list[Fidelity] = []
     waiting = "waiting for another run on this machine"
     with engine_carrier(fabric, lambda: listener.note(waiting)) as (carrier, refused):
         before = MachineCounters.read()
@@ -654,26 +657,23 @@ def _run_on(fabric: Fabric, listener: RunListener, capture: Capture | None = Non
             listener.note(f"{planned.collective_name} ({planned.algorithm_name}) of {format_size(planned.size_bytes)}")
             heard = _BaselineListener(fabric, listener)
             samples.append(carrier.run(index, heard))
-            counted = FabricCounters.between(
-                heard.baseline,
-                Snapshot.of(fabric.arrays.queues, fabric.arrays.qps),
-                wall_duration_ns=sum(one.wall_duration_ns for one in samples[-1].machine),
+            counters.append(
+                FabricCounters.between(
+                    heard.baseline,
+                    Snapshot.of(fabric.arrays.queues, fabric.arrays.qps, fabric.arrays.ingress),
+                    wall_duration_ns=sum(one.wall_duration_ns for one in samples[-1].machine),
+                )
             )
-            counters = counted if counters is None else counters + counted
-        after = MachineCounters.read()
-    if counters is None:
-        raise TestbedError("the workload is empty")
-    # Item by item: a bad one must not hide behind good ones.
-    fidelity = worst(
-        [
-            judge(
-                sample.machine,
-                wall_tick_ns=plan.dilation.wall_tick_ns,
-                softnet_drops=after.drops_since(before),
-                steal_fraction=after.steal_fraction_since(before),
+            after = MachineCounters.read()
+            # Row by row: a bad one must not hide behind good ones, nor spoil them.
+            fidelities.append(
+                judge(
+                    samples[-1].machine,
+                    wall_tick_ns=plan.dilation.wall_tick_ns,
+                    softnet_drops=after.drops_since(before),
+                    steal_fraction=after.steal_fraction_since(before),
+                )
             )
-            for sample in samples
-        ]
-    )
+            before = after
     warnings = [*refused, *(capture.stop().warnings() if capture is not None else ())]
-    return assemble_result(plan, samples, counters, fidelity, host=host, warnings=warnings)
+    return assemble_result(plan, samples, counters, fidelities, host=host, warnings=warnings)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from testbed.carriers.protocol import WorkloadSamples
 from testbed.measure.counters import FabricCounters
+from testbed.measure.verdict import worst
 from testbed.plan.model import Plan
 from testbed.results import (
     Check,
     CollectiveResult,
+    FabricCounts,
     FabricResult,
     Fidelity,
     FidelityVerdict,
@@ -20,17 +28,18 @@ from testbed.results import (
     Result,
 )
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
-from testbed.scenario import Expectation, Verdict, evaluate
+from testbed.scenario import CongestionControl, Expectation, Verdict, evaluate, parse_expectation
 
-# Which of several workload items a check looks at: the one that is furthest from holding.
-_WORST: Mapping[str, Callable[[Sequence[float]], float]] = {"<=": max, "<": max, ">=": min, ">": min}
+# Which of several rows a check looks at: the one that is furthest from holding.
+_WORST: Mapping[str, Callable[..., int]] = {"<=": max, "<": max, ">=": min, ">": min}
+_LOSSLESS = parse_expectation("headroom_drops_packets == 0")
 
 
 def assemble_result(
     plan: Plan,
     samples: Sequence[WorkloadSamples],
-    counters: FabricCounters,
-    fidelity: Fidelity,
+    counters: Sequence[FabricCounters],
+    fidelities: Sequence[Fidelity],
     *,
     host: Mapping[str, Any],
     warnings: Sequence[str],
@@ -39,15 +48,15 @@ def assemble_result(
 
     Args:
         plan: What was run.
-        samples: Raw figures of each workload item, in order.
-        counters: What the fabric did in the measured iterations, all items together.
-        fidelity: The verdict on the machine.
+        samples: Raw figures of each row, one per workload item and size, in order; at least one.
+        counters: What the fabric did in each row's measured iterations.
+        fidelities: The verdict on the machine for each row; the worst is the run's.
         host: Facts about it.
         warnings: Beside the plan's own.
     """
-    results = collective_results(plan, samples)
-    fabric = fabric_result(plan, counters, sum(sample.retransmitted_packets for sample in samples))
-    trusted = fidelity.verdict is not FidelityVerdict.INVALID
+    results = collective_results(plan, samples, counters, fidelities)
+    together = functools.reduce(operator.add, counters)
+    fabric = fabric_result(plan, together, samples)
     return Result(
         scenario=plan.scenario.resolved(),
         seed=plan.scenario.seed,
@@ -55,14 +64,27 @@ def assemble_result(
         host=host,
         results=results,
         fabric=fabric,
-        fidelity=fidelity,
-        checks=tuple(judge_check(line, results, fabric, trusted=trusted) for line in plan.scenario.expect),
+        fidelity=worst(fidelities),
+        checks=tuple(judge_check(line, results) for line in expectations(plan)),
         warnings=(*plan.warnings, *warnings),
     )
 
 
-def collective_results(plan: Plan, samples: Sequence[WorkloadSamples]) -> tuple[CollectiveResult, ...]:
-    """Return the row of each workload item."""
+def expectations(plan: Plan) -> tuple[Expectation, ...]:
+    """Return what must hold: the scenario's lines, and that a lossless priority loses nothing."""
+    stated = plan.scenario.expect
+    if not plan.pausing or any(one.metric == _LOSSLESS.metric for one in stated):
+        return stated
+    return (*stated, _LOSSLESS)
+
+
+def collective_results(
+    plan: Plan,
+    samples: Sequence[WorkloadSamples],
+    counters: Sequence[FabricCounters],
+    fidelities: Sequence[Fidelity],
+) -> tuple[CollectiveResult, ...]:
+    """Return the row of each workload item and size."""
     return tuple(
         CollectiveResult.from_samples(
             collective=planned.collective_name,
@@ -74,29 +96,50 @@ def collective_results(plan: Plan, samples: Sequence[WorkloadSamples]) -> tuple[
             cct_ideal_ns=planned.ideal_cct_ns,
             traffic_factor=planned.traffic_factor,
             predicted_cct_ratio=planned.predicted_cct_ratio,
+            count=planned.count,
+            fabric=fabric_counts(fabric_result(plan, counted, [sample])),
+            fidelity=fidelity,
             nvlink_bytes=max(sample.nvlink_bytes, default=None),
         )
-        for planned, sample in zip(plan.workloads, samples, strict=True)
+        for planned, sample, counted, fidelity in zip(plan.workloads, samples, counters, fidelities, strict=True)
     )
 
 
-def fabric_result(plan: Plan, counters: FabricCounters, retransmitted_packets: int) -> FabricResult:
-    """Return what the fabric counted; figures of mechanisms that are not built stay None."""
+def fabric_counts(fabric: FabricResult) -> FabricCounts:
+    """Return what the fabric counted without its links."""
+    return FabricCounts(**{one.name: getattr(fabric, one.name) for one in fields(FabricCounts)})
+
+
+def fabric_result(plan: Plan, counters: FabricCounters, samples: Sequence[WorkloadSamples]) -> FabricResult:
+    """Return what the fabric counted; figures of mechanisms that are off stay None."""
+    controlled = plan.scenario.transport.congestion_control is not CongestionControl.NONE
+    paused_ns = sum((sample.wall_paused_ns for sample in samples), np.zeros(len(plan.topology.ports) + 1))
     return FabricResult(
         drops_packets=int(counters.drops_packets.sum()),
+        headroom_drops_packets=int(counters.headroom_drops_packets.sum()) if plan.pausing else None,
+        lost_packets=int(counters.lost_packets.sum()),
         out_of_order_packets=counters.out_of_order_packets,
-        retransmitted_packets=retransmitted_packets,
+        retransmitted_packets=sum(sample.retransmitted_packets for sample in samples),
         nak_packets=counters.nak_packets,
+        ecn_marked_packets=int(counters.marked_packets.sum()) if plan.marking else None,
+        cnp_packets=counters.cnp_packets if controlled else None,
+        pause_frames=int(counters.pause_frames.sum()) if plan.pausing else None,
+        paused_fraction_max=float(paused_ns.max()) / counters.wall_duration_ns
+        if plan.pausing and counters.wall_duration_ns
+        else None,
         links=tuple(
-            LinkResult(link.name, tuple(link_direction(plan, counters, port) for port in (link.a, link.b)))
+            LinkResult(link.name, tuple(link_direction(plan, counters, port, paused_ns) for port in (link.a, link.b)))
             for link in plan.topology.links
         ),
     )
 
 
-def link_direction(plan: Plan, counters: FabricCounters, port_id: int) -> LinkDirection:
+def link_direction(
+    plan: Plan, counters: FabricCounters, port_id: int, wall_paused_ns: npt.NDArray[np.float64]
+) -> LinkDirection:
     """Return what one port sent."""
     port = plan.topology.port(port_id)
+    pausable = plan.is_pausable(port.id)
     return LinkDirection(
         src=plan.topology.port_name(port.id),
         dst=plan.topology.port_name(port.peer),
@@ -109,49 +152,63 @@ def link_direction(plan: Plan, counters: FabricCounters, port_id: int) -> LinkDi
         ),
         peak_depth_bytes=int(counters.peak_bytes[port.id]),
         drops_packets=int(counters.drops_packets[port.id]),
+        marked_packets=int(counters.marked_packets[port.id]) if port.id in plan.marking else None,
+        lost_packets=int(counters.lost_packets[port.id]),
+        pause_frames=int(counters.pause_frames[port.id]) if pausable else None,
+        paused_fraction=float(wall_paused_ns[port.id]) / counters.wall_duration_ns
+        if pausable and counters.wall_duration_ns
+        else None,
     )
 
 
-def judge_check(
-    expectation: Expectation, results: Sequence[CollectiveResult], fabric: FabricResult, *, trusted: bool
-) -> Check:
-    """Return what came of one line of ``expect:``.
+def judge_check(expectation: Expectation, results: Sequence[CollectiveResult]) -> Check:
+    """Return what came of one line of ``expect:``, which must hold in every row.
 
-    A metric that every workload item has is judged by the item furthest from holding; ``cct_ns`` is the median of an
-    item's iterations. It is not judged where an item lacks it.
+    It fails if one row whose figures may be judged fails. Otherwise it is not judged if a row's verdict is ``invalid`` or a
+    row lacks the metric. ``cct_ns`` is the median of a row's iterations.
 
     Args:
         expectation: The line.
-        results: One row per workload item.
-        fabric: What the fabric counted.
-        trusted: Whether the figures may be judged at all.
+        results: The rows, one per workload item and size.
     """
-    observed = _observe(expectation, results, fabric)
+    figures = {index: _figure(expectation.metric, row) for index, row in enumerate(results)}
+    judged = {index: figure for index, figure in figures.items() if _may_be_judged(results[index])}
+    row = _furthest(expectation, judged)
+    verdict = evaluate(expectation, None if row is None else judged[row], trusted=True)
+    if verdict is not Verdict.FAIL:
+        if len(judged) < len(figures) or None in figures.values():
+            verdict = Verdict.NOT_JUDGED
+        row = _furthest(expectation, figures)
     return Check(
         expect=expectation.text,
         metric=expectation.metric,
         expected=expectation.value,
-        observed=observed,
-        verdict=str(evaluate(expectation, observed, trusted)),
+        observed=None if row is None else figures[row],
+        verdict=str(verdict),
+        row=row,
     )
 
 
-def _observe(expectation: Expectation, results: Sequence[CollectiveResult], fabric: FabricResult) -> float | None:
-    metric = expectation.metric
-    if hasattr(fabric, metric):
-        counted: float | None = getattr(fabric, metric)
-        return counted
-    figures: list[float] = []
-    for row in results:
-        figure = (statistics.median(row.cct_ns) if row.cct_ns else None) if metric == "cct_ns" else getattr(row, metric)
-        if figure is None:
-            return None
-        figures.append(figure)
-    if not figures:
+def _may_be_judged(row: CollectiveResult) -> bool:
+    return row.fidelity is not None and row.fidelity.verdict is not FidelityVerdict.INVALID
+
+
+def _figure(metric: str, row: CollectiveResult) -> float | None:
+    """Return the figure of a row, None where nothing measured it."""
+    if metric == "cct_ns":
+        return statistics.median(row.cct_ns) if row.cct_ns else None
+    figure: float | None = getattr(row.fabric if hasattr(row.fabric, metric) else row, metric)
+    return figure
+
+
+def _furthest(expectation: Expectation, figures: Mapping[int, float | None]) -> int | None:
+    """Return which row is furthest from holding, None where no row has a figure."""
+    known = {index: figure for index, figure in figures.items() if figure is not None}
+    if not known:
         return None
     if expectation.operator in _WORST:
-        return _WORST[expectation.operator](figures)
-    for figure in figures:  # == and !=: the first that does not hold, else any
+        return _WORST[expectation.operator](known, key=known.__getitem__)
+    for index, figure in known.items():  # == and !=: the first that does not hold, else any
         if evaluate(expectation, figure, trusted=True) is Verdict.FAIL:
-            return figure
-    return figures[0]
+            return index
+    return next(iter(known))

@@ -36,6 +36,7 @@ SEC(".rodata.config") const volatile struct tb_config config = {};
 
 TB_ARRAY(tb_ports, struct tb_port);
 TB_ARRAY(tb_queues, struct tb_queue);
+TB_ARRAY(tb_ingress, struct tb_ingress);
 TB_ARRAY(tb_nodes, struct tb_node);
 TB_ARRAY(tb_fib, __s32);      /* [node * slots + slot]: group, -1 = none */
 TB_ARRAY(tb_groups, struct tb_group);
@@ -73,6 +74,13 @@ static __always_inline struct tb_queue *queue_of(__u32 port, __u32 priority)
 	return bpf_map_lookup_elem(&tb_queues, &key);
 }
 
+static __always_inline struct tb_ingress *ingress_of(__u32 port, __u32 priority)
+{
+	__u32 key = port * TB_PRIORITIES + (priority & (TB_PRIORITIES - 1));
+
+	return bpf_map_lookup_elem(&tb_ingress, &key);
+}
+
 static __always_inline struct tb_port *port_of(__u32 id)
 {
 	return bpf_map_lookup_elem(&tb_ports, &id);
@@ -94,35 +102,139 @@ static __always_inline void choose_transmit_queue(struct __sk_buff *skb, __u32 p
 	skb->queue_mapping = (config.control_priorities >> priority) & 1 ? 2 : 1;
 }
 
-/* The frame left the egress queue of the port at the other end of the link. */
-static __always_inline void account_dequeue(const struct tb_port *port, const struct ethhdr *eth, __u32 priority,
-					    __u32 len)
+/* What of the shared memory is free, never negative. */
+static __always_inline __u64 free_shared(const struct tb_node *node)
 {
-	struct tb_queue *queue;
-	struct tb_node *node;
+	__s64 left = (__s64)node->shared_bytes - node->used_bytes;
 
-	/* Whatever source MAC a host writes, its egress program has counted the frame. */
-	if (!(port->flags & TB_PORT_PEER_HOST) && MAC_INGRESS(eth->h_source) == TB_INGRESS_KERNEL)
+	return left > 0 ? left : 0;
+}
+
+/* Ingress bytes above which to pause: static, or a share of what is free (dynamic threshold). */
+static __always_inline __u64 xoff_threshold(const struct tb_ingress *ingress, const struct tb_node *node)
+{
+	return ingress->xoff_bytes ?: (free_shared(node) * ingress->alpha) >> 16;
+}
+
+/* A frame that came in at a lossless priority has left the switch. */
+static __always_inline void release_ingress(__u32 port, __u32 priority, const struct tb_node *node, __u32 len)
+{
+	struct tb_ingress *ingress = ingress_of(port, priority);
+	__s64 used;
+
+	if (!ingress || !ingress->lossless)
 		return;
-	queue = queue_of(port->peer, priority);
-	if (queue) {
-		__sync_fetch_and_add(&queue->deq_bytes, len);
-		__sync_fetch_and_add(&queue->deq_packets, 1);
-	}
-	if (!(port->flags & TB_PORT_PEER_HOST)) {
-		node = node_of(port->peer_node);
-		if (node)
-			__sync_fetch_and_add(&node->used_bytes, -(__s64)len);
+	used = __sync_fetch_and_add(&ingress->used_bytes, -(__s64)len) - len;
+	if (ingress->xoff && used + (__s64)ingress->hysteresis_bytes <= (__s64)xoff_threshold(ingress, node)) {
+		ingress->changed_ns = bpf_ktime_get_ns();
+		ingress->xoff = 0;
+		__sync_fetch_and_add(&ingress->changes, 1);
 	}
 }
 
-static __always_inline void account_enqueue(struct tb_queue *queue, __u32 len, __u32 packets)
+/* The frame left the egress queue of the port at the other end of the link. Returns 1 if the link then lost it. */
+static __always_inline int account_dequeue(const struct tb_port *port, const struct ethhdr *eth, __u32 priority,
+					   __u32 len)
+{
+	struct tb_queue *queue;
+	struct tb_node *node;
+	__u16 mark = MAC_INGRESS(eth->h_source);
+
+	/* Whatever source MAC a host writes, its egress program has counted the frame. */
+	if (!(port->flags & TB_PORT_PEER_HOST) && mark == TB_INGRESS_KERNEL)
+		return 0;
+	queue = queue_of(port->peer, priority);
+	if (!queue)
+		return 0;
+	__sync_fetch_and_add(&queue->deq_bytes, len);
+	__sync_fetch_and_add(&queue->deq_packets, 1);
+	if (!(port->flags & TB_PORT_PEER_HOST)) {
+		node = node_of(port->peer_node);
+		if (node) {
+			__sync_fetch_and_add(&node->used_bytes, -(__s64)len);
+			release_ingress(mark, priority, node, len);
+		}
+	}
+	if (queue->loss_threshold && bpf_get_prandom_u32() < queue->loss_threshold) {
+		__sync_fetch_and_add(&queue->lost_packets, 1);
+		return 1;
+	}
+	return 0;
+}
+
+/* Returns the depth with this frame. */
+static __always_inline __u64 account_enqueue(struct tb_queue *queue, __u32 len, __u32 packets)
 {
 	__u64 depth = __sync_fetch_and_add(&queue->enq_bytes, len) + len - queue->deq_bytes;
 
 	__sync_fetch_and_add(&queue->enq_packets, packets);
 	if (depth > queue->peak_bytes)
 		queue->peak_bytes = depth;
+	return depth;
+}
+
+/* Marks CE by the instantaneous depth, as a switch's RED profile without averaging does (DCQCN's congestion point). */
+static __always_inline void mark_congestion(struct tb_queue *queue, struct iphdr *ip, __u64 depth)
+{
+	__u32 old, check;
+
+	if (!queue->kmax_bytes || depth <= queue->kmin_bytes || !(ip->tos & 3) || (ip->tos & 3) == 3)
+		return;
+	if (depth <= queue->kmax_bytes &&
+	    bpf_get_prandom_u32() >= ((depth - queue->kmin_bytes) * queue->mark_slope) >> 16)
+		return;
+	/* RFC 1624: HC' = ~(~HC + ~m + m') over the word of version, header length and TOS */
+	old = ip->tos;
+	ip->tos |= 3;
+	check = (__u16)~bpf_ntohs(ip->check) + (__u16)~old + ip->tos;
+	check = (check & 0xffff) + (check >> 16);
+	check = (check & 0xffff) + (check >> 16);
+	ip->check = bpf_htons(~check);
+	__sync_fetch_and_add(&queue->marked_packets, 1);
+}
+
+/* Whether a switch takes a frame in: the shared memory, a lossless frame's headroom, a lossy frame's queue. */
+static __always_inline int admit(struct tb_node *node, struct tb_queue *queue, struct tb_ingress *ingress, __u32 len)
+{
+	__s64 used = node->used_bytes + len;
+	__u64 depth;
+
+	if (ingress && ingress->lossless) {
+		if (used > (__s64)node->limit_bytes ||
+		    (ingress->xoff && ingress->used_bytes + (__s64)len > (__s64)ingress->ceiling_bytes)) {
+			__sync_fetch_and_add(&ingress->headroom_drops_packets, 1);
+			return 0;
+		}
+		return 1;
+	}
+	if (used > (__s64)node->shared_bytes)
+		return 0;
+	depth = queue->enq_bytes - queue->deq_bytes + len;
+	if (queue->limit_bytes && depth > queue->limit_bytes)
+		return 0;
+	return !queue->alpha || depth <= (free_shared(node) * queue->alpha) >> 16;
+}
+
+/* A frame came in at a lossless priority: ask the peer to pause where it is one too many. */
+static __always_inline void charge_ingress(struct tb_ingress *ingress, const struct tb_node *node, __u32 len)
+{
+	__s64 used = __sync_fetch_and_add(&ingress->used_bytes, (__s64)len) + len, over;
+
+	if (used > (__s64)ingress->peak_bytes)
+		ingress->peak_bytes = used;
+	if (ingress->xoff) {
+		over = used - (__s64)(ingress->ceiling_bytes - ingress->headroom_bytes);
+		if (over > (__s64)ingress->headroom_peak_bytes)
+			ingress->headroom_peak_bytes = over;
+		return;
+	}
+	if (used > (__s64)xoff_threshold(ingress, node)) {
+		ingress->ceiling_bytes = used + ingress->headroom_bytes;
+		ingress->changed_ns = bpf_ktime_get_ns();
+		ingress->xoffs++;
+		ingress->xoff = 1;
+		__sync_fetch_and_add(&ingress->changes, 1);
+	}
 }
 
 /* Linear bytes up to `want`: an AF_PACKET frame larger than a page arrives with 14. */
@@ -141,6 +253,53 @@ static __always_inline int is_carried(const struct __sk_buff *skb, const struct 
 	return eth->h_proto == bpf_htons(ETH_P_IP) && !(eth->h_dest[0] & 1) && !skb->vlan_present;
 }
 
+struct pfc_frame {
+	struct ethhdr eth;
+	__be16 opcode;
+	__be16 enabled;
+	__be16 quanta[TB_PRIORITIES];
+} __attribute__((packed));
+
+/* What is not carried: a PFC frame is noted for the tick, a kick turned round, all else left to the kernel. */
+static __always_inline int receive_other(struct __sk_buff *skb, const struct tb_port *port)
+{
+	__u32 id = skb->ifindex - config.ifindex_base, priority;
+	struct pfc_frame *frame;
+	struct tb_queue *queue;
+	struct ethhdr *eth;
+
+	if (pull(skb, sizeof(*frame)) < 0)
+		return TC_ACT_OK;
+	frame = (void *)(long)skb->data;
+	if ((void *)(frame + 1) > (void *)(long)skb->data_end)
+		return TC_ACT_OK;
+	eth = &frame->eth;
+	if (eth->h_proto == bpf_htons(TB_ETH_P_KICKED))
+		return TC_ACT_SHOT;
+	if (eth->h_proto == bpf_htons(TB_ETH_P_KICK)) {
+		eth->h_proto = bpf_htons(TB_ETH_P_KICKED);
+		skb->queue_mapping = 1;
+		skb->priority = bpf_ntohs(frame->opcode);
+		return bpf_redirect(skb->ifindex, 0);
+	}
+	if (eth->h_proto != bpf_htons(TB_ETH_P_MAC_CONTROL) || frame->opcode != bpf_htons(TB_PFC_OPCODE))
+		return TC_ACT_OK;
+#pragma unroll
+	for (priority = 0; priority < TB_PRIORITIES; priority++) {
+		if (!(bpf_ntohs(frame->enabled) >> priority & 1))
+			continue;
+		queue = queue_of(id, priority);
+		if (!queue)
+			continue;
+		queue->pause_quanta = bpf_ntohs(frame->quanta[priority]);
+		queue->pause_received_ns = bpf_ktime_get_ns();
+		if (queue->pause_quanta)
+			queue->xoff_frames++;
+		__sync_fetch_and_add(&queue->pause_frames, 1);
+	}
+	return TC_ACT_SHOT;
+}
+
 struct flow_words {
 	__u32 ports;
 	__u32 dest_qp;
@@ -152,6 +311,7 @@ int switch_ingress(struct __sk_buff *skb)
 	__u32 id = skb->ifindex - config.ifindex_base;
 	struct flow_words flow = {};
 	struct tb_port *port, *egress_port;
+	struct tb_ingress *ingress;
 	struct tb_group *group;
 	struct tb_queue *queue;
 	struct tb_node *node;
@@ -167,13 +327,16 @@ int switch_ingress(struct __sk_buff *skb)
 	end = (void *)(long)skb->data_end;
 	eth = data;
 	ip = data + TB_ETH_HLEN;
-	if ((void *)(ip + 1) > end || !is_carried(skb, eth))
+	if ((void *)(ip + 1) > end)
 		return TC_ACT_OK;
 	port = port_of(id);
 	if (!port)
 		return TC_ACT_OK;
+	if (!is_carried(skb, eth))
+		return receive_other(skb, port);
 	priority = priority_of(ip);
-	account_dequeue(port, eth, priority, len);
+	if (account_dequeue(port, eth, priority, len))
+		return TC_ACT_SHOT;
 
 	slot = (bpf_ntohl(ip->daddr) - config.host_network) >> 1;
 	if (slot >= config.slots || !(bpf_ntohl(ip->daddr) & 1) || ip->ttl <= 1 || ip->ihl != 5)
@@ -219,17 +382,20 @@ int switch_ingress(struct __sk_buff *skb)
 	egress_id = *member;
 	egress_port = port_of(egress_id);
 	queue = queue_of(egress_id, priority);
+	ingress = ingress_of(id, priority);
 	node = node_of(port->node);
-	if (!egress_port || !queue || !node)
+	if (!egress_port || !queue || !ingress || !node)
 		goto no_route;
 
 	/* Admission: the drop comes before the accounting, so that enq - deq never drifts. */
-	if (node->used_bytes + (__s64)len > (__s64)node->limit_bytes) {
+	if (!admit(node, queue, ingress, len)) {
 		__sync_fetch_and_add(&queue->drop_packets, 1);
 		return TC_ACT_SHOT;
 	}
 	__sync_fetch_and_add(&node->used_bytes, (__s64)len);
-	account_enqueue(queue, len, 1);
+	if (ingress->lossless)
+		charge_ingress(ingress, node, len);
+	mark_congestion(queue, ip, account_enqueue(queue, len, 1));
 
 	/* As ip_decrease_ttl(): the checksum grows by 0x0100, and is never 0xffff (RFC 1624). */
 	{
@@ -288,90 +454,127 @@ static __always_inline __u32 crc_byte(__u32 crc, __u8 byte)
 	return crc_table[(crc ^ byte) & 0xff] ^ (crc >> 8);
 }
 
-struct ack_frame {
+struct answer_frame {
 	struct ethhdr eth;
 	struct iphdr ip;
 	struct udphdr udp;
 	struct bth bth;
-	__be32 aeth;
-	__u32 icrc;
+	__be32 words[4]; /* AETH of an ACK; sixteen zero bytes of a CNP */
+	__u32 spare;
 } __attribute__((packed));
 
-/* Answer with an ACK or a NAK by turning the very packet round. */
-static __always_inline int answer(struct __sk_buff *skb, const struct tb_qp *qp, __u32 psn, __u8 syndrome)
-{
-	struct ack_frame *ack;
-	__be32 saddr, daddr;
+/* Both ends of a data packet that is to be answered. */
+struct answered {
+	__be32 local;
+	__be32 remote;
 	__u8 mac[6];
+};
+
+static __always_inline void note_answered(struct answered *to, const struct ethhdr *eth, const struct iphdr *ip)
+{
+	to->local = ip->daddr;
+	to->remote = ip->saddr;
+	__builtin_memcpy(to->mac, eth->h_dest, 6);
+}
+
+/* Turn the very packet into an answer of `len` bytes; returns 0 if that fails. */
+static __always_inline int write_answer(struct __sk_buff *skb, const struct answered *to, const struct tb_qp *qp,
+					__u8 opcode, __u8 becn, __u32 psn, __u32 aeth, const __u32 len)
+{
+	struct answer_frame *frame;
+	struct tb_port *port = port_of(skb->ifindex - config.ifindex_base);
 	__u32 crc = 0xffffffff, sum;
 	__u8 *covered;
 	int i;
 
-	if (bpf_skb_change_tail(skb, TB_ACK_LEN, 0) < 0 || pull(skb, TB_ACK_LEN) < 0)
-		return TC_ACT_SHOT;
-	ack = (void *)(long)skb->data;
-	if ((void *)(ack + 1) > (void *)(long)skb->data_end)
-		return TC_ACT_SHOT;
-	__builtin_memcpy(mac, ack->eth.h_dest, 6);
+	if (!port || bpf_skb_change_tail(skb, len, 0) < 0 || pull(skb, len) < 0)
+		return 0;
+	frame = (void *)(long)skb->data;
+	if ((void *)frame + len > (void *)(long)skb->data_end)
+		return 0;
 	/* The leaf is the next hop: its MAC is that of this port's peer; ours says "from a host". */
-	{
-		struct tb_port *port = port_of(skb->ifindex - config.ifindex_base);
-
-		if (!port)
-			return TC_ACT_SHOT;
-		__builtin_memcpy(ack->eth.h_dest, port->peer_mac, 6);
-	}
-	__builtin_memcpy(ack->eth.h_source, mac, 6);
-	saddr = ack->ip.saddr;
-	daddr = ack->ip.daddr;
-	ack->ip.tos = 48 << 2;
-	ack->ip.tot_len = bpf_htons(TB_ACK_LEN - TB_ETH_HLEN);
-	ack->ip.id = 0;
-	ack->ip.frag_off = bpf_htons(0x4000);
-	ack->ip.ttl = 64;
-	ack->ip.protocol = IPPROTO_UDP;
-	ack->ip.saddr = daddr;
-	ack->ip.daddr = saddr;
-	sum = 0x4500 + (48 << 2) + (TB_ACK_LEN - TB_ETH_HLEN) + 0x4000 + (64 << 8 | IPPROTO_UDP);
-	sum += (bpf_ntohl(saddr) >> 16) + (bpf_ntohl(saddr) & 0xffff);
-	sum += (bpf_ntohl(daddr) >> 16) + (bpf_ntohl(daddr) & 0xffff);
+	__builtin_memcpy(frame->eth.h_dest, port->peer_mac, 6);
+	__builtin_memcpy(frame->eth.h_source, to->mac, 6);
+	frame->ip.tos = 48 << 2;
+	frame->ip.tot_len = bpf_htons(len - TB_ETH_HLEN);
+	frame->ip.id = 0;
+	frame->ip.frag_off = bpf_htons(0x4000);
+	frame->ip.ttl = 64;
+	frame->ip.protocol = IPPROTO_UDP;
+	frame->ip.saddr = to->local;
+	frame->ip.daddr = to->remote;
+	sum = 0x4500 + (48 << 2) + (len - TB_ETH_HLEN) + 0x4000 + (64 << 8 | IPPROTO_UDP);
+	sum += (bpf_ntohl(to->remote) >> 16) + (bpf_ntohl(to->remote) & 0xffff);
+	sum += (bpf_ntohl(to->local) >> 16) + (bpf_ntohl(to->local) & 0xffff);
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
-	ack->ip.check = bpf_htons(~sum);
-	ack->udp.source = bpf_htons(qp->udp_source_port);
-	ack->udp.dest = bpf_htons(TB_ROCE_PORT);
-	ack->udp.len = bpf_htons(TB_ACK_LEN - TB_ETH_HLEN - TB_IP_HLEN);
-	ack->udp.check = 0;
-	ack->bth.opcode = 0x11;
-	ack->bth.flags = 0x40; /* MigReq, as Linux sends it */
-	ack->bth.pkey = 0xffff;
-	ack->bth.dest_qp = bpf_htonl(qp->peer_qpn & 0xffffff);
-	ack->bth.psn = bpf_htonl(psn & 0xffffff);
-	ack->aeth = bpf_htonl((__u32)syndrome << 24 | (__u32)(qp->rx_messages & 0xffffff));
+	frame->ip.check = bpf_htons(~sum);
+	frame->udp.source = bpf_htons(qp->udp_source_port);
+	frame->udp.dest = bpf_htons(TB_ROCE_PORT);
+	frame->udp.len = bpf_htons(len - TB_ETH_HLEN - TB_IP_HLEN);
+	frame->udp.check = 0;
+	frame->bth.opcode = opcode;
+	frame->bth.flags = 0x40; /* MigReq, as Linux sends it */
+	frame->bth.pkey = 0xffff;
+	frame->bth.dest_qp = bpf_htonl((__u32)becn << 30 | (qp->peer_qpn & 0xffffff));
+	frame->bth.psn = bpf_htonl(psn & 0xffffff);
+	frame->words[0] = bpf_htonl(aeth);
+	if (len == TB_CNP_LEN)
+		frame->words[1] = frame->words[2] = frame->words[3] = 0;
 
 	/* ICRC: eight bytes of ones, then the headers with the variant fields as ones. */
-	covered = (__u8 *)&ack->ip;
+	covered = (__u8 *)&frame->ip;
 	for (i = 0; i < 8; i++)
 		crc = crc_byte(crc, 0xff);
 #pragma unroll
-	for (i = 0; i < TB_IP_HLEN + TB_UDP_HLEN + TB_BTH_LEN + TB_AETH_LEN; i++) {
+	for (i = 0; i < len - TB_ETH_HLEN - TB_ICRC_LEN; i++) {
 		__u8 byte = covered[i];
 
 		if (i == 1 || i == 8 || i == 10 || i == 11 || i == 26 || i == 27 || i == 32)
 			byte = 0xff; /* TOS, TTL, IP checksum, UDP checksum, BTH resv8a */
 		crc = crc_byte(crc, byte);
 	}
-	ack->icrc = ~crc; /* little-endian on the wire */
+	crc = ~crc; /* little-endian on the wire */
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-	ack->icrc = __builtin_bswap32(ack->icrc);
+	crc = __builtin_bswap32(crc);
 #endif
+	__builtin_memcpy((void *)frame + len - TB_ICRC_LEN, &crc, TB_ICRC_LEN);
+	return 1;
+}
+
+/* Answer with an ACK or a NAK. */
+static __always_inline int answer(struct __sk_buff *skb, const struct answered *to, const struct tb_qp *qp, __u32 psn,
+				  __u8 syndrome)
+{
+	__u32 aeth = (__u32)syndrome << 24 | (__u32)(qp->rx_messages & 0xffffff);
+
+	if (!write_answer(skb, to, qp, 0x11, 0, psn, aeth, TB_ACK_LEN))
+		return TC_ACT_SHOT;
 	return bpf_redirect(skb->ifindex, 0); /* through host_egress, which accounts it */
 }
 
-static __always_inline int respond(struct __sk_buff *skb, struct tb_qp *qp, struct bth *bth, __u32 payload_bytes)
+/* The notification point: at most one CNP per QP and interval. The frame is overwritten; an ACK may follow. */
+static __always_inline void notify(struct __sk_buff *skb, const struct answered *to, struct tb_qp *qp)
 {
-	__u32 psn_word = bpf_ntohl(bth->psn), psn = psn_word & 0xffffff;
-	__u8 opcode = bth->opcode;
+	__u64 now;
+
+	qp->ce_packets++;
+	if (!qp->cnp_interval_ns)
+		return;
+	now = bpf_ktime_get_ns();
+	if (now - qp->cnp_sent_ns < qp->cnp_interval_ns)
+		return;
+	qp->cnp_sent_ns = now;
+	if (!write_answer(skb, to, qp, 0x81, 1, 0, 0, TB_CNP_LEN))
+		return;
+	qp->sent_cnps_packets++;
+	bpf_clone_redirect(skb, skb->ifindex, 0);
+}
+
+static __always_inline int respond(struct __sk_buff *skb, struct tb_qp *qp, const struct answered *to, __u8 opcode,
+				   __u32 psn_word, __u32 payload_bytes)
+{
+	__u32 psn = psn_word & 0xffffff;
 	__u32 ahead = (psn - (qp->initial_rx_psn + (__u32)qp->rx_packets)) & 0xffffff;
 
 	if (ahead == 0) {
@@ -384,7 +587,7 @@ static __always_inline int respond(struct __sk_buff *skb, struct tb_qp *qp, stru
 		if (!(psn_word & 0x80000000))
 			return TC_ACT_SHOT; /* consumed */
 		qp->sent_acks_packets++;
-		return answer(skb, qp, psn, 0x1f);
+		return answer(skb, to, qp, psn, 0x1f);
 	}
 	if (ahead < 0x800000) {
 		qp->out_of_order_packets++;
@@ -392,7 +595,7 @@ static __always_inline int respond(struct __sk_buff *skb, struct tb_qp *qp, stru
 			return TC_ACT_SHOT; /* one NAK per gap */
 		qp->nak_armed_at = qp->rx_packets + 1;
 		qp->sent_naks_packets++;
-		return answer(skb, qp, qp->initial_rx_psn + (__u32)qp->rx_packets, 0x60);
+		return answer(skb, to, qp, qp->initial_rx_psn + (__u32)qp->rx_packets, 0x60);
 	}
 	qp->duplicate_packets++;
 	if (!(psn_word & 0x80000000) || !qp->rx_packets)
@@ -400,7 +603,7 @@ static __always_inline int respond(struct __sk_buff *skb, struct tb_qp *qp, stru
 	/* A duplicate that asks is told the latest: the ACK before may have been lost. */
 	qp->nak_armed_at = 0;
 	qp->sent_acks_packets++;
-	return answer(skb, qp, qp->initial_rx_psn + (__u32)qp->rx_packets - 1, 0x1f);
+	return answer(skb, to, qp, qp->initial_rx_psn + (__u32)qp->rx_packets - 1, 0x1f);
 }
 
 static __always_inline void acknowledge(struct tb_qp *qp, const struct bth *bth, __u32 aeth)
@@ -441,12 +644,15 @@ int host_ingress(struct __sk_buff *skb)
 	end = (void *)(long)skb->data_end;
 	eth = data;
 	ip = data + TB_ETH_HLEN;
-	if ((void *)(ip + 1) > end || !is_carried(skb, eth))
+	if ((void *)(ip + 1) > end)
 		return TC_ACT_OK;
 	port = port_of(skb->ifindex - config.ifindex_base);
 	if (!port)
 		return TC_ACT_OK;
-	account_dequeue(port, eth, priority_of(ip), len);
+	if (!is_carried(skb, eth))
+		return receive_other(skb, port);
+	if (account_dequeue(port, eth, priority_of(ip), len))
+		return TC_ACT_SHOT;
 
 	udp = (void *)(ip + 1);
 	bth = (void *)(udp + 1);
@@ -465,12 +671,20 @@ int host_ingress(struct __sk_buff *skb)
 	case 0x0a: {        /* WRITE ONLY */
 		__u32 overhead = TB_HEADERS_LEN + TB_ICRC_LEN + ((bth->flags >> 4) & 3) +
 				 (bth->opcode == 0x06 || bth->opcode == 0x0a ? 16 : 0);
-		__u32 frame = TB_ETH_HLEN + bpf_ntohs(ip->tot_len);
+		__u32 frame = TB_ETH_HLEN + bpf_ntohs(ip->tot_len), psn_word = bpf_ntohl(bth->psn);
+		__u8 opcode = bth->opcode;
+		struct answered to;
 
 		if (frame > len || frame < overhead)
 			return TC_ACT_SHOT; /* truncated */
-		return respond(skb, qp, bth, frame - overhead);
+		note_answered(&to, eth, ip);
+		if ((ip->tos & 3) == 3)
+			notify(skb, &to, qp);
+		return respond(skb, qp, &to, opcode, psn_word, frame - overhead);
 	}
+	case 0x81:
+		qp->cnps_packets++;
+		return TC_ACT_SHOT;
 	case 0x11:
 		acknowledge(qp, bth, bpf_ntohl(*(__be32 *)(bth + 1)));
 		return TC_ACT_SHOT;

@@ -19,7 +19,15 @@
 #define TB_ICRC_LEN 4
 #define TB_HEADERS_LEN (TB_ETH_HLEN + TB_IP_HLEN + TB_UDP_HLEN + TB_BTH_LEN)     /* 54 */
 #define TB_ACK_LEN (TB_HEADERS_LEN + TB_AETH_LEN + TB_ICRC_LEN)                  /* 62 */
+#define TB_CNP_LEN (TB_HEADERS_LEN + 16 + TB_ICRC_LEN)                           /* 74 */
 #define TB_ROCE_PORT 4791
+
+/* 802.1Qbb: MAC control, opcode 0x0101, a bit and 16 bits of quanta per priority. */
+#define TB_ETH_P_MAC_CONTROL 0x8808
+#define TB_PFC_OPCODE 0x0101
+/* IEEE local experimental EtherTypes: a kick makes a reopened queue look at its frames (kernel/gate.py). */
+#define TB_ETH_P_KICK 0x88b5   /* from the other end of the link, turned round */
+#define TB_ETH_P_KICKED 0x88b6 /* on its way back, dropped */
 
 /* Source-MAC marks of frames that no ingress program forwarded; see docs/architecture.md. */
 #define TB_INGRESS_HOST 0x0000   /* left a host: accounted by the host's egress program */
@@ -50,21 +58,55 @@ struct tb_port {               /* ports[id], loader */
 	__u8 reserved[2];
 };
 
-struct tb_queue {              /* queues[id * 8 + priority]: the egress queue of port id */
+struct tb_queue {              /* queues[id * 8 + priority]: the egress queue of port id; two cache lines */
 	__u64 enq_bytes;           /* enq */
 	__u64 enq_packets;         /* enq */
 	__u64 drop_packets;        /* enq */
 	__u64 peak_bytes;          /* enq; reset by the engine between runs */
 	__u64 deq_bytes;           /* deq, at the other end of the veth */
 	__u64 deq_packets;         /* deq */
-	__u64 reserved[2];
+	__u64 marked_packets;      /* enq: CE set here */
+	__u64 lost_packets;        /* deq: lost on the link behind this queue */
+	/* loader: marking by the depth after this frame, 0 up to kmin, 1 above kmax (0: never) */
+	__u32 kmin_bytes;
+	__u32 kmax_bytes;
+	__u64 mark_slope;          /* probability per byte above kmin, in units of 2^-48 */
+	__u64 limit_bytes;         /* depth beyond which lossy frames are dropped; 0: no limit of its own */
+	__u64 alpha;               /* share of the free shared memory it may take, in units of 2^-16; 0: no such limit */
+	/* pause: the program that receives PFC frames on this port */
+	__u64 pause_frames;        /* PFC frames for this priority, pause_quanta belongs to the last */
+	__u64 pause_received_ns;   /* CLOCK_MONOTONIC */
+	__u32 pause_quanta;        /* 0: resume */
+	__u32 loss_threshold;      /* loader: frames are lost on the link behind with probability this * 2^-32 */
+	__u64 xoff_frames;         /* of pause_frames, those with quanta > 0 */
+};
+
+struct tb_ingress {            /* ingress[id * 8 + priority]: what port id received and its switch still holds */
+	/* loader */
+	__u64 xoff_bytes;          /* static threshold; 0: alpha decides */
+	__u64 alpha;               /* share of the free shared memory, in units of 2^-16 */
+	__u64 hysteresis_bytes;    /* resume this much below the threshold */
+	__u64 headroom_bytes;      /* for what arrives after a pause was asked for */
+	__u32 lossless;            /* 0: not accounted, never pauses */
+	/* enq sets, deq clears */
+	__u32 xoff;                /* the peer is asked to pause */
+	__s64 used_bytes;          /* enq adds, deq subtracts */
+	__u64 changed_ns;          /* CLOCK_MONOTONIC of the last change of xoff */
+	__u64 ceiling_bytes;       /* while xoff: drop beyond */
+	__u64 peak_bytes;          /* enq; reset by the engine between runs */
+	__u64 headroom_drops_packets; /* enq */
+	__u64 xoffs;               /* enq: times that xoff was set */
+	__u64 headroom_peak_bytes; /* enq: most that arrived after a pause was asked for; reset by the engine */
+	__u64 changes;             /* enq, deq: changes of xoff */
+	__u64 reserved[3];
 };
 
 struct tb_node {               /* nodes[index] */
 	__s64 used_bytes;          /* enq adds, deq subtracts: shared packet memory in use */
-	__u64 limit_bytes;         /* loader */
+	__u64 limit_bytes;         /* loader: all of it */
 	__u64 no_route_packets;    /* enq: destinations outside the tables, left to the kernel */
-	__u64 reserved[5];
+	__u64 shared_bytes;        /* loader: without the headrooms; lossy frames get no more */
+	__u64 reserved[4];
 };
 
 struct tb_group {              /* groups[index], loader */
@@ -74,7 +116,7 @@ struct tb_group {              /* groups[index], loader */
 	__u32 seed;
 };
 
-struct tb_qp {                 /* qps[qpn - qpn_base]; two cache lines */
+struct tb_qp {                 /* qps[qpn - qpn_base]; three cache lines */
 	/* loader, while the QP is idle */
 	__u32 peer_qpn;
 	__u32 initial_rx_psn;      /* PSN of rx_packets == 0 */
@@ -95,8 +137,14 @@ struct tb_qp {                 /* qps[qpn - qpn_base]; two cache lines */
 	__u64 acked_packets;       /* cumulative */
 	__u64 naks_packets;        /* NAKs received */
 	__u64 nak_position;        /* rewind to this many packets */
+	__u64 cnps_packets;        /* CNPs received */
 	__u64 port;                /* loader: the NIC it lives on; elsewhere its number is unknown */
-	__u64 reserved;
+	/* rx: notification point */
+	__u64 cnp_interval_ns;     /* loader: at most one CNP per this wall time; 0: none at all */
+	__u64 cnp_sent_ns;         /* CLOCK_MONOTONIC of the last */
+	__u64 sent_cnps_packets;
+	__u64 ce_packets;          /* data packets that came marked */
+	__u64 reserved[4];
 };
 
 #endif

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from testbed.carriers.flow_control import flow_control
 from testbed.carriers.protocol import ProgressListener, WorkloadSamples
+from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.intra_host import run_inside_hosts
 from testbed.engine.loop import EngineSetup, TickLoop
+from testbed.engine.rate_limit import CongestionLimit, NoRateLimit, RateLimit
 from testbed.engine.stream import build_streams
 from testbed.fabric import Fabric
 from testbed.kernel.host_tuning import tuned_host
@@ -17,6 +20,8 @@ from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
 from testbed.measure.samples import MachineSamples
 from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan, PlannedWorkload
+from testbed.roce.congestion import cnp_interval_ns, make
+from testbed.scenario import CongestionControl
 
 
 class EngineCarrier:
@@ -27,10 +32,19 @@ class EngineCarrier:
         sockets: Descriptor of each NIC's packet socket.
         probe: The fidelity probe.
         clock: Source of time.
+        flow: PFC on the fabric; also an attribute.
     """
 
-    def __init__(self, fabric: Fabric, sockets: list[int], probe: ProbeLink, clock: MonotonicClock) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        sockets: list[int],
+        probe: ProbeLink,
+        clock: MonotonicClock,
+        flow: FlowControl | NoFlowControl,
+    ) -> None:
         self._fabric = fabric
+        self.flow = flow
         self._sockets = sockets
         self._probe = probe
         self._clock = clock
@@ -53,6 +67,8 @@ class EngineCarrier:
             clock=self._clock,
             probe=self._probe,
             describe_connection=lambda index: describe_connection(plan, workload, index),
+            flow_control=self.flow,
+            rate_limit=rate_limit(plan, workload),
         )
         streams = build_streams(planned.schedule, plan.scenario.transport.mtu_bytes, len(planned.connections))
         warmups, iters = planned.workload.warmup_iters, planned.workload.iters
@@ -68,6 +84,7 @@ class EngineCarrier:
             tuple(result.wall_seen_ns for result in results),
             sum(result.retransmitted_packets for result in results),
             tuple(result.machine for result in results),
+            np.sum([result.wall_paused_ns for result in results], axis=0),
             tuple(result.nvlink_bytes for result in results),
         )
 
@@ -101,6 +118,7 @@ def _run_inside_hosts(plan: Plan, planned: PlannedWorkload, listener: ProgressLi
         wall_cct_ns=(),
         retransmitted_packets=0,
         machine=machine,
+        wall_paused_ns=np.zeros(len(plan.topology.ports) + 1),
         nvlink_bytes=tuple(nbytes for _, nbytes in samples),
     )
 
@@ -108,6 +126,7 @@ def _run_inside_hosts(plan: Plan, planned: PlannedWorkload, listener: ProgressLi
 def engine_setup(plan: Plan, workload: int) -> EngineSetup:
     """Return what the tick loop needs to know of a planned workload."""
     topology, planned = plan.topology, plan.workloads[workload]
+    transport = plan.scenario.transport
     burst_ns = np.zeros(len(topology.ports) + 1)
     gain = np.zeros(len(topology.ports) + 1)
     for port in topology.ports:
@@ -131,6 +150,25 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
         max_backlog_frames=read_max_backlog(),
         resolution_error_fraction=planned.resolution_error_fraction,
         intra_host=planned.intra_host,
+        wall_cnp_interval_ns=round(
+            cnp_interval_ns(str(transport.congestion_control), transport.congestion_parameters) * plan.dilation.value
+        ),
+    )
+
+
+def rate_limit(plan: Plan, workload: int) -> RateLimit:
+    """Return the congestion control of a workload's QPs."""
+    transport = plan.scenario.transport
+    if transport.congestion_control is CongestionControl.NONE:
+        return NoRateLimit()
+    planned = plan.workloads[workload]
+    nics = [plan.topology.nics[connection.requester.local.nic] for connection in planned.connections]
+    rates = np.array([nic.rate_bits_per_s / 8 for nic in nics])
+    return CongestionLimit(
+        make(str(transport.congestion_control), transport.congestion_parameters, rates),
+        time_dilation=plan.dilation.value,
+        frame_wire_bytes=plan.frame_wire_bytes,
+        wall_tick_ns=plan.dilation.wall_tick_ns,
     )
 
 
@@ -163,5 +201,6 @@ def engine_carrier(
         contextlib.closing(ProbeLink(fabric.probe_cpu, clock.now_ns)) as probe,
         tuned_host(port_cpus, waiting) as host_warnings,
         engine_thread(engine_cpu) as warnings,
+        flow_control(fabric, clock.now_ns()) as flow,
     ):
-        yield EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock), host_warnings + warnings
+        yield EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock, flow), host_warnings + warnings

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from testbed.measure.samples import MachineSamples
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WorkloadSamples:
     """Raw figures of one workload.
 
@@ -17,6 +20,7 @@ class WorkloadSamples:
         wall_cct_ns: Wall time of each measured iteration until a tick saw its last arrival; empty where no packet was sent.
         retransmitted_packets: In the measured iterations.
         machine: What was noted about the machine in each measured iteration.
+        wall_paused_ns: Time each port was paused in the measured iterations, shape ``(ports + 1,)``.
         nvlink_bytes: Payload that the model of the links inside hosts carried in each measured iteration.
     """
 
@@ -24,6 +28,7 @@ class WorkloadSamples:
     wall_cct_ns: tuple[int, ...]
     retransmitted_packets: int
     machine: tuple[MachineSamples, ...]
+    wall_paused_ns: npt.NDArray[np.float64]
     nvlink_bytes: tuple[int, ...] = ()
 
 

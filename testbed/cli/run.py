@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,9 +23,17 @@ from testbed.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from testbed.results import Result
+    from testbed.errors import Mistake
+    from testbed.results import Check, CollectiveResult, FabricResult, Result
     from testbed.scenario import Scenario
 
+# nccl-tests' options, and the key of a workload item that each one sets.
+SWEEP_OPTIONS = {
+    "size": "-b/--minbytes",
+    "max_size": "-e/--maxbytes",
+    "size_factor": "-f/--stepfactor",
+    "size_step": "-i/--stepbytes",
+}
 EXIT_CHECK_FAILED = 3
 EXIT_UNTRUSTED = 4
 
@@ -65,6 +75,49 @@ def run(
             show_default=False,
         ),
     ] = None,
+    minbytes: Annotated[
+        str | None,
+        typer.Option(
+            "-b",
+            "--minbytes",
+            metavar="SIZE",
+            envvar="TESTBED_MINBYTES",
+            help="Size to begin with, such as 1MiB. [default: the scenario's size]",
+            show_default=False,
+        ),
+    ] = None,
+    maxbytes: Annotated[
+        str | None,
+        typer.Option(
+            "-e",
+            "--maxbytes",
+            metavar="SIZE",
+            envvar="TESTBED_MAXBYTES",
+            help="Run every workload item at several sizes, up to this one.",
+            show_default=False,
+        ),
+    ] = None,
+    stepfactor: Annotated[
+        int | None,
+        typer.Option(
+            "-f",
+            "--stepfactor",
+            envvar="TESTBED_STEPFACTOR",
+            help="Each size over the one before. [default: 2]",
+            show_default=False,
+        ),
+    ] = None,
+    stepbytes: Annotated[
+        str | None,
+        typer.Option(
+            "-i",
+            "--stepbytes",
+            metavar="SIZE",
+            envvar="TESTBED_STEPBYTES",
+            help="Each size less the one before, instead of -f.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -97,12 +150,14 @@ def run(
     """Run a scenario: table on stdout, progress on stderr, everything in the results folder.
 
     Without --name a fabric is built for the run and removed after. With it, the run uses the lab deployed under that name,
-    at its time dilation. Exit code 3: a check failed; 4: the figures cannot be trusted.
+    at its time dilation. -b, -e, -f and -i sweep over sizes as in nccl-tests, a row for each. Exit code 3: a check failed; 4:
+    the figures cannot be trusted.
     """
     from testbed import api
     from testbed.results import render_json
 
-    scenario = _load(file, read_overrides(overrides), seed=seed, iters=iters)
+    sweep = {"size": minbytes, "max_size": maxbytes, "size_factor": stepfactor, "size_step": stepbytes}
+    scenario = load_with_options(file, read_overrides(overrides), seed=seed, iters=iters, sweep=sweep)
     folder = output or _default_folder(scenario)
     if pcap is None and pcap_ports:
         raise typer.BadParameter("--pcap-port says where to capture, --pcap to which file: give both")
@@ -118,7 +173,7 @@ def run(
     if output_format is OutputFormat.JSON:
         sys.stdout.write(render_json(result))
     else:
-        sys.stdout.write(_render(result))
+        sys.stdout.write(render_result(result))
     sys.stdout.flush()
     print(f"results: {folder}", file=sys.stderr)
     raise typer.Exit(exit_code(result, require))
@@ -137,17 +192,64 @@ def exit_code(result: Result, require: Required) -> int:
     return 0
 
 
-def _load(file: Path, overrides: list[str], *, seed: int | None, iters: int | None) -> Scenario:
-    """Return the scenario with every override; `iters` needs to know how many items the workload has."""
+def load_with_options(
+    file: Path, overrides: list[str], *, seed: int | None, iters: int | None, sweep: Mapping[str, Any]
+) -> Scenario:
+    """Return the scenario with every override and option.
+
+    Args:
+        file: The scenario's file.
+        overrides: Those of ``--set``.
+        seed: The option, if given; so are the others.
+        iters: For all items of the workload.
+        sweep: For all items of the workload, by the keys of `SWEEP_OPTIONS`; None where an option is not given.
+
+    Raises:
+        ScenarioError: The file or an override is wrong.
+        BadParameter: An option of the sweep is wrong, or does not suit the scenario; names the option.
+    """
     from testbed import api
+    from testbed.errors import ScenarioError
+    from testbed.scenario import FlowsWorkload
 
     if seed is not None:
         overrides = [*overrides, f"seed={seed}"]
     scenario = api.load(file, overrides)
-    if iters is None:
+    given = {key: value for key, value in sweep.items() if value is not None}
+    each = given if iters is None else {**given, "iters": iters}
+    growth = ("size_factor", "size_step")
+    if len(given.keys() & growth) == 1:  # the one that is given replaces what the file says, which may be the other
+        each = {**dict.fromkeys(growth, "null"), **each}
+    if not each:
         return scenario
-    each = [f"workload[{index}].iters={iters}" for index in range(len(scenario.workload))]
-    return api.load(file, [*overrides, *each])
+    if given:
+        for index, item in enumerate(scenario.workload):
+            if isinstance(item, FlowsWorkload):
+                raise typer.BadParameter(
+                    f"workload[{index}] lists flows, each with a size of its own: there is nothing to sweep",
+                    param_hint=SWEEP_OPTIONS[next(iter(given))],
+                )
+    numbers = range(len(scenario.workload))
+    set_each = [f"workload[{index}].{key}={value}" for index in numbers for key, value in each.items()]
+    try:
+        return api.load(file, [*overrides, *set_each])
+    except ScenarioError as error:
+        for mistake in error.mistakes:  # the file alone has none, so the options made them
+            key = mistake.key.rpartition(".")[2]
+            if given and key in SWEEP_OPTIONS:
+                option = SWEEP_OPTIONS[key if key in given else next(iter(given))]
+                raise typer.BadParameter(_describe_mistake(mistake), param_hint=option) from None
+        raise
+
+
+def _describe_mistake(mistake: Mistake) -> str:
+    """Return a mistake on one line, and what nccl-tests' suffixes are called here."""
+    value = mistake.got.removesuffix(" (from --set)")
+    got = f", got {value}" if value else ""
+    hint = f" ({mistake.hint})" if mistake.hint else ""
+    if suffix := re.fullmatch(r'"([0-9]+)([KMG])"', value):
+        hint = f" (nccl-tests' {suffix[1]}{suffix[2]} is {suffix[1]}{suffix[2]}iB)"
+    return f"{mistake.key}: {mistake.rule}{got}{hint}"
 
 
 def _default_folder(scenario: Scenario) -> Path:
@@ -162,7 +264,7 @@ def _default_folder(scenario: Scenario) -> Path:
     return folder
 
 
-def _render(result: Result) -> str:
+def render_result(result: Result) -> str:
     """Return table, verdict, checks and warnings; all lines but the table's rows begin with ``#``."""
     from testbed.results import render_table
 
@@ -177,11 +279,53 @@ def _render(result: Result) -> str:
         f"# fabric: {fabric.drops_packets} drops, {fabric.out_of_order_packets} out of order, "
         f"{fabric.nak_packets} NAKs, {fabric.retransmitted_packets} retransmitted (packets)\n"
     )
+    lines += _congestion_lines(fabric)
     if result.fidelity is not None:
         lines.append(f"# verdict: {result.fidelity.verdict}\n")
-        lines += [f"#   {reason}\n" for reason in result.fidelity.reasons]
+        lines += [f"#   {reason}\n" for reason in _reasons(result)]
     for check in result.checks:
-        observed = "not measured" if check.observed is None else f"{check.observed:.6g}"
-        lines.append(f"# check: {check.expect}: {check.verdict} (observed {observed})\n")
+        lines.append(f"# check: {check.expect}: {check.verdict} ({_observed(check, result)})\n")
     lines += [f"# warning: {warning}\n" for warning in result.warnings]
     return "".join(lines)
+
+
+def _congestion_lines(fabric: FabricResult) -> list[str]:
+    """Return what marked, notified and paused, where the scenario has any of it."""
+    words = []
+    if fabric.ecn_marked_packets is not None:
+        words.append(f"{fabric.ecn_marked_packets} marked")
+    if fabric.cnp_packets is not None:
+        words.append(f"{fabric.cnp_packets} CNPs")
+    if fabric.pause_frames is not None:
+        most = f" (the worst port paused {fabric.paused_fraction_max:.1%} of the time)" if fabric.pause_frames else ""
+        words.append(f"{fabric.pause_frames} PFC frames{most}")
+        words.append(f"{fabric.headroom_drops_packets} lossless drops")
+    if fabric.lost_packets:
+        words.append(f"{fabric.lost_packets} lost on links")
+    return [f"# congestion: {', '.join(words)}\n"] if words else []
+
+
+def _reasons(result: Result) -> list[str]:
+    """Return why the figures are not trusted: row by row where there are several."""
+    if len(result.results) == 1:
+        return list(result.fidelity.reasons) if result.fidelity else []
+    return [
+        f"{_name_row(row)}: {row.fidelity.verdict}, {reason}"
+        for row in result.results
+        if row.fidelity
+        for reason in row.fidelity.reasons
+    ]
+
+
+def _observed(check: Check, result: Result) -> str:
+    """Return the figure of a check, and the row that it is from where there are several."""
+    if check.observed is None:
+        return "observed not measured"
+    where = f", {_name_row(result.results[check.row])}" if check.row is not None and len(result.results) > 1 else ""
+    return f"observed {check.observed:.6g}{where}"
+
+
+def _name_row(row: CollectiveResult) -> str:
+    from testbed.units import format_size
+
+    return f"{row.collective} of {format_size(row.size_bytes)}"

@@ -84,6 +84,26 @@ def schema() -> None:
     sys.stdout.write(render_json_schema())
 
 
+def _switch_lines(switches: list[dict[str, Any]]) -> list[str]:
+    """Return memory, marking and pausing, a line for each kind of switch port."""
+    from testbed.units import format_size, format_time
+
+    lines = []
+    for row in switches:
+        few = row["ports"][0] + (f" and {len(row['ports']) - 1} alike" if len(row["ports"]) > 1 else "")
+        text = f"{few}: buffer {format_size(row['buffer_bytes'])}"
+        if row["kmax_bytes"] is not None:
+            kmin, kmax = format_size(row["kmin_bytes"]), format_size(row["kmax_bytes"])
+            text += f"; ECN kmin {kmin}, kmax {kmax}, pmax {row['pmax_fraction']:g}"
+        if row["headroom_bytes"] is not None:
+            xoff = format_size(row["xoff_bytes"]) if row["xoff_bytes"] else f"alpha {row['alpha_fraction']:g}"
+            text += f"; PFC xoff {xoff}, headroom {format_size(row['headroom_bytes'])}"
+            text += f" of {format_size(row['needed_headroom_bytes'])} needed"
+            text += f" ({format_time(round(row['pause_delay_ns']), significant=4)} to pause)"
+        lines.append(text + "\n")
+    return lines
+
+
 def _render_plan(plan: Plan, *, operations: bool) -> str:
     """Return a plan as text for people."""
     from testbed.cli.text import render_columns
@@ -107,7 +127,7 @@ def _render_plan(plan: Plan, *, operations: bool) -> str:
     lines.append(
         render_columns(("link", "ends", "rate", "wall rate", "delay"), links, right=("rate", "wall rate")) + "\n"
     )
-    lines += [f"switch buffer       {format_size(plan.buffer_bytes)}\n"]
+    lines += _switch_lines(report["switches"])
     lines += [f"retransmit timeout  {format_time(plan.retransmit_timeout_ns, significant=4)}\n"]
     lines += _dilation_lines(report["dilation"])
     items = [

@@ -11,11 +11,13 @@ import numpy.typing as npt
 
 from testbed.collectives import IntraHostLinks, Schedule
 from testbed.engine.delay_line import DelayLine
+from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.frames import FrameWriter
 from testbed.engine.intra_host import IntraHostTransfers
 from testbed.engine.nic import NicPacer, share_budget
 from testbed.engine.observer import ShapingObserver
 from testbed.engine.progress import Progress
+from testbed.engine.rate_limit import NoRateLimit, RateLimit
 from testbed.engine.stream import PacketStreams, build_streams
 from testbed.errors import RunError
 from testbed.measure.samples import MachineSamples
@@ -85,6 +87,7 @@ class EngineSetup:
         max_backlog_frames: Frames that wait for the fabric's CPU before the kernel drops.
         resolution_error_fraction: What a tick more of latency would add to the ideal completion time.
         intra_host: What carries the schedules' other connections, inside hosts; None where there are none.
+        wall_cnp_interval_ns: A responder sends at most one CNP per QP in this time; 0: none at all.
     """
 
     connections: Sequence[Connection]
@@ -101,6 +104,7 @@ class EngineSetup:
     max_backlog_frames: int = 1000
     resolution_error_fraction: float = 0.0
     intra_host: IntraHostLinks | None = None
+    wall_cnp_interval_ns: int = 0
 
 
 @dataclass
@@ -113,6 +117,7 @@ class IterationResult:
             propagation between ticks.
         retransmitted_packets: Packets sent again.
         machine: What was noted about the machine.
+        wall_paused_ns: Time each port was paused, shape ``(ports + 1,)``.
         nvlink_bytes: Payload that the model of the links inside hosts carried.
     """
 
@@ -120,6 +125,7 @@ class IterationResult:
     wall_seen_ns: int
     retransmitted_packets: int
     machine: MachineSamples
+    wall_paused_ns: npt.NDArray[np.float64]
     nvlink_bytes: int = 0
 
 
@@ -147,6 +153,8 @@ class TickLoop:
         clock: Source of time.
         probe: The machine's fidelity probe.
         describe_connection: Names a connection for error messages.
+        flow_control: PFC of the fabric.
+        rate_limit: What congestion control lets each QP send.
     """
 
     def __init__(
@@ -159,8 +167,12 @@ class TickLoop:
         clock: Clock,
         probe: Probe,
         describe_connection: Callable[[int], str],
+        flow_control: FlowControl | NoFlowControl | None = None,
+        rate_limit: RateLimit | None = None,
     ) -> None:
         self._setup = setup
+        self._flow = flow_control or NoFlowControl(len(queues))
+        self._limit: RateLimit = rate_limit or NoRateLimit()
         self._clock = clock
         self._probe = probe
         self._sockets = list(sockets)
@@ -180,13 +192,13 @@ class TickLoop:
         self._enq_bytes, self._deq_bytes = data["enq_bytes"].view(np.int64), data["deq_bytes"].view(np.int64)
         self._deq_packets = data["deq_packets"].view(np.int64)
         self._rx_messages = self._responders["rx_messages"].view(np.int64)
-        # acked_packets, naks_packets and nak_position are neighbours: one strided copy takes all three.
-        self._feedback_fields = _adjacent_fields(self._requesters, "acked_packets", 3)
+        # acked_packets, naks_packets, nak_position and cnps_packets are neighbours: one strided copy takes all four.
+        self._feedback_fields = _adjacent_fields(self._requesters, "acked_packets", 4)
         self._acked = self._feedback_fields[0]
         dilation = setup.time_dilation
         wall_one_way = np.rint(setup.one_way_ns * dilation).astype(np.int64)
         self._arrivals = DelayLine(wall_one_way, 1, setup.wall_tick_ns, early_ns=setup.wall_tick_ns)
-        self._feedback = DelayLine(2 * wall_one_way, 3, setup.wall_tick_ns)
+        self._feedback = DelayLine(2 * wall_one_way, 4, setup.wall_tick_ns)
         self._wall_timeout_ns = int(setup.retransmit_timeout_ns * dilation)
         nic_rate = setup.wall_port_rate_bytes_per_s[setup.nic_port]
         self._wall_write_off_ns = self._wall_timeout_ns // 2
@@ -218,6 +230,7 @@ class TickLoop:
                 row["udp_source_port"] = end.udp_source_port
                 row["initial_rx_psn"] = connection.initial_psn
                 row["initial_tx_psn"] = connection.initial_psn
+                row["cnp_interval_ns"] = self._setup.wall_cnp_interval_ns
         qps["active"][: 2 * len(connections)] = 1
 
     def run_iteration(self, schedule: Schedule, streams: PacketStreams | None = None) -> IterationResult:
@@ -234,6 +247,7 @@ class TickLoop:
         intra_host = IntraHostTransfers(schedule, self._setup.intra_host, self._setup.time_dilation)
         progress = Progress(schedule, streams, intra_host.release)
         writer, pacer, clock = self._writer, self._pacer, self._clock
+        flow, limit = self._flow, self._limit
         writer.restart(schedule, streams, self._psn_offset)
         nic, nic_port = self._nic, self._setup.nic_port
         nics, count = len(nic_port), len(nic)
@@ -277,10 +291,13 @@ class TickLoop:
         progress.released_at_ns[:] = begin
         intra_host.begin(begin)
         nic_released_at = np.full(nics, float(begin))
+        paused_before = flow.paused_until(begin)
+        flow.lateness_ns.clear()
         ticks = 0
         while True:
             now = clock.now_ns()
             lateness = now - due
+            flow.tick(now)
 
             self._arrivals.next_snapshot[0] = self._rx_messages
             arrivals = self._arrivals.advance(now)[0]
@@ -301,7 +318,9 @@ class TickLoop:
                 break
 
             self._feedback.next_snapshot[:] = self._feedback_fields
-            acked, naks, nak_position = self._feedback.advance(now)
+            acked, naks, nak_position, cnps = self._feedback.advance(now)
+            if limit.limits:
+                limit.advance(now, cnps, acked)
             advanced = acked > acked_before
             if advanced.any():
                 np.maximum(acked_before, acked, out=acked_before)
@@ -332,7 +351,7 @@ class TickLoop:
                     )
                 progress_ns[sent == acked_before] = now
                 deq = self._deq_bytes[nic_port]
-                moving = deq != stuck_deq
+                moving = (deq != stuck_deq) | flow.closed[nic_port]
                 stuck_deq[moving], stuck_since_ns[moving] = deq[moving], now
                 stuck = now - stuck_since_ns > self._wall_write_off_ns
                 if stuck.any():
@@ -344,6 +363,15 @@ class TickLoop:
             room = deq - self._enq_bytes[nic_port]
             room += allowance
             wants = released - sent
+            if limit.limits:
+                wants = limit.allowed(now, wants)
+                starts_at = np.full(nics, np.inf)
+                np.minimum.at(starts_at, nic, np.where(wants > 0, limit.free_at_ns, np.inf))
+                pacer.hold_until(np.isfinite(starts_at), starts_at)
+            if flow.any_closed:
+                paused = flow.closed[nic_port]
+                wants = np.where(paused[nic], 0, wants)
+                pacer.hold_until(paused, float(now + tick_ns))
             if wants.any():
                 credit = room * frames_per_byte
                 if self._one_qp_per_nic:
@@ -370,6 +398,8 @@ class TickLoop:
                     pacer.charge(np.bincount(nic, weights=wire_bytes, minlength=nics).astype(np.int64))
                     gone = np.flatnonzero(taken)
                     self._arrivals.note_sent(gone, pacer.started_at_ns[nic[gone]], sent_bytes[gone])
+                if limit.limits:
+                    limit.charge(now, sent_bytes - wire_before[packet], sent, sent + taken)
                 if rewound:
                     retransmitted += int(np.maximum(np.minimum(taken, high_water - sent), 0).sum())
                 sent += taken
@@ -380,7 +410,8 @@ class TickLoop:
                 writer.prepare(sent - offset, _REFILL_MARGIN_PACKETS)
                 deq = self._deq_bytes.copy()
                 depth = self._enq_bytes - deq
-                self._shaping.observe(now, depth, deq + self._deq_packets * LINK_OVERHEAD_BYTES)
+                self._shaping.observe(now, depth, deq + self._deq_packets * LINK_OVERHEAD_BYTES, flow.blocked)
+                flow.forget_blocked()
                 nic_wants = np.bincount(nic, weights=released > sent, minlength=nics)
                 recorded.nic_lag_ns.append(pacer.lag_ns(now, nic_wants))
             if ticks % _PROBE_TICKS == 0:
@@ -391,6 +422,8 @@ class TickLoop:
             due = max(due + tick_ns, now)
             clock.sleep_until_ns(due)
         self._shaping.finish()
+        paused_ns = flow.paused_until(now) - paused_before
+        gate_lateness_ns = np.array(flow.lateness_ns, np.int64)
         waits_ns = self._probe.waits_ns()
         unaccounted_bytes = self._settle(streams)
         self._psn_offset += streams.packets
@@ -407,9 +440,16 @@ class TickLoop:
             wall_duration_ns=last_arrival_ns - begin,
             unaccounted_bytes=unaccounted_bytes,
             resolution_error_fraction=self._setup.resolution_error_fraction,
+            wall_gate_lateness_ns=gate_lateness_ns,
         )
-        nvlink_bytes = intra_host.arrived_bytes
-        return IterationResult(last_arrival_ns - begin, moved_ns - begin, retransmitted, machine, nvlink_bytes)
+        return IterationResult(
+            last_arrival_ns - begin,
+            moved_ns - begin,
+            retransmitted,
+            machine,
+            paused_ns,
+            intra_host.arrived_bytes,
+        )
 
     def _gained_ns(self) -> float:
         """Return the time that the fastest of the congested switch ports gained in this iteration."""
@@ -513,17 +553,19 @@ class TickLoop:
         deadline = self._clock.now_ns() + self._wall_timeout_ns * _STALL_TIMEOUTS
         still, moved = 0, -1
         while self._clock.now_ns() < deadline:
+            self._flow.tick(self._clock.now_ns())
             left = self._enq_bytes.sum() - self._deq_bytes.sum()
             unacked = self._acked < total
             if not left and not unacked.any():
                 return 0
             before, moved = moved, int(self._deq_bytes.sum()) + int(self._acked.sum())
-            still = still + 1 if moved == before else 0
+            still = still + 1 if moved == before and not self._flow.any_closed else 0
             if still > _REST_TICKS:
                 # An ACK that is not here by now is lost; its data is not.
                 self._acked[unacked] = total[unacked]
                 lost = int((self._enq_bytes - self._deq_bytes).sum())
                 self._deq_bytes[:] = self._enq_bytes
+                self._flow.forget_frames()
                 return lost
             self._clock.sleep_until_ns(self._clock.now_ns() + self._setup.wall_tick_ns)
         raise RunError("the fabric did not come to rest after the last transfer")

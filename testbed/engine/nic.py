@@ -58,6 +58,15 @@ class NicPacer:
         np.maximum(due, 0, out=due)
         return due
 
+    def hold_until(self, nics: npt.NDArray[np.bool_], when_ns: npt.NDArray[np.float64] | float) -> None:
+        """Let some NICs begin no frame before a time: what they did not send before is not made up for.
+
+        Args:
+            nics: Which, shape ``(nics,)``.
+            when_ns: The time of each, shape ``(nics,)``, or of all.
+        """
+        np.maximum(self._free_at, when_ns, out=self._free_at, where=nics)
+
     def charge(self, wire_bytes: npt.NDArray[np.integer[Any]]) -> None:
         """Charge the bytes that were sent, shape ``(nics,)``."""
         self._free_at += wire_bytes * self._ns_per_byte

@@ -44,9 +44,15 @@ class ShapingObserver:
         self.lost_ns[:] = 0.0
         self.backlogged_ns[:] = 0.0
 
-    def observe(self, now_ns: int, depth_bytes: npt.NDArray[np.int64], deq_wire_bytes: npt.NDArray[np.int64]) -> None:
-        """Take a tick's depth and bytes sent of every port."""
-        busy = depth_bytes > _BACKLOG_FRAMES * self._frame_bytes
+    def observe(
+        self,
+        now_ns: int,
+        depth_bytes: npt.NDArray[np.int64],
+        deq_wire_bytes: npt.NDArray[np.int64],
+        blocked: npt.NDArray[np.bool_],
+    ) -> None:
+        """Take a tick's depth and bytes sent of every port; one that was paused (``blocked``) owes nothing."""
+        busy = (depth_bytes > _BACKLOG_FRAMES * self._frame_bytes) & ~blocked
         running = self._ticks > 0
         ended = running & ~busy
         if ended.any():

@@ -23,6 +23,7 @@ from testbed.kernel.netlink import require_root
 from testbed.kernel.packet_socket import open_packet_socket
 from testbed.kernel.scheduling import choose_cpus
 from testbed.plan.model import Plan
+from testbed.plan.qos import switch_of
 from testbed.roce.queue_pairs import QPN_BASE
 from testbed.topology import HOST_NETWORK, NodeKind
 
@@ -47,6 +48,7 @@ class Fabric:
         plan: What it was built from.
         state: Its record.
         arrays: The eBPF maps.
+        any_workload: Whether it was built for other traffic than the plan's.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Fabric:
         self.plan = plan
         self.state = state
         self.arrays = arrays
+        self.any_workload = bool(state.details.get("any_workload", True))
         self._lock = lock
 
     @classmethod
@@ -152,6 +155,7 @@ class Fabric:
                 "maps": {name: bpf.read_id(fd) for name, fd in loaded.maps.items()},
                 "entries": entries,
                 "time_dilation": plan.dilation.value,
+                "any_workload": any_workload,
                 "port_cpus": list(port_cpus),
             }
             apply_operations(
@@ -320,6 +324,7 @@ def _map_entries(plan: Plan) -> dict[str, int]:
     return {
         "tb_ports": ports,
         "tb_queues": ports * layout.PRIORITIES,
+        "tb_ingress": ports * layout.PRIORITIES,
         "tb_nodes": len(topology.nodes),
         "tb_fib": len(topology.nodes) * topology.slots,
         "tb_groups": len(tables.groups),
@@ -342,7 +347,10 @@ def _fill_tables(plan: Plan, arrays: layout.MappedArrays) -> None:
         )
         row["peer_mac"] = np.frombuffer(mac_bytes(peer.mac), np.uint8)
     for node in topology.nodes:
-        arrays.nodes["limit_bytes"][node.index] = plan.buffer_bytes
+        if node.kind is not NodeKind.HOST:
+            arrays.nodes["limit_bytes"][node.index] = plan.buffer_bytes(node.index)
+            arrays.nodes["shared_bytes"][node.index] = plan.shared_bytes(node.index)
+    _fill_qos(plan, arrays)
     first = 0
     for index, group in enumerate(tables.groups):
         count = len(group.members)
@@ -350,3 +358,22 @@ def _fill_tables(plan: Plan, arrays: layout.MappedArrays) -> None:
         arrays.groups[index] = (first, count, int(group.hash_fields), group.seed & 0xFFFFFFFF)
         first += count
     arrays.fib[:] = tables.fib.reshape(-1)
+
+
+def _fill_qos(plan: Plan, arrays: layout.MappedArrays) -> None:
+    """Write what each port marks, pauses and limits."""
+    priority = plan.scenario.qos.lossless_priority
+    for port_id, marks in plan.marking.items():
+        rows = arrays.queues[port_id]
+        rows["kmin_bytes"], rows["kmax_bytes"] = marks.kmin_bytes, max(1, marks.kmax_bytes)
+        rows["mark_slope"] = round(marks.pmax * layout.SLOPE_ONE / max(1, marks.kmax_bytes - marks.kmin_bytes))
+    for port_id, pause in plan.pausing.items():
+        row = arrays.ingress[port_id, priority : priority + 1]
+        row["xoff_bytes"] = pause.xoff_bytes or 0
+        row["alpha"] = round(pause.alpha * layout.ALPHA_ONE)
+        row["hysteresis_bytes"], row["headroom_bytes"] = pause.hysteresis_bytes, pause.headroom_bytes
+        row["lossless"] = 1
+    for node in plan.topology.nodes:
+        split = node.kind is not NodeKind.HOST and switch_of(plan.scenario, node).port_buffer_bytes
+        for port_id in node.ports if split else ():
+            arrays.queues["limit_bytes"][port_id] = split

@@ -29,10 +29,48 @@ QUEUE = np.dtype(
         ("peak_bytes", "u8"),
         ("deq_bytes", "u8"),
         ("deq_packets", "u8"),
-        ("reserved", "u8", 2),
+        ("marked_packets", "u8"),
+        ("lost_packets", "u8"),
+        ("kmin_bytes", "u4"),
+        ("kmax_bytes", "u4"),
+        ("mark_slope", "u8"),
+        ("limit_bytes", "u8"),
+        ("alpha", "u8"),
+        ("pause_frames", "u8"),
+        ("pause_received_ns", "u8"),
+        ("pause_quanta", "u4"),
+        ("loss_threshold", "u4"),
+        ("xoff_frames", "u8"),
     ]
 )
-NODE = np.dtype([("used_bytes", "i8"), ("limit_bytes", "u8"), ("no_route_packets", "u8"), ("reserved", "u8", 5)])
+INGRESS = np.dtype(
+    [
+        ("xoff_bytes", "u8"),
+        ("alpha", "u8"),
+        ("hysteresis_bytes", "u8"),
+        ("headroom_bytes", "u8"),
+        ("lossless", "u4"),
+        ("xoff", "u4"),
+        ("used_bytes", "i8"),
+        ("changed_ns", "u8"),
+        ("ceiling_bytes", "u8"),
+        ("peak_bytes", "u8"),
+        ("headroom_drops_packets", "u8"),
+        ("xoffs", "u8"),
+        ("headroom_peak_bytes", "u8"),
+        ("changes", "u8"),
+        ("reserved", "u8", 3),
+    ]
+)
+NODE = np.dtype(
+    [
+        ("used_bytes", "i8"),
+        ("limit_bytes", "u8"),
+        ("no_route_packets", "u8"),
+        ("shared_bytes", "u8"),
+        ("reserved", "u8", 4),
+    ]
+)
 GROUP = np.dtype([("first_member", "u4"), ("members", "u4"), ("hash_fields", "u4"), ("seed", "u4")])
 QP = np.dtype(
     [
@@ -53,13 +91,23 @@ QP = np.dtype(
         ("acked_packets", "u8"),
         ("naks_packets", "u8"),
         ("nak_position", "u8"),
+        ("cnps_packets", "u8"),
         ("port", "u8"),
-        ("reserved", "u8"),
+        ("cnp_interval_ns", "u8"),
+        ("cnp_sent_ns", "u8"),
+        ("sent_cnps_packets", "u8"),
+        ("ce_packets", "u8"),
+        ("reserved", "u8", 4),
     ]
 )
+# Fractions in the maps are fixed-point.
+ALPHA_ONE = 1 << 16
+PROBABILITY_ONE = 1 << 32
+SLOPE_ONE = 1 << 48
 MAPS: dict[str, Any] = {
     "tb_ports": PORT,
     "tb_queues": QUEUE,
+    "tb_ingress": INGRESS,
     "tb_nodes": NODE,
     "tb_fib": np.dtype("i4"),
     "tb_groups": GROUP,
@@ -102,6 +150,7 @@ class MappedArrays:
             arrays[name] = raw[:, : dtype.itemsize].view(dtype)[:, 0]
         self.ports = arrays["tb_ports"]
         self.queues = arrays["tb_queues"].reshape(-1, PRIORITIES)
+        self.ingress = arrays["tb_ingress"].reshape(-1, PRIORITIES)
         self.nodes = arrays["tb_nodes"]
         self.fib = arrays["tb_fib"]
         self.groups = arrays["tb_groups"]

@@ -21,16 +21,26 @@ class Snapshot:
         queues: The egress queue of each port and priority, shape ``(ports + 1, 8)``, dtype ``layout.QUEUE``.
         out_of_order_packets: Sum over all QPs.
         nak_packets: NAKs received by requesters, sum over all QPs.
+        cnp_packets: CNPs received by requesters, sum over all QPs.
+        headroom_drops_packets: Lossless frames for which there was no room, by ingress port, shape ``(ports + 1,)``.
     """
 
     queues: npt.NDArray[Any]
     out_of_order_packets: int
     nak_packets: int
+    cnp_packets: int = 0
+    headroom_drops_packets: npt.NDArray[np.int64] | None = None
 
     @classmethod
-    def of(cls, queues: npt.NDArray[Any], qps: npt.NDArray[Any]) -> Self:
-        """Return a snapshot of the running fabric's arrays."""
-        return cls(queues.copy(), int(qps["out_of_order_packets"].sum()), int(qps["naks_packets"].sum()))
+    def of(cls, queues: npt.NDArray[Any], qps: npt.NDArray[Any], ingress: npt.NDArray[Any] | None = None) -> Self:
+        """Return a snapshot of the running fabric's arrays; without ``ingress`` nothing is lossless."""
+        return cls(
+            queues.copy(),
+            int(qps["out_of_order_packets"].sum()),
+            int(qps["naks_packets"].sum()),
+            int(qps["cnps_packets"].sum()),
+            None if ingress is None else ingress["headroom_drops_packets"].astype(np.int64).sum(axis=1),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +55,11 @@ class FabricCounters:
         out_of_order_packets: Frames that receivers refused for their PSN.
         nak_packets: NAKs that reached their requester.
         wall_duration_ns: Length of those stretches.
+        marked_packets: Frames on which each port set CE, shape ``(ports + 1,)``.
+        lost_packets: Frames lost on the link behind each port, the same shape.
+        pause_frames: PFC frames each port received, XOFF and XON, by priorities named in them, the same shape.
+        headroom_drops_packets: Lossless frames for which their ingress port had no room left, the same shape.
+        cnp_packets: CNPs that reached their requester.
     """
 
     sent_bytes: npt.NDArray[np.int64]
@@ -54,6 +69,11 @@ class FabricCounters:
     out_of_order_packets: int
     nak_packets: int
     wall_duration_ns: int
+    marked_packets: npt.NDArray[np.int64]
+    lost_packets: npt.NDArray[np.int64]
+    pause_frames: npt.NDArray[np.int64]
+    headroom_drops_packets: npt.NDArray[np.int64]
+    cnp_packets: int
 
     @classmethod
     def between(cls, before: Snapshot, after: Snapshot, *, wall_duration_ns: int) -> Self:
@@ -71,6 +91,13 @@ class FabricCounters:
             out_of_order_packets=after.out_of_order_packets - before.out_of_order_packets,
             nak_packets=after.nak_packets - before.nak_packets,
             wall_duration_ns=wall_duration_ns,
+            marked_packets=moved("marked_packets"),
+            lost_packets=moved("lost_packets"),
+            pause_frames=moved("pause_frames"),
+            headroom_drops_packets=np.zeros(len(after.queues), np.int64)
+            if after.headroom_drops_packets is None or before.headroom_drops_packets is None
+            else after.headroom_drops_packets - before.headroom_drops_packets,
+            cnp_packets=after.cnp_packets - before.cnp_packets,
         )
 
     def __add__(self, other: FabricCounters) -> FabricCounters:
@@ -83,6 +110,11 @@ class FabricCounters:
             self.out_of_order_packets + other.out_of_order_packets,
             self.nak_packets + other.nak_packets,
             self.wall_duration_ns + other.wall_duration_ns,
+            self.marked_packets + other.marked_packets,
+            self.lost_packets + other.lost_packets,
+            self.pause_frames + other.pause_frames,
+            self.headroom_drops_packets + other.headroom_drops_packets,
+            self.cnp_packets + other.cnp_packets,
         )
 
     def utilisation_fraction(self, port: int, *, wall_rate_bytes_per_s: float, overhead_bytes: int) -> float | None:

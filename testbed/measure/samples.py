@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ class MachineSamples:
         wall_duration_ns: Length of the iteration.
         unaccounted_bytes: Bytes that entered a queue and never left one: lost by the machine, not by the fabric.
         resolution_error_fraction: What a tick more of latency would add to the ideal completion time.
+        wall_gate_lateness_ns: How late each pause began, negative where a tick was early, shape ``(pauses,)``.
     """
 
     wall_tick_ns: int
@@ -37,3 +38,4 @@ class MachineSamples:
     wall_duration_ns: int
     unaccounted_bytes: int
     resolution_error_fraction: float
+    wall_gate_lateness_ns: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))

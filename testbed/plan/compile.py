@@ -25,6 +25,7 @@ from testbed.plan.dilation import choose_dilation, choose_tick_ns
 from testbed.plan.lint import find_warnings
 from testbed.plan.model import Plan, PlannedWorkload
 from testbed.plan.predict import predict_cct_ratio
+from testbed.plan.qos import response_ns
 from testbed.roce.queue_pairs import Connection, Endpoint, build_connections
 from testbed.roce.wire import IP_PROTOCOL_UDP, LINK_OVERHEAD_BYTES, ROCE_UDP_PORT, Opcode, frame_bytes
 from testbed.routing import FlowKey, ForwardingTables, Path, routing_scheme, trace_path
@@ -37,6 +38,7 @@ from testbed.scenario import (
     StarFabric,
     UdpSourcePort,
     Workload,
+    expand_sizes,
 )
 from testbed.topology import LinkSpec, RankMap, Topology, build_clos, build_star
 
@@ -95,13 +97,16 @@ def build_intra_host_links(scenario: Scenario) -> IntraHostLinks:
     return IntraHostLinks(hosts, nvlink.rate_bits_per_s, nvlink.delay_ns)
 
 
-def compile_plan(scenario: Scenario, *, capacity_packets_per_s: float | None) -> Plan:
+def compile_plan(
+    scenario: Scenario, *, capacity_packets_per_s: float | None, wall_tick_lateness_ns: int | None = None
+) -> Plan:
     """Return the plan of a scenario.
 
     Args:
         scenario: A valid scenario.
         capacity_packets_per_s: Packets per second this machine carries over four hops; None where it was not
             measured, then fidelity alone sets an automatic dilation.
+        wall_tick_lateness_ns: How late this machine's ticks are at their 99th percentile; None where it was not measured.
 
     Raises:
         PlanError: No fabric can be planned from it.
@@ -109,7 +114,11 @@ def compile_plan(scenario: Scenario, *, capacity_packets_per_s: float | None) ->
     topology = build_topology(scenario)
     scheme = routing_scheme(str(scenario.routing.scheme))
     tables = scheme.build_tables(topology, hash_seed=scenario.routing.hash_seed)
-    workloads = tuple(_plan_workload(item, scenario, topology, tables) for item in scenario.workload)
+    workloads = tuple(
+        _plan_workload(index, one_size, scenario, topology, tables)
+        for index, item in enumerate(scenario.workload)
+        for one_size in expand_sizes(item)
+    )
     if not workloads:
         raise PlanError("the workload is empty")
 
@@ -123,14 +132,18 @@ def compile_plan(scenario: Scenario, *, capacity_packets_per_s: float | None) ->
             offered, hops = load, float(np.mean([len(path.ports) for path in planned.paths]))
     # Connections of one NIC differ in their paths; the shortest way in use sets the smallest time.
     delays = [path.delay_ns for planned in workloads for path in planned.paths if path.delay_ns > 0]
-    smallest = min(delays, default=0)
+    times = [(min(delays), "one-way path delay")] if delays else []
+    if scenario.qos.pfc.enabled:
+        pauses = [(2 * port.delay_ns + response_ns(port.rate_bits_per_s)) for port in topology.ports]
+        times.append((int(min(pauses)), "response to a pause"))
+    smallest, smallest_name = min(times, default=(0, "none: links have no delay"))
     dilation = choose_dilation(
         scenario.time_dilation,
         offered_packets_per_s=offered,
         mean_hops=hops,
         capacity_packets_per_s=capacity_packets_per_s,
         smallest_time_ns=smallest,
-        smallest_time_name="one-way path delay" if smallest else "none: links have no delay",
+        smallest_time_name=smallest_name,
         wall_tick_ns=choose_tick_ns(most_senders),
     )
     tick_ns = round(dilation.wall_tick_ns / dilation.value)
@@ -150,7 +163,7 @@ def compile_plan(scenario: Scenario, *, capacity_packets_per_s: float | None) ->
         tables=tables,
         dilation=dilation,
         workloads=workloads,
-        buffer_bytes=scenario.fabric.switch.buffer_bytes,
+        wall_tick_lateness_ns=wall_tick_lateness_ns,
         retransmit_timeout_ns=_retransmit_timeout_ns(scenario, topology, workloads),
         warnings=(),
     )
@@ -195,7 +208,9 @@ def _pattern(item: IncastWorkload | PermutationWorkload | FlowsWorkload, scenari
     return _Traffic(schedule, ranks, busiest_nic_bytes(flows) / total)
 
 
-def _plan_workload(item: Workload, scenario: Scenario, topology: Topology, tables: ForwardingTables) -> PlannedWorkload:
+def _plan_workload(
+    index: int, item: Workload, scenario: Scenario, topology: Topology, tables: ForwardingTables
+) -> PlannedWorkload:
     mtu = scenario.transport.mtu_bytes
     schedule, order, traffic_factor = _build_traffic(item, scenario)
     intra_host = build_intra_host_links(scenario)
@@ -213,6 +228,7 @@ def _plan_workload(item: Workload, scenario: Scenario, topology: Topology, table
         [round(path.delay_ns + sum(times)) for path, times in zip(paths, frame_ns, strict=True)], np.int64
     )
     planned = PlannedWorkload(
+        item=index,
         workload=item,
         order=order,
         schedule=schedule,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from testbed.plan.dilation import DilationBound
+from testbed.plan.qos import find_qos_warnings
 from testbed.units import format_rate, format_size, format_time
 
 if TYPE_CHECKING:
@@ -28,8 +29,11 @@ def find_warnings(plan: Plan) -> tuple[str, ...]:
                 f"time_dilation {dilation.value:g} is below {dilation.capacity_value:.0f}, "
                 "what this machine's measured capacity asks for"
             )
-    for planned in plan.workloads:
-        warnings += _find_buffer_warnings(plan, planned)
+    warnings += find_qos_warnings(plan.scenario, plan.topology, plan.marking, plan.pausing)
+    if not plan.pausing:
+        for planned in plan.largest_workloads:  # what piles up grows with the size
+            warnings += _find_buffer_warnings(plan, planned)
+    for planned in plan.largest_workloads:
         warnings += _find_model_warnings(planned)
     return tuple(warnings)
 
@@ -41,18 +45,21 @@ def _find_buffer_warnings(plan: Plan, planned: PlannedWorkload) -> list[str]:
         return []
     unbidden = planned.schedule.unbidden_bytes()[: len(planned.paths)].tolist()
     switch, piled_bytes = _largest_pile(plan, planned, unbidden)
-    if piled_bytes > plan.buffer_bytes:
+    buffer = plan.scenario.fabric.switch.buffer_bytes
+    if switch:
+        buffer = plan.buffer_bytes(next(node.index for node in plan.topology.nodes if node.name == switch))
+    if piled_bytes > buffer:
         return [
             f"{planned.collective_name}: senders wait for nothing and can pile up {piled_bytes} bytes in {switch}, which "
-            f"buffers {plan.buffer_bytes}: without PFC this drops"
+            f"buffers {buffer}: without PFC this drops"
         ]
     if not len(planned.schedule.deps):
         return []
     # What circulates in a ring piles up before its slowest link: at worst all of it, a buffer's worth of one rank.
-    if plan.buffer_bytes >= planned.size_bytes:
+    if buffer >= planned.size_bytes:
         return []
     return [
-        f"{max(sharing.values())} flows share a link and a switch buffers {plan.buffer_bytes} bytes, less than the "
+        f"{max(sharing.values())} flows share a link and a switch buffers {buffer} bytes, less than the "
         f"{planned.size_bytes} that can pile up there: without PFC this can drop"
     ]
 

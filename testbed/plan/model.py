@@ -24,6 +24,15 @@ from testbed.plan.operations import (
     Operation,
     ShapePort,
 )
+from testbed.plan.qos import (
+    PAUSABLE_BURST_TICKS,
+    Marking,
+    PauseThresholds,
+    marking_of,
+    pause_thresholds,
+    shared_bytes,
+    switch_of,
+)
 from testbed.roce.queue_pairs import Connection
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
 from testbed.routing import ForwardingTables, Path
@@ -46,14 +55,18 @@ _MTU_HEADROOM_BYTES = 104
 _MIN_MTU_BYTES = 1500
 # The routing tables of a host's several NICs; clear of the kernel's own, 253 to 255.
 _FIRST_SOURCE_TABLE = 100
+_ETHERNET_HEADER_BYTES = 14
+# Collectives whose call takes one rank's share of the buffer as its count.
+_COUNTED_BY_SHARE = frozenset({"reduce_scatter", "all_gather", "all_to_all", "gather", "scatter"})
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedWorkload:
-    """One item of the workload, ready to run.
+    """One item of the workload at one of its sizes, ready to run.
 
     Attributes:
-        workload: The item.
+        item: Index of the item in the scenario; the sizes of a sweep share it.
+        workload: The item, at this size alone.
         order: Ranks that take part, in the order of the collective.
         schedule: Its transfers.
         connections: A QP pair for each of the schedule's first connections, those between hosts. The others join ranks of
@@ -68,6 +81,7 @@ class PlannedWorkload:
             reaction is for this workload.
     """
 
+    item: int
     workload: Workload
     order: tuple[int, ...]
     schedule: Schedule
@@ -102,6 +116,17 @@ class PlannedWorkload:
         return sum(flow.size_bytes for flow in item.flows) if isinstance(item, FlowsWorkload) else item.size_bytes
 
     @property
+    def count(self) -> int:
+        """Return the elements, of a byte each, that a rank passes to the collective's call, as nccl-tests' column.
+
+        That is a rank's share of the larger buffer where the ranks' shares differ from it, rounded down.
+
+        Source:
+            nccl-tests, src/all_gather.cu and its neighbours (``…GetCollByteCount``, ``paramcount``).
+        """
+        return self.size_bytes // self.nranks if self.collective_name in _COUNTED_BY_SHARE else self.size_bytes
+
+    @property
     def nranks(self) -> int:
         """Return the number of ranks that take part."""
         return len(self.order)
@@ -121,8 +146,8 @@ class Plan:
         topology: Nodes, ports, links.
         tables: Forwarding tables.
         dilation: Time dilation and what set it.
-        workloads: The workload, ready to run.
-        buffer_bytes: Shared packet memory of each switch.
+        workloads: The workload, ready to run: one per item and size.
+        wall_tick_lateness_ns: How late this machine's ticks are at their 99th percentile; None where it was not measured.
         retransmit_timeout_ns: Emulated.
         warnings: What the lint found.
     """
@@ -132,14 +157,29 @@ class Plan:
     tables: ForwardingTables
     dilation: TimeDilation
     workloads: tuple[PlannedWorkload, ...]
-    buffer_bytes: int
+    wall_tick_lateness_ns: int | None
     retransmit_timeout_ns: int
     warnings: tuple[str, ...]
+
+    @property
+    def largest_workloads(self) -> tuple[PlannedWorkload, ...]:
+        """Return each item of the workload once, at its largest size."""
+        return tuple({planned.item: planned for planned in self.workloads}.values())
 
     @property
     def frame_wire_bytes(self) -> int:
         """Return the wire bytes of a full data frame."""
         return self.scenario.transport.mtu_bytes + 58 + LINK_OVERHEAD_BYTES
+
+    @property
+    def port_mtu_bytes(self) -> int:
+        """Return the MTU of every port."""
+        return max(_MIN_MTU_BYTES, self.scenario.transport.mtu_bytes + _MTU_HEADROOM_BYTES)
+
+    @property
+    def largest_frame_wire_bytes(self) -> int:
+        """Return the wire bytes of the largest frame that any port sends."""
+        return self.port_mtu_bytes + _ETHERNET_HEADER_BYTES + LINK_OVERHEAD_BYTES
 
     def wall_rate_bytes_per_s(self, rate_bits_per_s: int) -> float:
         """Return what a link rate is on this machine's clock."""
@@ -164,9 +204,38 @@ class Plan:
                         shared.add(port)
         return frozenset(crossed - shared) | self.nic_ports()
 
+    @cached_property
+    def marking(self) -> dict[int, Marking]:
+        """Return the ECN thresholds of every switch port that marks, by port id."""
+        switches = [port for port in self.topology.ports if self.topology.nodes[port.node].kind is not NodeKind.HOST]
+        found = {port.id: marking_of(self.scenario, port) for port in switches}
+        return {port: marks for port, marks in found.items() if marks is not None}
+
+    @cached_property
+    def pausing(self) -> dict[int, PauseThresholds]:
+        """Return the PFC thresholds of every switch port's lossless priority, by port id."""
+        bursts = {port.id: self.burst_bytes(port.id, shared=True) for port in self.topology.ports}
+        return pause_thresholds(self.scenario, self.topology, self.dilation, bursts, self.wall_tick_lateness_ns)
+
+    def buffer_bytes(self, node: int) -> int:
+        """Return the packet memory of a switch."""
+        return switch_of(self.scenario, self.topology.nodes[node]).buffer_bytes
+
+    def shared_bytes(self, node: int) -> int:
+        """Return what of a switch's packet memory is not headroom."""
+        found = self.topology.nodes[node]
+        return shared_bytes(switch_of(self.scenario, found), found, self.pausing)
+
+    def is_pausable(self, port: int) -> bool:
+        """Return whether the other end of a port's link can pause it."""
+        peer = self.topology.port(self.topology.port(port).peer)
+        return self.scenario.qos.pfc.enabled and self.topology.nodes[peer.node].kind is not NodeKind.HOST
+
     def burst_bytes(self, port: int, *, shared: bool) -> int:
         """Return the bucket of a port's shaper."""
-        ticks = SHARED_BURST_TICKS if shared else UNSHARED_BURST_TICKS
+        ticks: float = SHARED_BURST_TICKS if shared else UNSHARED_BURST_TICKS
+        if self.is_pausable(port):
+            ticks = PAUSABLE_BURST_TICKS
         rate = self.wall_rate_bytes_per_s(self.topology.port(port).rate_bits_per_s)
         tick_bytes = rate * self.dilation.wall_tick_ns / 1e9
         return max(MIN_BURST_FRAMES, round(ticks * tick_bytes / self.frame_wire_bytes)) * self.frame_wire_bytes
@@ -184,7 +253,7 @@ class Plan:
         """
         unshared = self.nic_ports() if any_workload else self.unshared_ports
         topology = self.topology
-        mtu = max(_MIN_MTU_BYTES, self.scenario.transport.mtu_bytes + _MTU_HEADROOM_BYTES)
+        mtu = self.port_mtu_bytes
         result: list[Operation] = [
             CreateNamespace(node.index, namespaces[node.index], node.kind is not NodeKind.HOST)
             for node in topology.nodes

@@ -9,7 +9,7 @@ from typing import Any
 from testbed.plan.model import Plan, PlannedWorkload
 from testbed.plan.operations import CreateLink, Operation
 from testbed.routing import find_collisions, link_loads
-from testbed.topology import Topology, format_address
+from testbed.topology import NodeKind, Topology, format_address
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,8 @@ class PathCollision:
 class PathReport:
     """Every flow's path and what follows from them, before anything is built.
 
-    Items of a workload run one after the other: loads and collisions are those of each item alone.
+    Items of a workload run one after the other: loads and collisions are those of each item alone. The sizes of a sweep
+    take the same paths and stand here once.
 
     Attributes:
         flows: All flows, item by item.
@@ -95,7 +96,8 @@ def describe_paths(plan: Plan) -> PathReport:
     flows: list[FlowPath] = []
     links: list[LinkLoad] = []
     collisions: list[PathCollision] = []
-    for index, planned in enumerate(plan.workloads):
+    for planned in plan.largest_workloads:
+        index = planned.item
         described = _describe_flows(plan, index, planned)
         flows += described
         links += _describe_loads(plan, index, planned)
@@ -223,7 +225,7 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
             }
             for planned in plan.workloads
         ],
-        "buffer_bytes": plan.buffer_bytes,
+        "switches": _describe_switches(plan),
         "retransmit_timeout_ns": plan.retransmit_timeout_ns,
         "warnings": list(plan.warnings),
     }
@@ -234,6 +236,34 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
             for operation in plan.operations(names, any_workload=False)
         ]
     return report
+
+
+def _describe_switches(plan: Plan) -> list[dict[str, Any]]:
+    """Return the memory and thresholds of every kind of switch port: switches and ports that are alike once."""
+    topology = plan.topology
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    for node in topology.nodes:
+        for port_id in node.ports if node.kind is not NodeKind.HOST else ():
+            port, marks, pause = topology.port(port_id), plan.marking.get(port_id), plan.pausing.get(port_id)
+            key = (str(node.kind), port.ifname.rstrip("0123456789"), plan.buffer_bytes(node.index), marks, pause)
+            rows.setdefault(key, []).append(topology.port_name(port_id))
+    return [
+        {
+            "kind": kind,
+            "ports": ports,
+            "buffer_bytes": buffer_bytes,
+            "kmin_bytes": marks.kmin_bytes if marks else None,
+            "kmax_bytes": marks.kmax_bytes if marks else None,
+            "pmax_fraction": marks.pmax if marks else None,
+            "xoff_bytes": pause.xoff_bytes if pause else None,
+            "alpha_fraction": float(pause.alpha) if pause and pause.xoff_bytes is None else None,
+            "xon_below_xoff_bytes": pause.hysteresis_bytes if pause else None,
+            "headroom_bytes": pause.headroom_bytes if pause else None,
+            "needed_headroom_bytes": pause.needed_headroom_bytes if pause else None,
+            "pause_delay_ns": pause.delay_ns if pause else None,
+        }
+        for (kind, _, buffer_bytes, marks, pause), ports in rows.items()
+    ]
 
 
 def _node_of(operation: Operation) -> int:

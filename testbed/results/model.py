@@ -30,137 +30,24 @@ class FidelityVerdict(StrEnum):
     INVALID = "invalid"
 
 
-@dataclass(frozen=True, slots=True)
-class CollectiveResult:
-    """One collective at one size; see `from_samples`.
-
-    Attributes:
-        collective: Such as ``all_reduce``.
-        algorithm: Such as ``ring``.
-        size_bytes: Size of the buffer on each rank.
-        nranks: Number of ranks.
-        cct_ns: Completion time of each measured iteration, in the order in which they ran.
-        cct_ideal_ns: Completion time over a core that never blocks.
-        wall_cct_ns: Wall time of each until a tick of the engine saw the last arrival: what the clock said, up to a tick.
-        cct_ratio: Median of `cct_ns` / `cct_ideal_ns`.
-        algbw_bytes_per_s: Size / median completion time.
-        busbw_bytes_per_s: Algorithm bandwidth times the bytes that each NIC must send per byte of the buffer.
-        predicted_cct_ratio: What the load prediction gave for `cct_ratio` before the run.
-        nvlink_bytes: Payload of an iteration that stayed inside hosts. A model of NVLink carried it, no packets.
-    """
-
-    collective: str
-    algorithm: str
-    size_bytes: int
-    nranks: int
-    cct_ns: tuple[int, ...] = ()
-    wall_cct_ns: tuple[int, ...] = ()
-    cct_ideal_ns: float | None = None
-    cct_ratio: float | None = None
-    algbw_bytes_per_s: float | None = None
-    busbw_bytes_per_s: float | None = None
-    predicted_cct_ratio: float | None = None
-    nvlink_bytes: int | None = None
-
-    @classmethod
-    def from_samples(
-        cls,
-        *,
-        collective: str,
-        algorithm: str,
-        size_bytes: int,
-        nranks: int,
-        cct_ns: Sequence[int],
-        wall_cct_ns: Sequence[int] = (),
-        cct_ideal_ns: float | None,
-        traffic_factor: float,
-        predicted_cct_ratio: float | None = None,
-        nvlink_bytes: int | None = None,
-    ) -> Self:
-        """Return the result with every figure that follows from the samples; None where there are none.
-
-        Args:
-            collective: Name of the collective.
-            algorithm: Name of the algorithm.
-            size_bytes: Size of the buffer on each rank.
-            nranks: Number of ranks.
-            cct_ns: Completion time of each measured iteration.
-            wall_cct_ns: The same by this machine's clock.
-            cct_ideal_ns: Completion time over a core that never blocks, if known.
-            traffic_factor: busbw / algbw of the algorithm.
-            predicted_cct_ratio: As in the attribute.
-            nvlink_bytes: As in the attribute.
-
-        Source:
-            nccl-tests, doc/PERFORMANCE.md (algbw and busbw).
-        """
-        median_ns = statistics.median(cct_ns) if cct_ns else None
-        algbw = size_bytes * 1e9 / median_ns if median_ns else None
-        return cls(
-            collective=collective,
-            algorithm=algorithm,
-            size_bytes=size_bytes,
-            nranks=nranks,
-            cct_ns=tuple(cct_ns),
-            wall_cct_ns=tuple(wall_cct_ns),
-            cct_ideal_ns=cct_ideal_ns,
-            cct_ratio=median_ns / cct_ideal_ns if median_ns and cct_ideal_ns else None,
-            algbw_bytes_per_s=algbw,
-            busbw_bytes_per_s=None if algbw is None else algbw * traffic_factor,
-            predicted_cct_ratio=predicted_cct_ratio,
-            nvlink_bytes=nvlink_bytes,
-        )
+DATATYPE = "uint8"
+"""What an element is: sizes are in bytes, and nothing is summed, so no other type would change a figure."""
 
 
 @dataclass(frozen=True, slots=True)
-class LinkDirection:
-    """What one port sent over its link.
-
-    Attributes:
-        src: The port that sends, such as ``leaf0/up1``.
-        dst: The port at the other end.
-        bytes: Frame bytes without FCS that left the port's queues.
-        packets: Frames that did.
-        utilisation_fraction: Wire bytes / what the link could have carried while collectives were measured.
-        peak_depth_bytes: Greatest depth of the port's queue.
-        drops_packets: Frames dropped before the queue.
-    """
-
-    src: str
-    dst: str
-    bytes: int | None = None
-    packets: int | None = None
-    utilisation_fraction: float | None = None
-    peak_depth_bytes: int | None = None
-    drops_packets: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LinkResult:
-    """One link and what crossed it.
-
-    Attributes:
-        name: Its two nodes, such as ``leaf0:spine1``.
-        directions: The two directions.
-    """
-
-    name: str
-    directions: tuple[LinkDirection, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class FabricResult:
-    """What the fabric counted during the measured iterations; attributes are named after what they count."""
+class FabricCounts:
+    """What the fabric counted over some measured iterations; attributes are named after what they count."""
 
     drops_packets: int | None = None
     headroom_drops_packets: int | None = None
+    lost_packets: int | None = None
     out_of_order_packets: int | None = None
     retransmitted_packets: int | None = None
     nak_packets: int | None = None
     ecn_marked_packets: int | None = None
     cnp_packets: int | None = None
     pause_frames: int | None = None
-    links: tuple[LinkResult, ...] = ()
+    paused_fraction_max: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +82,160 @@ class Fidelity:
 
 
 @dataclass(frozen=True, slots=True)
+class CollectiveResult:
+    """One collective at one size: a row of the table; see `from_samples`.
+
+    Attributes:
+        collective: Such as ``all_reduce``.
+        algorithm: Such as ``ring``.
+        size_bytes: Size of the buffer on each rank.
+        nranks: Number of ranks.
+        cct_ns: Completion time of each measured iteration, in the order in which they ran.
+        cct_ideal_ns: Completion time over a core that never blocks.
+        wall_cct_ns: Wall time of each until a tick of the engine saw the last arrival: what the clock said, up to a tick.
+        cct_ratio: Median of `cct_ns` / `cct_ideal_ns`.
+        algbw_bytes_per_s: Size / median completion time.
+        busbw_bytes_per_s: Algorithm bandwidth times the bytes that each NIC must send per byte of the buffer.
+        predicted_cct_ratio: What the load prediction gave for `cct_ratio` before the run.
+        count: Elements that each rank passes to the call, as nccl-tests counts them.
+        datatype: Type of an element.
+        fabric: What the fabric counted in this row's measured iterations.
+        fidelity: Whether this row can be trusted; None when nothing ran.
+        nvlink_bytes: Payload of an iteration that stayed inside hosts. A model of NVLink carried it, no packets.
+    """
+
+    collective: str
+    algorithm: str
+    size_bytes: int
+    nranks: int
+    cct_ns: tuple[int, ...] = ()
+    wall_cct_ns: tuple[int, ...] = ()
+    cct_ideal_ns: float | None = None
+    cct_ratio: float | None = None
+    algbw_bytes_per_s: float | None = None
+    busbw_bytes_per_s: float | None = None
+    predicted_cct_ratio: float | None = None
+    count: int | None = None
+    datatype: str = DATATYPE
+    fabric: FabricCounts = field(default_factory=FabricCounts)
+    fidelity: Fidelity | None = None
+    nvlink_bytes: int | None = None
+
+    @classmethod
+    def from_samples(
+        cls,
+        *,
+        collective: str,
+        algorithm: str,
+        size_bytes: int,
+        nranks: int,
+        cct_ns: Sequence[int],
+        wall_cct_ns: Sequence[int] = (),
+        cct_ideal_ns: float | None,
+        traffic_factor: float,
+        predicted_cct_ratio: float | None = None,
+        count: int | None = None,
+        fabric: FabricCounts | None = None,
+        fidelity: Fidelity | None = None,
+        nvlink_bytes: int | None = None,
+    ) -> Self:
+        """Return the result with every figure that follows from the samples; None where there are none.
+
+        Args:
+            collective: Name of the collective.
+            algorithm: Name of the algorithm.
+            size_bytes: Size of the buffer on each rank.
+            nranks: Number of ranks.
+            cct_ns: Completion time of each measured iteration.
+            wall_cct_ns: The same by this machine's clock.
+            cct_ideal_ns: Completion time over a core that never blocks, if known.
+            traffic_factor: busbw / algbw of the algorithm.
+            predicted_cct_ratio: As in the attribute; so are those below.
+            count: See there.
+            fabric: See there.
+            fidelity: See there.
+            nvlink_bytes: See there.
+
+        Source:
+            nccl-tests, doc/PERFORMANCE.md (algbw and busbw).
+        """
+        median_ns = statistics.median(cct_ns) if cct_ns else None
+        algbw = size_bytes * 1e9 / median_ns if median_ns else None
+        return cls(
+            collective=collective,
+            algorithm=algorithm,
+            size_bytes=size_bytes,
+            nranks=nranks,
+            cct_ns=tuple(cct_ns),
+            wall_cct_ns=tuple(wall_cct_ns),
+            cct_ideal_ns=cct_ideal_ns,
+            cct_ratio=median_ns / cct_ideal_ns if median_ns and cct_ideal_ns else None,
+            algbw_bytes_per_s=algbw,
+            busbw_bytes_per_s=None if algbw is None else algbw * traffic_factor,
+            predicted_cct_ratio=predicted_cct_ratio,
+            count=count,
+            fabric=fabric or FabricCounts(),
+            fidelity=fidelity,
+            nvlink_bytes=nvlink_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDirection:
+    """What one port sent over its link.
+
+    Attributes:
+        src: The port that sends, such as ``leaf0/up1``.
+        dst: The port at the other end.
+        bytes: Frame bytes without FCS that left the port's queues.
+        packets: Frames that did.
+        utilisation_fraction: Wire bytes / what the link could have carried while collectives were measured.
+        peak_depth_bytes: Greatest depth of the port's queue.
+        drops_packets: Frames dropped before the queue.
+        marked_packets: Frames on which this port set CE; None where it does not mark.
+        lost_packets: Frames lost on the link.
+        pause_frames: PFC frames, XOFF and XON, that this port received; None where nothing can pause it.
+        paused_fraction: Share of the measured time that it was paused; None where nothing can pause it.
+    """
+
+    src: str
+    dst: str
+    bytes: int | None = None
+    packets: int | None = None
+    utilisation_fraction: float | None = None
+    peak_depth_bytes: int | None = None
+    drops_packets: int | None = None
+    marked_packets: int | None = None
+    lost_packets: int | None = None
+    pause_frames: int | None = None
+    paused_fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinkResult:
+    """One link and what crossed it.
+
+    Attributes:
+        name: Its two nodes, such as ``leaf0:spine1``.
+        directions: The two directions.
+    """
+
+    name: str
+    directions: tuple[LinkDirection, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FabricResult(FabricCounts):
+    """What the fabric counted during all measured iterations, and what crossed each link.
+
+    Attributes:
+        links: All links.
+    """
+
+    links: tuple[LinkResult, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
     """One line of ``expect:`` and what came of it.
 
@@ -202,9 +243,10 @@ class Check:
         expect: The line as written.
         metric: The result's key that it names.
         expected: The number to compare with, in the metric's unit.
-        observed: The measured figure, None when nothing measured it.
+        observed: The measured figure of the row furthest from holding, None when nothing measured it.
         verdict: ``pass``, ``fail`` or ``not_judged``.
         tolerance: How far `observed` may be off, where the check has one.
+        row: Index of the row in `Result.results` that `observed` is from; None when there is none.
     """
 
     expect: str
@@ -213,6 +255,7 @@ class Check:
     observed: float | None
     verdict: str
     tolerance: float | None = None
+    row: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +268,8 @@ class Result:
         time_dilation: Wall time / emulated time.
         host: Facts about the machine: kernel, CPUs, versions.
         results: One per collective and size.
-        fabric: What the fabric counted.
-        fidelity: Whether to trust it; None when nothing ran.
+        fabric: What the fabric counted, all rows together.
+        fidelity: Whether to trust it, that of the worst row; None when nothing ran.
         checks: One per line of ``expect:``.
         warnings: What to look at before trusting a figure, and what is not modelled.
         schema_version: Version of this structure.
@@ -264,7 +307,6 @@ class Result:
                 _load(LinkResult, link, directions=tuple(_load(LinkDirection, way) for way in link["directions"]))
                 for link in fabric["links"]
             ]
-            fidelity = fields["fidelity"]
             return _load(
                 cls,
                 fields,
@@ -274,17 +316,13 @@ class Result:
                         row,
                         cct_ns=tuple(row["cct_ns"]),
                         wall_cct_ns=tuple(row.get("wall_cct_ns", ())),
+                        fabric=_load(FabricCounts, row.get("fabric", {})),
+                        fidelity=_load_fidelity(row.get("fidelity")),
                     )
                     for row in fields["results"]
                 ),
                 fabric=_load(FabricResult, fabric, links=tuple(links)),
-                fidelity=fidelity
-                and _load(
-                    Fidelity,
-                    fidelity,
-                    verdict=FidelityVerdict(fidelity["verdict"]),
-                    reasons=tuple(fidelity["reasons"]),
-                ),
+                fidelity=_load_fidelity(fields["fidelity"]),
                 checks=tuple(_load(Check, check) for check in fields["checks"]),
                 warnings=tuple(fields["warnings"]),
             )
@@ -312,6 +350,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, str) else value
+
+
+def _load_fidelity(fields: Mapping[str, Any] | None) -> Fidelity | None:
+    if fields is None:
+        return None
+    verdict, reasons = FidelityVerdict(fields["verdict"]), tuple(fields["reasons"])
+    return _load(Fidelity, fields, verdict=verdict, reasons=reasons)
 
 
 def _load(kind: type[T], fields: Mapping[str, Any], **parsed: Any) -> T:

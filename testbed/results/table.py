@@ -20,6 +20,8 @@ class _Column:
 
 _COLUMNS = (
     _Column("size", "(B)"),
+    _Column("count", "(elements)"),
+    _Column("type", "", left=True),
     _Column("nranks", "(count)"),
     _Column("collective", "", left=True),
     _Column("algorithm", "", left=True),
@@ -31,6 +33,8 @@ _COLUMNS = (
     _Column("busbw", "(GB/s)"),
     _Column("ideal", "(us)"),
     _Column("ratio", "(time/ideal)"),
+    _Column("#drops", "(packets)"),
+    _Column("verdict", "", left=True),
 )
 
 
@@ -44,7 +48,7 @@ def render_table(rows: Sequence[CollectiveResult], comments: Sequence[str] = ())
     Returns:
         Comment lines, a header row, a units row and one row per result, each ended by a newline. All figures
         are emulated; ``time`` is the median over the iterations, 1 GB is 10^9 bytes; ``-`` stands for what
-        was not measured.
+        was not measured. ``verdict`` says whether this machine could be trusted with that row.
 
     Source:
         nccl-tests, src/util.cu (the columns and their units).
@@ -66,6 +70,8 @@ def _cells(row: CollectiveResult) -> list[str]:
     times = row.cct_ns
     return [
         str(row.size_bytes),
+        UNMEASURED if row.count is None else str(row.count),
+        row.datatype,
         str(row.nranks),
         row.collective,
         row.algorithm,
@@ -77,6 +83,8 @@ def _cells(row: CollectiveResult) -> list[str]:
         _scaled(row.busbw_bytes_per_s, 1e9, 2),
         _scaled(row.cct_ideal_ns, 1e3, 2),
         _scaled(row.cct_ratio, 1, 4),
+        _scaled(row.fabric.drops_packets, 1, 0),
+        UNMEASURED if row.fidelity is None else str(row.fidelity.verdict),
     ]
 
 

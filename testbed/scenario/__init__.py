@@ -1,5 +1,6 @@
 """The scenario: file format, defaults, and all mistakes of a file at once."""
 
+from testbed.scenario.congestion import CongestionControl
 from testbed.scenario.expect import Expectation, Verdict, evaluate, parse_expectation
 from testbed.scenario.load import load_scenario
 from testbed.scenario.model import (
@@ -9,7 +10,6 @@ from testbed.scenario.model import (
     ClosFabric,
     Collective,
     CollectiveWorkload,
-    CongestionControl,
     FabricKind,
     Flow,
     FlowsWorkload,
@@ -29,6 +29,8 @@ from testbed.scenario.model import (
     Workload,
     render_json_schema,
 )
+from testbed.scenario.qos import EcnPreset, WatchdogAction
+from testbed.scenario.sweep import expand_sizes
 
 __all__ = [
     "AdmissionScheme",
@@ -38,6 +40,7 @@ __all__ = [
     "Collective",
     "CollectiveWorkload",
     "CongestionControl",
+    "EcnPreset",
     "Expectation",
     "FabricKind",
     "Flow",
@@ -56,8 +59,10 @@ __all__ = [
     "UdpSourcePort",
     "Uplink",
     "Verdict",
+    "WatchdogAction",
     "Workload",
     "evaluate",
+    "expand_sizes",
     "load_scenario",
     "parse_expectation",
     "render_json_schema",

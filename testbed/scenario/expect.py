@@ -74,12 +74,14 @@ METRICS: dict[str, Callable[[str], Fraction]] = {
     "busbw_bytes_per_s": parse_byte_rate,
     "drops_packets": parse_number,
     "headroom_drops_packets": parse_number,
+    "lost_packets": parse_number,
     "out_of_order_packets": parse_number,
     "retransmitted_packets": parse_number,
     "nak_packets": parse_number,
     "ecn_marked_packets": parse_number,
     "cnp_packets": parse_number,
     "pause_frames": parse_number,
+    "paused_fraction_max": parse_fraction,
 }
 """Every metric that may be named, and how its number is read."""
 

@@ -15,17 +15,24 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Discriminator, Tag, model_validator
 
 from testbed.scenario import kinds
+from testbed.scenario.congestion import CongestionControl, Dcqcn, Timely, congestion_parameters
 from testbed.scenario.expect import Expectation
+from testbed.scenario.nvlink import Nvlink as Nvlink
+from testbed.scenario.qos import Qos
+from testbed.scenario.section import Section as _Section
+from testbed.scenario.section import derived_key as _derived_key
+from testbed.scenario.section import key as _key
+from testbed.scenario.section import list_key as _list_key
+from testbed.scenario.switch import Switch as Switch
 
 MAX_HOSTS = 1024
 MAX_SWITCHES = 256
 GIB = 2**30
 
 _RATE = kinds.rate(10**6, 1_600 * 10**9)
-_NVLINK_RATE = kinds.rate(10**6, 100_000 * 10**9)
 _DELAY = kinds.time(0, 10**9)
 _TIME = kinds.time(0, 3600 * 10**9)
 _TIMEOUT = kinds.auto_or(kinds.time(1, 10 * 10**9))
@@ -34,8 +41,6 @@ _FRACTION = kinds.fraction(Fraction(1))
 _FLAG = kinds.flag()
 _UINT32 = kinds.integer(0, 2**32 - 1)
 _PRIORITY = kinds.integer(0, 7)
-# 6 and 7 are those of CNP, ACK and network control, which have a queue of their own.
-_DATA_PRIORITY = kinds.integer(0, 5)
 _RANK = kinds.integer(0, MAX_HOSTS - 1)
 _NODE = kinds.text(40, r"[A-Za-z0-9:/._-]+", 'must be a node or link such as "leaf0" or "leaf0:spine1"')
 
@@ -88,13 +93,6 @@ class LossRecovery(StrEnum):
 
     GO_BACK_N = "go_back_n"
     SELECTIVE = "selective"
-
-
-class CongestionControl(StrEnum):
-    """What slows a sender down."""
-
-    NONE = "none"
-    DCQCN = "dcqcn"
 
 
 class AdmissionScheme(StrEnum):
@@ -174,44 +172,6 @@ _HOSTS_PER_LEAF = kinds.integers_or(
     f"must be an integer from 1 to {MAX_HOSTS}, or a list of one such integer per leaf",
 )
 
-_NO_DEFAULT = object()
-
-
-def _key(name: str, description: str, *, default: Any = _NO_DEFAULT, example: Any = None) -> Any:
-    """Return the field of one key.
-
-    Args:
-        name: The key in the file.
-        description: What it means; shown by editors.
-        default: As a user would write it; ``None`` for absent. Without a default the key is required.
-        example: A valid value as a user would write it; required keys and lists must have one.
-    """
-    extra: dict[str, Any] = {"examples": [example]} if example is not None else {}
-    if default is _NO_DEFAULT:
-        return Field(alias=name, description=description, json_schema_extra=extra)
-    if default is None:
-        return Field(default=None, validate_default=False, alias=name, description=description, json_schema_extra=extra)
-    return Field(default=default, alias=name, description=description, json_schema_extra=extra)
-
-
-def _list_key(name: str, description: str, *, example: list[Any], required: bool = False) -> Any:
-    """Return the field of a key that holds a list, empty by default; a tuple in the program."""
-    extra: dict[str, Any] = {"examples": [example]}
-    if required:
-        return Field(alias=name, description=description, strict=False, json_schema_extra=extra)
-    return Field(default=(), alias=name, description=description, strict=False, json_schema_extra=extra)
-
-
-def _derived_key(name: str, description: str) -> Any:
-    """Return the field of a key whose default a model fills in from other keys."""
-    return Field(default_factory=lambda: None, alias=name, description=description)
-
-
-class _Section(BaseModel):
-    """A mapping of the file. Unknown keys are mistakes; defaults are read as a user's text would be."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
-
 
 class Link(_Section):
     """One class of links, alike in both directions."""
@@ -227,37 +187,12 @@ class Uplink(Link):
     delay_ns: Annotated[int, _DELAY] = _derived_key("delay", "One-way propagation delay. Default: the host links'.")
 
 
-class Switch(_Section):
-    """One switch; all switches of a fabric are alike."""
-
-    buffer_bytes: Annotated[int, _SIZE] = _key(
-        "buffer",
-        "Packet memory of one switch, shared by all its ports. A frame that does not fit is dropped.",
-        default="32 MiB",
-    )
-    alpha: Annotated[Fraction | None, _FRACTION] = _key(
-        "alpha", "Share of the free shared buffer that one queue may take (dynamic threshold).", default=None
-    )
-
-
-class Nvlink(_Section):
-    """What joins the GPUs of a host; a model, no packets."""
-
-    rate_bits_per_s: Annotated[int, _NVLINK_RATE] = _key(
-        "rate",
-        "What a GPU sends, and what it receives, at most; NVLink's data sheets give the sum of both directions.",
-        default="3600 Gbit/s",
-    )
-    delay_ns: Annotated[int, _DELAY] = _key(
-        "delay", "Latency: from a byte's leaving a GPU to its arrival at another.", default="2 us"
-    )
-
-
 class _Fabric(_Section):
     """What every shape of fabric has."""
 
     host_link: Link = _key("host_link", "The link between a host's NIC and its leaf.", example={"rate": "400 Gbit/s"})
     switch: Switch = _key("switch", "The switches.", default={})
+    spine_switch: Switch = _derived_key("spine_switch", "The spines, where they differ. Default: as `switch`.")
     nics_per_host: Annotated[int, kinds.integer(1, 16)] = _key(
         "nics_per_host", "NICs, hence rails, of one host, each with a link to the host's leaf.", default=1
     )
@@ -288,6 +223,12 @@ class _Fabric(_Section):
     def rank_counts(self) -> tuple[int, ...]:
         """Ranks under each leaf."""
         return tuple(hosts * self.gpus_per_host for hosts in self.host_counts)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_spine_switch(cls, data: Any) -> Any:
+        """Let spines be as the other switches unless they are given."""
+        return {"spine_switch": data.get("switch", {}), **data} if isinstance(data, Mapping) else data
 
 
 class StarFabric(_Fabric):
@@ -352,43 +293,6 @@ Fabric: TypeAlias = Annotated[
 ]
 
 
-class Ecn(_Section):
-    """Marking by switches, on the instantaneous depth of an egress queue."""
-
-    enabled: Annotated[bool, _FLAG] = _key("enabled", "Whether switches mark CE.", default=False)
-    kmin_bytes: Annotated[int | None, _SIZE] = _key("kmin", "Depth up to which nothing is marked.", default=None)
-    kmax_bytes: Annotated[int | None, _SIZE] = _key("kmax", "Depth above which everything is marked.", default=None)
-    pmax: Annotated[Fraction | None, _FRACTION] = _key("pmax", "Probability of a mark at kmax.", default=None)
-
-
-class Pfc(_Section):
-    """Priority flow control, per ingress port and priority."""
-
-    enabled: Annotated[bool, _FLAG] = _key("enabled", "Whether switches pause their neighbours.", default=False)
-    xoff_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = _key(
-        "xoff", "Ingress bytes above which to pause.", default="auto"
-    )
-    xon_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = _key(
-        "xon", "Ingress bytes below which to resume.", default="auto"
-    )
-    headroom_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = _key(
-        "headroom", "Buffer kept per ingress port for what arrives after a pause was sent.", default="auto"
-    )
-    watchdog: Annotated[bool | None, _FLAG] = _key(
-        "watchdog", "Whether a queue paused for too long is released.", default=None
-    )
-
-
-class Qos(_Section):
-    """Priorities, marking and pausing."""
-
-    lossless_priority: Annotated[int, _DATA_PRIORITY] = _key(
-        "lossless_priority", "Priority of RoCE data, 0 to 7; its DSCP is eight times this.", default=3
-    )
-    ecn: Ecn = _key("ecn", "Explicit congestion notification.", default={})
-    pfc: Pfc = _key("pfc", "Priority flow control.", default={})
-
-
 class Routing(_Section):
     """How switches choose among equal paths."""
 
@@ -446,7 +350,14 @@ class Transport(_Section):
     congestion_control: Annotated[CongestionControl, kinds.choice(CongestionControl)] = _key(
         "congestion_control", "What slows senders down.", default="none"
     )
+    dcqcn: Dcqcn | None = _key("dcqcn", "Parameters of dcqcn.", default=None)
+    timely: Timely | None = _key("timely", "Parameters of timely.", default=None)
     admission: Admission = _key("admission", "What senders must be granted.", default={})
+
+    @property
+    def congestion_parameters(self) -> dict[str, Any]:
+        """What `testbed.roce.congestion.make` takes as parameters of the congestion control that is chosen."""
+        return congestion_parameters(getattr(self, str(self.congestion_control), None))
 
 
 class _Iterated(_Section):
@@ -458,10 +369,41 @@ class _Iterated(_Section):
     )
 
 
+class _Sized(_Iterated):
+    """What every item with one size has: the item may be run at several, as nccl-tests does."""
+
+    max_size_bytes: Annotated[int | None, _SIZE] = _key(
+        "max_size",
+        "Makes the item a sweep: it is run at `size` and at each following size up to this one, and each has a row in "
+        "the table.",
+        default=None,
+    )
+    size_factor: Annotated[int | None, kinds.integer(2, 1024)] = _key(
+        "size_factor",
+        "Each size of a sweep over the one before. Default: 2, unless there is a `size_step`.",
+        default=None,
+    )
+    size_step_bytes: Annotated[int | None, _SIZE] = _key(
+        "size_step", "Each size of a sweep less the one before, instead of `size_factor`.", default=None
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_size_factor(cls, data: Any) -> Any:
+        """Let the sizes of a sweep double unless it says how they grow; null takes a key of the sweep away again."""
+        if not isinstance(data, Mapping):
+            return data
+        keys = ("max_size", "size_factor", "size_step")
+        data = {key: value for key, value in data.items() if value is not None or key not in keys}
+        if "max_size" not in data or "size_factor" in data or "size_step" in data:
+            return data
+        return {**data, "size_factor": 2}
+
+
 _DIRECT = (Collective.ALL_TO_ALL, Collective.GATHER, Collective.SCATTER, Collective.SEND_RECV)
 
 
-class CollectiveWorkload(_Iterated):
+class CollectiveWorkload(_Sized):
     """A collective over all ranks of the fabric."""
 
     collective: Annotated[Collective, kinds.choice(Collective)] = _key(
@@ -500,7 +442,7 @@ def usual_algorithm(collective: object) -> Algorithm:
     return Algorithm.DIRECT if collective in [str(one) for one in _DIRECT] else Algorithm.RING
 
 
-class IncastWorkload(_Iterated):
+class IncastWorkload(_Sized):
     """Ranks 1 to fan_in send to rank 0, all at once."""
 
     pattern: Annotated[Pattern, kinds.only(_PATTERN, "incast")] = _key(
@@ -510,7 +452,7 @@ class IncastWorkload(_Iterated):
     size_bytes: Annotated[int, _SIZE] = _key("size", "What each sender sends.", example="1 MiB")
 
 
-class PermutationWorkload(_Iterated):
+class PermutationWorkload(_Sized):
     """Every rank sends to one other, and receives from one other."""
 
     pattern: Annotated[Pattern, kinds.only(_PATTERN, "permutation")] = _key(

@@ -48,16 +48,6 @@ def metric(*names: str) -> Callable[[Any], bool]:
 
 NOT_BUILT = (
     NotBuilt("fabric.kind", among("zones"), "three tiers, zones joined by superspines"),
-    NotBuilt("fabric.switch.alpha", given, "dynamic buffer thresholds"),
-    NotBuilt("qos.ecn.enabled", among(True), "ECN marking"),
-    NotBuilt("qos.ecn.kmin", given, "ECN marking"),
-    NotBuilt("qos.ecn.kmax", given, "ECN marking"),
-    NotBuilt("qos.ecn.pmax", given, "ECN marking"),
-    NotBuilt("qos.pfc.enabled", among(True), "priority flow control"),
-    NotBuilt("qos.pfc.xoff", other_than("auto"), "priority flow control"),
-    NotBuilt("qos.pfc.xon", other_than("auto"), "priority flow control"),
-    NotBuilt("qos.pfc.headroom", other_than("auto"), "priority flow control"),
-    NotBuilt("qos.pfc.watchdog", given, "the PFC watchdog"),
     NotBuilt("routing.scheme", among("e-ecmp"), "hashing of the destination QP"),
     NotBuilt("routing.scheme", among("te"), "the traffic engineering controller"),
     NotBuilt("routing.scheme", among("flowlet"), "flowlet switching"),
@@ -70,7 +60,8 @@ NOT_BUILT = (
     NotBuilt("transport.qp_strategy", among("round_robin"), "spreading messages round robin over queue pairs"),
     NotBuilt("transport.qp_strategy", among("dynamic"), "spreading messages over queue pairs by credit"),
     NotBuilt("transport.loss_recovery", among("selective"), "selective retransmission"),
-    NotBuilt("transport.congestion_control", among("dcqcn"), "DCQCN"),
+    NotBuilt("transport.congestion_control", among("timely"), "TIMELY"),
+    NotBuilt("transport.timely", given, "TIMELY"),
     NotBuilt("transport.admission.scheme", among("cts"), "receiver-driven admission"),
     NotBuilt("transport.admission.channels", given, "receiver-driven admission"),
     NotBuilt("transport.admission.channel_buffer", given, "receiver-driven admission"),
@@ -78,10 +69,6 @@ NOT_BUILT = (
     NotBuilt("transport.admission.priority", given, "receiver-driven admission"),
     NotBuilt("jobs", filled, "several jobs at once"),
     NotBuilt("faults", filled, "faults while traffic runs"),
-    NotBuilt("expect[*]", metric("ecn_marked_packets"), "ECN marking"),
-    NotBuilt("expect[*]", metric("cnp_packets"), "DCQCN"),
-    NotBuilt("expect[*]", metric("pause_frames"), "priority flow control"),
-    NotBuilt("expect[*]", metric("headroom_drops_packets"), "priority flow control"),
 )
 
 

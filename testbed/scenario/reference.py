@@ -56,10 +56,14 @@ _IS_NOT: Mapping[str, str] = {
     "transport.loss_recovery": "congestion control: go-back-N repeats everything from the lost packet on, at full rate.",
     "workload[].size": "the bytes on the wire, which follow from the algorithm: in a ring all-reduce over n ranks each sends "
     "2 (n - 1) / n times as much, and headers.",
+    "workload[].max_size": "always one of the sizes: a sweep ends with the last that is not above it. The fabric is built once, "
+    "and its time dilation chosen once, for all sizes; `expect` must hold at each.",
     "workload[].iters": "a number to average over: each iteration is timed on its own, and the median counts.",
     "workload[].warmup_iters": "in the counters, the completion times or the verdict.",
     "workload[].order": "the placement of ranks: rank i is always host i.",
-    "expect": "judged when the verdict on the machine is `invalid`: checks are then `not_judged`, and the exit code is 4.",
+    "expect": "judged in rows whose verdict is `invalid`. A line must hold in every row of the table, one per workload item and "
+    "size: it fails if a row that may be judged fails, and is `not_judged` if the others hold and one may not be judged. The "
+    "exit code is then 4.",
     "time_dilation": "part of what is emulated: no figure of a result should depend on it. A smaller one makes a run shorter "
     "and less faithful; the verdict says when it was too small.",
     "seed": "a source of differences between two plans: the same seed gives the same plan, byte for byte.",

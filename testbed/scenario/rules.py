@@ -20,8 +20,10 @@ from testbed.scenario.model import (
     FabricKind,
     FlowsWorkload,
     IncastWorkload,
+    PermutationWorkload,
     Scenario,
 )
+from testbed.scenario.sweep import MAX_SIZES, count_sizes
 from testbed.units import format_size, format_time
 
 MAX_LINKS = 32_767
@@ -56,7 +58,7 @@ def find_violations(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         scenario: The scenario, with stand-ins where keys are mistaken.
         valid: Tells whether keys may be looked at.
     """
-    for check in (_check_shape, _check_size, _check_buffer, _check_timeout, _check_workload):
+    for check in (_check_shape, _check_size, _check_buffer, _check_timeout, _check_timely, _check_workload):
         yield from check(scenario, valid)
 
 
@@ -115,6 +117,13 @@ def _check_buffer(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         yield Violation(_BUFFER, rule, "enlarge the buffer, or lower transport.mtu")
 
 
+def _check_timely(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    timely = scenario.transport.timely
+    path: KeyPath = ("transport", "timely", "t_low")
+    if timely and valid(path, ("transport", "timely", "t_high")) and timely.t_low_ns > timely.t_high_ns:
+        yield Violation(path, f"must be at most t_high ({format_time(timely.t_high_ns)})")
+
+
 def idle_rtt_ns(scenario: Scenario) -> int:
     """Return the round trip of a full frame and its ACK over the longest path, when nothing else is under way.
 
@@ -144,12 +153,37 @@ def _check_workload(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         yield Violation(("workload",), "must have at least one item", "add {collective: all_reduce, size: 64 MiB}")
     for index, item in enumerate(scenario.workload):
         path: KeyPath = ("workload", index)
+        if not isinstance(item, FlowsWorkload):
+            yield from _check_sweep(item, path, valid)
         if isinstance(item, CollectiveWorkload):
             yield from _check_collective(scenario, item, path, valid)
         elif isinstance(item, IncastWorkload):
             yield from _check_incast(scenario, item, path, valid)
         elif isinstance(item, FlowsWorkload):
             yield from _check_flows(scenario, item, path, valid)
+
+
+def _check_sweep(
+    item: CollectiveWorkload | IncastWorkload | PermutationWorkload, path: KeyPath, valid: Valid
+) -> Iterator[Violation]:
+    first, last, factor, step = ((*path, key) for key in ("size", "max_size", "size_factor", "size_step"))
+    if not valid(first, last, factor, step):
+        return
+    if item.max_size_bytes is None:
+        for key, value in ((factor, item.size_factor), (step, item.size_step_bytes)):
+            if value is not None:
+                yield Violation(key, "needs `max_size`, where the sweep ends", "add max_size, or remove this")
+    elif item.size_factor is not None and item.size_step_bytes is not None:
+        yield Violation(step, "must not stand beside size_factor: sizes grow by one of them", "remove one of the two")
+    elif item.max_size_bytes < item.size_bytes:
+        yield Violation(last, f"must be at least `size`, {format_size(item.size_bytes)}")
+    else:
+        count = count_sizes(
+            item.size_bytes, item.max_size_bytes, factor=item.size_factor, step_bytes=item.size_step_bytes
+        )
+        if count > MAX_SIZES:
+            rule = f"must give at most {MAX_SIZES} sizes, not {count}"
+            yield Violation(step, rule, "use a larger step, or `size_factor`")
 
 
 ALGORITHMS: Mapping[Collective, tuple[Algorithm, ...]] = {

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.carriers.engine import EngineCarrier
+from testbed.carriers.flow_control import flow_control
 from testbed.fabric import Fabric
 from testbed.kernel.namespaces import entered, open_namespace
 from testbed.kernel.probe_link import ProbeLink
@@ -199,5 +200,9 @@ class HookedClock(MonotonicClock):
 def plain_carrier(fabric: Fabric, hook: Callable[[], None] = lambda: None) -> Iterator[EngineCarrier]:
     """Open the engine without real-time priority: for tests of what it does, not when."""
     clock = HookedClock(hook)
-    with fabric.packet_sockets() as sockets, contextlib.closing(ProbeLink(fabric.probe_cpu, clock.now_ns)) as probe:
-        yield EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock)
+    with (
+        fabric.packet_sockets() as sockets,
+        contextlib.closing(ProbeLink(fabric.probe_cpu, clock.now_ns)) as probe,
+        flow_control(fabric, clock.now_ns()) as flow,
+    ):
+        yield EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock, flow)

@@ -146,6 +146,43 @@ def test_run_writes_a_result_with_the_promised_keys(small: Path, tmp_path: Path)
     assert "iteration 2/2" in done.stderr
 
 
+def test_sweep_runs_every_size_on_one_fabric(small: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    options = ("-b", "128KiB", "-e", "256KiB", "-f", "2", "--set", "expect=[drops_packets == 0, cct_ratio <= 0.5]")
+    done = run_command("run", small, *options, "--output", folder)
+    assert done.returncode in (3, 4), done.stderr
+    assert done.stderr.count("building ") == 1
+    result = json.loads((folder / "result.json").read_text())
+    rows = result["results"]
+    assert [row["size_bytes"] for row in rows] == [128 << 10, 256 << 10]
+    assert rows[0]["cct_ns"] < rows[1]["cct_ns"]
+    assert [row["fabric"]["drops_packets"] for row in rows] == [0, 0]
+
+    sent = sum(
+        way["bytes"]
+        for link in result["fabric"]["links"][:4]
+        for way in link["directions"]
+        if way["src"].startswith("host")
+    )
+    payload = 4 * 2 * 3 / 4 * sum(row["size_bytes"] for row in rows)  # of both sizes, one measured iteration each
+    assert payload <= sent < 1.25 * payload
+
+    order = ["trusted", "degraded", "invalid"]
+    verdicts = [row["fidelity"]["verdict"] for row in rows]
+    worst = max(verdicts, key=order.index)
+    assert result["fidelity"]["verdict"] == worst
+    assert done.returncode == (4 if worst == "invalid" else 3)
+    judged = [verdict for verdict in verdicts if verdict != "invalid"]
+    # No row can be twice as fast as its ideal: the check fails unless no row may be judged.
+    expected = ["not_judged" if "invalid" in verdicts else "pass", "fail" if judged else "not_judged"]
+    assert [check["verdict"] for check in result["checks"]] == expected
+    shown = [line.split() for line in done.stdout.splitlines() if not line.startswith("#")]
+    assert [(line[0], line[-1]) for line in shown] == list(zip((str(128 << 10), str(256 << 10)), verdicts, strict=True))
+    again = run_command("validate", folder / "scenario.yaml")
+    assert again.returncode == 0
+    assert "max_size: 256 KiB" in (folder / "scenario.yaml").read_text()
+
+
 def test_failing_check_exits_with_3(small: Path, tmp_path: Path) -> None:
     done = run_command("run", small, "--output", tmp_path / "out", "--set", "expect=[cct_ratio <= 0.5]")
     if json.loads((tmp_path / "out" / "result.json").read_text())["fidelity"]["verdict"] == "invalid":

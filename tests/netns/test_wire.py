@@ -478,11 +478,11 @@ def test_nothing_is_sent_again_when_nothing_is_lost() -> None:
 def test_lost_frames_in_the_middle_are_sent_again_after_a_nak() -> None:
     with small_fabric(*LINE, *STREAM, name="middle") as fabric:
         queues, nodes = fabric.arrays.queues, fabric.arrays.nodes
-        limits = nodes["limit_bytes"].copy()
+        limits = nodes["shared_bytes"].copy()
 
         def lose_some() -> None:
             lost, arrived = queues["drop_packets"].any(), fabric.arrays.qps["rx_packets"].sum() > PACKETS // 2
-            nodes["limit_bytes"] = 0 if arrived and not lost else limits
+            nodes["shared_bytes"] = 0 if arrived and not lost else limits
 
         with plain_carrier(fabric, lose_some) as carrier:
             samples = carrier.run(0, Quiet())
@@ -506,7 +506,7 @@ def test_lost_tail_is_sent_again_after_the_timeout() -> None:
     # The last packet of each direction, of three: nothing behind it tells the receiver.
     with small_fabric(*LINE, "workload.0.size=12 KiB", "transport.retransmit_timeout=5 us", name="tail") as fabric:
         queues, nodes = fabric.arrays.queues, fabric.arrays.nodes
-        limits = nodes["limit_bytes"].copy()
+        limits = nodes["shared_bytes"].copy()
         nics = [fabric.plan.topology.host_port(rank) for rank in (0, 1)]
 
         def lose_the_last() -> None:
@@ -515,7 +515,7 @@ def test_lost_tail_is_sent_again_after_the_timeout() -> None:
             second = all(queues["deq_packets"][nic.id, data] >= 2 for nic in nics)
             lost = int(queues["drop_packets"][:, data].sum()) >= 2
             arrived = bool((fabric.arrays.qps["rx_packets"].reshape(-1, 2)[:2, RESPONDER] >= 2).all())
-            nodes["limit_bytes"] = 0 if second and arrived and not lost else limits
+            nodes["shared_bytes"] = 0 if second and arrived and not lost else limits
 
         with plain_carrier(fabric, lose_the_last) as carrier:
             samples = carrier.run(0, Quiet())

@@ -339,7 +339,7 @@ def observe_backlogs(observer: ShapingObserver, backlogs: Sequence[tuple[int, fl
     for ticks, share in backlogs:
         for tick in range(ticks + 5):
             depth = FULL_QUEUE if tick < ticks else 0
-            observer.observe(now, np.array([0, depth]), np.array([0, int(sent)]))
+            observer.observe(now, np.array([0, depth]), np.array([0, int(sent)]), np.zeros(2, bool))
             now += TICK_NS
             sent += share * RATE_BYTES_PER_S * TICK_NS / 1e9
     observer.finish()
@@ -372,7 +372,7 @@ def test_time_lost_in_backlogs_is_found(
 def test_a_backlog_that_lasts_to_the_end_counts() -> None:
     observer = ShapingObserver(np.array([RATE_BYTES_PER_S]), FRAME_BYTES)
     for tick in range(51):
-        observer.observe(tick * TICK_NS, np.array([FULL_QUEUE]), np.array([tick * 40_000]))
+        observer.observe(tick * TICK_NS, np.array([FULL_QUEUE]), np.array([tick * 40_000]), np.zeros(1, bool))
     observer.finish()
     assert observer.lost_ns == pytest.approx([10 * TICK_NS])
 
@@ -380,7 +380,7 @@ def test_a_backlog_that_lasts_to_the_end_counts() -> None:
 def test_a_few_frames_are_no_backlog() -> None:
     observer = ShapingObserver(np.array([RATE_BYTES_PER_S]), FRAME_BYTES)
     for tick in range(50):
-        observer.observe(tick * TICK_NS, np.array([3 * FRAME_BYTES]), np.array([0]))
+        observer.observe(tick * TICK_NS, np.array([3 * FRAME_BYTES]), np.array([0]), np.zeros(1, bool))
     observer.finish()
     assert observer.backlogged_ns.tolist() == [0]
 

@@ -9,6 +9,7 @@ import pytest
 from testbed.results import (
     Check,
     CollectiveResult,
+    FabricCounts,
     FabricResult,
     Fidelity,
     FidelityVerdict,
@@ -27,6 +28,9 @@ ROW = CollectiveResult.from_samples(
     cct_ns=[2_600_000, 2_580_000, 2_700_000],
     cct_ideal_ns=2_590_000.5,
     traffic_factor=1.875,
+    count=64 << 20,
+    fabric=FabricCounts(drops_packets=12),
+    fidelity=Fidelity(FidelityVerdict.DEGRADED, ("ticks were late",), 10_000),
 )
 
 
@@ -95,7 +99,14 @@ def test_json_has_the_keys_that_scripts_rely_on() -> None:
         "cct_ratio",
         "algbw_bytes_per_s",
         "busbw_bytes_per_s",
+        "count",
+        "datatype",
+        "fabric",
+        "fidelity",
     } <= fields["results"][0].keys()
+    assert fields["results"][0]["fabric"]["drops_packets"] == 12
+    assert "links" not in fields["results"][0]["fabric"]
+    assert fields["results"][0]["fidelity"]["verdict"] == "degraded"
     assert {
         "drops_packets",
         "out_of_order_packets",
@@ -117,6 +128,10 @@ def test_json_has_the_keys_that_scripts_rely_on() -> None:
 def test_result_survives_its_json() -> None:
     result = full_result()
     assert Result.from_json_dict(json.loads(render_json(result))) == result
+    older = result.to_json_dict()  # of before rows had counts and verdicts of their own
+    for row in older["results"]:
+        del row["fabric"], row["fidelity"], row["count"], row["datatype"]
+    assert Result.from_json_dict(older).results[0].cct_ratio == ROW.cct_ratio
     bare = Result({}, 1, 1.0, {})
     assert Result.from_json_dict(json.loads(render_json(bare))) == bare
 
@@ -149,12 +164,12 @@ def test_table_reads_like_nccl_tests() -> None:
     unmeasured = CollectiveResult("send_recv", "ring", 8, 2)
     lines = render_table([ROW, unmeasured], ["scenario ai-zone", ""]).split("\n")
     assert lines[:2] == ["# scenario ai-zone", "#"]
-    assert lines[2].split()[1:4] == ["size", "nranks", "collective"]
-    assert lines[3].split()[1:4] == ["(B)", "(count)", "(count)"]
-    texts = ["67108864", "16", "all_reduce", "ring", "3"]
-    assert lines[4].split()[:5] == texts
-    assert [float(cell) for cell in lines[4].split()[5:]] == [2600, 2580, 2700, 25.81, 48.40, 2590, 1.0039]
-    assert lines[5].split() == ["8", "2", "send_recv", "ring", "0", "-", "-", "-", "-", "-", "-", "-"]
+    assert lines[2].split()[1:6] == ["size", "count", "type", "nranks", "collective"]
+    assert lines[3].split()[1:5] == ["(B)", "(elements)", "(count)", "(count)"]
+    assert lines[4].split()[:7] == ["67108864", "67108864", "uint8", "16", "all_reduce", "ring", "3"]
+    assert [float(cell) for cell in lines[4].split()[7:15]] == [2600, 2580, 2700, 25.81, 48.40, 2590, 1.0039, 12]
+    assert lines[4].split()[15:] == ["degraded"]
+    assert lines[5].split() == ["8", "-", "uint8", "2", "send_recv", "ring", "0", *["-"] * 9]
     assert lines[6] == ""
     assert lines[2].index("time") + 4 == lines[3].index("(us)") + 4 == lines[4].index("2600.00") + 7
 

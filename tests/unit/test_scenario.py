@@ -163,8 +163,8 @@ class TestOverrides:
         assert load_scenario(MINIMAL.replace("1 MiB", "1 MB B"), ["workload[0].size=1 MiB"])
 
     def test_mechanism_that_is_not_built_is_refused(self) -> None:
-        assert mistakes_of(MINIMAL, "qos.pfc.enabled=true") == {
-            "qos.pfc.enabled": "is not built yet: priority flow control"
+        assert mistakes_of(MINIMAL, "transport.carrier=rxe") == {
+            "transport.carrier": "is not built yet: the kernel's soft-RoCE as a carrier"
         }
 
     def test_paths_are_read_back(self) -> None:

@@ -1,0 +1,101 @@
+"""Priorities, marking and pausing in the scenario."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from fractions import Fraction
+from typing import Annotated
+
+from testbed.scenario import kinds
+from testbed.scenario.section import Section, key
+
+_SIZE = kinds.size(1, 16 * 2**30)
+_FRACTION = kinds.fraction(Fraction(1))
+_FLAG = kinds.flag()
+_TIME = kinds.time(1, 3600 * 10**9)
+# 6 and 7 are those of CNP, ACK and network control, which have a queue of their own.
+_DATA_PRIORITY = kinds.integer(0, 5)
+
+
+class EcnPreset(StrEnum):
+    """Where the thresholds come from that a scenario does not give."""
+
+    HPCC = "hpcc"
+    SIMAI = "simai"
+    DCQCN = "dcqcn"
+
+
+class WatchdogAction(StrEnum):
+    """What becomes of the frames of a queue that was paused for too long."""
+
+    DROP = "drop"
+    FORWARD = "forward"
+
+
+class Ecn(Section):
+    """Marking by switches, on the instantaneous depth of an egress queue."""
+
+    enabled: Annotated[bool, _FLAG] = key("enabled", "Whether switches mark CE.", default=False)
+    preset: Annotated[EcnPreset, kinds.choice(EcnPreset)] = key(
+        "preset",
+        "Thresholds that are not given, scaled with the port's rate: hpcc (kmin 100 KB per 25 Gbit/s, kmax 4 kmin, pmax 0.2), "
+        "simai (800/3200 KB at 400 Gbit/s, 0.2), dcqcn (5/200 KB at 40 Gbit/s, 0.01).",
+        default="hpcc",
+    )
+    kmin_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = key(
+        "kmin", "Depth up to which nothing is marked, the same at every port.", default="auto"
+    )
+    kmax_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = key(
+        "kmax", "Depth above which everything is marked, the same at every port.", default="auto"
+    )
+    pmax: Annotated[Fraction | None, kinds.auto_or(_FRACTION)] = key(
+        "pmax", "Probability of a mark at kmax.", default="auto"
+    )
+
+
+class Watchdog(Section):
+    """The PFC watchdog; defaults are SONiC's."""
+
+    enabled: Annotated[bool, _FLAG] = key(
+        "enabled", "Whether a queue that was paused for too long is released.", default=False
+    )
+    detect_ns: Annotated[int, _TIME] = key("detect", "Pause after which it steps in.", default="200 ms")
+    restore_ns: Annotated[int, _TIME] = key(
+        "restore", "Time without a pause frame after which the queue obeys again.", default="200 ms"
+    )
+    action: Annotated[WatchdogAction, kinds.choice(WatchdogAction)] = key(
+        "action", "What becomes of the queue's frames meanwhile.", default="drop"
+    )
+
+
+class Pfc(Section):
+    """Priority flow control, per ingress port and priority."""
+
+    enabled: Annotated[bool, _FLAG] = key("enabled", "Whether switches pause their neighbours.", default=False)
+    xoff_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = key(
+        "xoff",
+        "Ingress bytes above which to pause; auto: the switch's alpha or port_buffer decides.",
+        default="auto",
+    )
+    xon_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = key(
+        "xon",
+        "Ingress bytes below which to resume, where xoff is given; auto: as far below xoff as reaction times ask for.",
+        default="auto",
+    )
+    headroom_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = key(
+        "headroom",
+        "Buffer kept per ingress port for what arrives after a pause was sent; auto: what delays and this machine's "
+        "reaction time ask for.",
+        default="auto",
+    )
+    watchdog: Watchdog = key("watchdog", "Release of queues that stay paused.", default={})
+
+
+class Qos(Section):
+    """Priorities, marking and pausing."""
+
+    lossless_priority: Annotated[int, _DATA_PRIORITY] = key(
+        "lossless_priority", "Priority of RoCE data, 0 to 7; its DSCP is eight times this.", default=3
+    )
+    ecn: Ecn = key("ecn", "Explicit congestion notification.", default={})
+    pfc: Pfc = key("pfc", "Priority flow control.", default={})
