@@ -28,10 +28,13 @@ from testbed.engine.intra_host import IntraHostTransfers, run_inside_hosts
 from testbed.engine.progress import Progress
 from testbed.engine.stream import build_streams
 from testbed.errors import PlanError
+from testbed.measure.samples import MachineSamples
+from testbed.measure.verdict import judge
 from testbed.plan.compile import build_endpoints, build_rank_map, compile_plan
 from testbed.plan.model import Plan
 from testbed.plan.operations import AddRule
 from testbed.plan.report import describe_paths
+from testbed.results import FidelityVerdict
 from testbed.roce.queue_pairs import build_connections
 from testbed.routing import FlowKey, routing_scheme, trace_path
 from testbed.scenario import load_scenario
@@ -429,3 +432,12 @@ def test_nvlink_limits_what_it_should() -> None:
     )
     assert slow.ideal_cct_ns > 4 * fast.ideal_cct_ns
     assert slow.predicted_cct_ratio == pytest.approx(1.0)  # of the ideal, which has the same links
+
+
+def test_a_time_that_the_model_told_does_not_depend_on_the_machine() -> None:
+    none = np.zeros(0, np.int64)
+    computed = MachineSamples(10**6, none, none, none, np.zeros(0), np.zeros(0), 0.0, np.zeros(0), 1000, 0, 0.0)
+    ticked = dataclasses.replace(computed, wall_lateness_ns=np.zeros(5, np.int64))
+    busy_machine = {"wall_tick_ns": 10**6, "softnet_drops": 3, "steal_fraction": 0.5}
+    assert judge([computed], **busy_machine).verdict is FidelityVerdict.TRUSTED
+    assert judge([ticked], **busy_machine).verdict is FidelityVerdict.INVALID
