@@ -25,7 +25,7 @@ from testbed.plan.dilation import choose_dilation, choose_tick_ns
 from testbed.plan.lint import find_warnings
 from testbed.plan.model import Plan, PlannedWorkload
 from testbed.plan.predict import predict_cct_ratio
-from testbed.plan.qos import response_ns
+from testbed.plan.qos import notification_interval_ns, response_ns
 from testbed.roce.queue_pairs import Connection, Endpoint, build_connections
 from testbed.roce.wire import IP_PROTOCOL_UDP, LINK_OVERHEAD_BYTES, ROCE_UDP_PORT, Opcode, frame_bytes
 from testbed.routing import FlowKey, ForwardingTables, Path, routing_scheme, trace_path
@@ -136,6 +136,8 @@ def compile_plan(
     if scenario.qos.pfc.enabled:
         pauses = [(2 * port.delay_ns + response_ns(port.rate_bits_per_s)) for port in topology.ports]
         times.append((int(min(pauses)), "response to a pause"))
+    if notification_interval_ns(scenario.transport):
+        times.append((notification_interval_ns(scenario.transport), "CNP interval"))
     smallest, smallest_name = min(times, default=(0, "none: links have no delay"))
     dilation = choose_dilation(
         scenario.time_dilation,

@@ -29,6 +29,7 @@ from testbed.plan.qos import (
     Marking,
     PauseThresholds,
     marking_of,
+    notification_interval_ns,
     pause_thresholds,
     shared_bytes,
     switch_of,
@@ -216,6 +217,11 @@ class Plan:
         """Return the PFC thresholds of every switch port's lossless priority, by port id."""
         bursts = {port.id: self.burst_bytes(port.id, shared=True) for port in self.topology.ports}
         return pause_thresholds(self.scenario, self.topology, self.dilation, bursts, self.wall_tick_lateness_ns)
+
+    @property
+    def cnp_interval_ns(self) -> int:
+        """Return the time in which a responder sends at most one CNP per QP; 0 where nobody listens to CNPs."""
+        return notification_interval_ns(self.scenario.transport)
 
     def buffer_bytes(self, node: int) -> int:
         """Return the packet memory of a switch."""

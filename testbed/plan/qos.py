@@ -15,8 +15,10 @@ from fractions import Fraction
 
 from testbed.errors import PlanError
 from testbed.plan.dilation import TimeDilation
+from testbed.roce.congestion.dcqcn import Parameters, cnp_interval_ns
+from testbed.roce.congestion.protocol import read_parameters
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
-from testbed.scenario import EcnPreset, Scenario, Switch
+from testbed.scenario import CongestionControl, EcnPreset, Scenario, Switch, Transport
 from testbed.topology import Node, NodeKind, Port, Topology
 
 QUANTUM_BITS = 512
@@ -97,6 +99,13 @@ def marking_of(scenario: Scenario, port: Port) -> Marking | None:
             hint="give both, or neither",
         )
     return Marking(kmin, kmax, pmax)
+
+
+def notification_interval_ns(transport: Transport) -> int:
+    """Return the time in which a responder sends at most one CNP per QP; 0 where nobody listens to CNPs."""
+    if transport.congestion_control is not CongestionControl.DCQCN:
+        return 0
+    return cnp_interval_ns(read_parameters(Parameters, transport.congestion_parameters, "dcqcn"))
 
 
 def switch_of(scenario: Scenario, node: Node) -> Switch:
@@ -186,6 +195,10 @@ def find_qos_warnings(
 ) -> list[str]:
     """Return what of the thresholds could make a lossless class drop, or pause before it marks."""
     warnings = []
+    if scenario.transport.congestion_control is CongestionControl.DCQCN and not scenario.qos.ecn.enabled:
+        warnings.append(
+            "transport.congestion_control dcqcn acts on marks, and qos.ecn is not enabled: it never slows down"
+        )
     short = [port for port, one in thresholds.items() if one.headroom_bytes < one.needed_headroom_bytes]
     if short:
         worst = max(short, key=lambda port: thresholds[port].needed_headroom_bytes)

@@ -60,8 +60,6 @@ NOT_BUILT = (
     NotBuilt("transport.qp_strategy", among("round_robin"), "spreading messages round robin over queue pairs"),
     NotBuilt("transport.qp_strategy", among("dynamic"), "spreading messages over queue pairs by credit"),
     NotBuilt("transport.loss_recovery", among("selective"), "selective retransmission"),
-    NotBuilt("transport.congestion_control", among("timely"), "TIMELY"),
-    NotBuilt("transport.timely", given, "TIMELY"),
     NotBuilt("transport.admission.scheme", among("cts"), "receiver-driven admission"),
     NotBuilt("transport.admission.channels", given, "receiver-driven admission"),
     NotBuilt("transport.admission.channel_buffer", given, "receiver-driven admission"),
