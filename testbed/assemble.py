@@ -109,6 +109,7 @@ def collective_results(
             fabric=fabric_counts(fabric_result(plan, counted, [sample])),
             fidelity=fidelity,
             flows=flow_results(planned, sample),
+            nvlink_bytes=max(sample.nvlink_bytes, default=None),
         )
         for planned, sample, counted, fidelity in zip(plan.workloads, samples, counters, fidelities, strict=True)
     )
@@ -129,6 +130,7 @@ def flow_results(planned: PlannedWorkload, sample: WorkloadSamples) -> tuple[Flo
             together_bytes_per_s=float(sample.together_bytes_per_s[index]),
         )
         for index in order
+        if index < len(planned.connections)  # what stays inside a host has none
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from testbed.collectives import (
     Flow,
+    IntraHostLinks,
     Schedule,
     build_flows,
     busiest_nic_bytes,
@@ -39,7 +40,7 @@ from testbed.scenario import (
     Workload,
     expand_sizes,
 )
-from testbed.topology import LinkSpec, Topology, build_clos, build_star
+from testbed.topology import LinkSpec, RankMap, Topology, build_clos, build_star
 
 # Retransmission timeout "auto": several loop times beside what the deepest queue of the path can add.
 _TIMEOUT_LOOPS = 4
@@ -63,18 +64,38 @@ def build_topology(scenario: Scenario) -> Topology:
     fabric = scenario.fabric
     host_link = LinkSpec(fabric.host_link.rate_bits_per_s, fabric.host_link.delay_ns)
     if isinstance(fabric, StarFabric):
-        return build_star(hosts=fabric.nhosts, host_link=host_link)
+        return build_star(hosts=fabric.nhosts, host_link=host_link, nics_per_host=fabric.nics_per_host)
     uplink = LinkSpec(fabric.uplink.rate_bits_per_s, fabric.uplink.delay_ns)
-    return build_clos(hosts_per_leaf=fabric.host_counts, spines=fabric.spines, host_link=host_link, uplink=uplink)
+    return build_clos(
+        hosts_per_leaf=fabric.host_counts,
+        spines=fabric.spines,
+        host_link=host_link,
+        uplink=uplink,
+        nics_per_host=fabric.nics_per_host,
+    )
 
 
-def build_endpoints(topology: Topology) -> list[Endpoint]:
+def build_rank_map(scenario: Scenario) -> RankMap:
+    """Return which host, GPU and NIC each rank has."""
+    fabric = scenario.fabric
+    return RankMap(fabric.nhosts, fabric.gpus_per_host, fabric.nics_per_host)
+
+
+def build_endpoints(topology: Topology, ranks: RankMap) -> list[Endpoint]:
     """Return the NIC of every rank as frames name it."""
     endpoints = []
-    for rank in range(len(topology.hosts)):
-        port = topology.host_port(rank)
-        endpoints.append(Endpoint(rank, port.address, port.mac, topology.port(port.peer).mac))
+    for rank in range(ranks.nranks):
+        port = topology.nics[ranks.nic(rank)]
+        next_hop = topology.port(port.peer)
+        endpoints.append(Endpoint(rank, port.address, port.mac, next_hop.mac, ranks.nic(rank), ranks.host(rank)))
     return endpoints
+
+
+def build_intra_host_links(scenario: Scenario) -> IntraHostLinks:
+    """Return what joins the ranks of a host."""
+    ranks, nvlink = build_rank_map(scenario), scenario.fabric.nvlink
+    hosts = np.array([ranks.host(rank) for rank in range(ranks.nranks)], np.int64)
+    return IntraHostLinks(hosts, nvlink.rate_bits_per_s, nvlink.delay_ns)
 
 
 def compile_plan(
@@ -102,14 +123,13 @@ def compile_plan(
     if not workloads:
         raise PlanError("the workload is empty")
 
-    rates = {rank: topology.host_port(rank).rate_bits_per_s for rank in range(len(topology.hosts))}
     frame_bits = 8 * (frame_bytes(Opcode.WRITE_MIDDLE, scenario.transport.mtu_bytes) + LINK_OVERHEAD_BYTES)
     offered, hops, most_senders = 0.0, 1.0, 1
     for planned in workloads:
-        senders = {connection.requester.local.rank for connection in planned.connections}
+        senders = {path.ports[0] for path in planned.paths}
         most_senders = max(most_senders, len(senders))
-        load = sum(rates[rank] for rank in senders) / frame_bits
-        if load >= offered:
+        load = sum(topology.port(nic).rate_bits_per_s for nic in senders) / frame_bits
+        if senders and load >= offered:
             offered, hops = load, float(np.mean([len(path.ports) for path in planned.paths]))
     # Connections of one NIC differ in their paths; the shortest way in use sets the smallest time.
     delays = [path.delay_ns for planned in workloads for path in planned.paths if path.delay_ns > 0]
@@ -156,19 +176,22 @@ def compile_plan(
 def _build_traffic(item: Workload, scenario: Scenario) -> _Traffic:
     """Return the schedule of a workload item, the ranks that take part in order, and busbw / algbw.
 
-    Slices below a packet would only add headers: where chunks are small they are cut into fewer.
+    Slices below a packet would only add headers: where chunks are small they are cut into fewer. Connections inside hosts
+    have the last numbers.
     """
     traffic = _collective(item, scenario) if isinstance(item, CollectiveWorkload) else _pattern(item, scenario)
+    inside = build_intra_host_links(scenario).find_connections(traffic.schedule)
     pairs = traffic.schedule.connections
-    place = {index: number for number, index in enumerate(sorted(range(len(pairs)), key=lambda index: pairs[index]))}
+    ranked = sorted(range(len(pairs)), key=lambda index: (bool(inside[index]), pairs[index]))
+    place = {index: number for number, index in enumerate(ranked)}
     order = tuple(place[index] for index in range(len(pairs)))
-    return traffic._replace(schedule=traffic.schedule.sorted_by_sender(), flow_order=order)
+    return traffic._replace(schedule=traffic.schedule.sorted_by_sender(last=inside), flow_order=order)
 
 
 def _collective(item: CollectiveWorkload, scenario: Scenario) -> _Traffic:
     kind = item.order if isinstance(item.order, tuple) else str(item.order)
-    order = ring_order(kind, scenario.fabric.host_counts, np.random.default_rng([scenario.seed, _ORDER_STREAM]))
-    algorithm = find_algorithm(str(item.collective), str(item.algorithm))
+    order = ring_order(kind, scenario.fabric.rank_counts, np.random.default_rng([scenario.seed, _ORDER_STREAM]))
+    algorithm = find_algorithm(str(item.collective), str(item.algorithm)).on_hosts(scenario.fabric.gpus_per_host)
     most = algorithm.chunk_bytes(item.size_bytes, len(order)) // scenario.transport.mtu_bytes
     slices = max(1, min(algorithm.slices_per_chunk(len(order)), most))
     schedule = algorithm.build_schedule(order, item.size_bytes, slices)
@@ -176,19 +199,19 @@ def _collective(item: CollectiveWorkload, scenario: Scenario) -> _Traffic:
 
 
 def _pattern(item: IncastWorkload | PermutationWorkload | FlowsWorkload, scenario: Scenario) -> _Traffic:
-    nhosts = scenario.fabric.nhosts
+    nranks = scenario.fabric.nranks
     if isinstance(item, IncastWorkload):
         flows = incast_flows(item.fan_in, item.size_bytes)
         total = item.size_bytes
     elif isinstance(item, PermutationWorkload):
         rng = np.random.default_rng([scenario.seed, _PERMUTATION_STREAM])
-        flows = permutation_flows(nhosts, item.size_bytes, rng)
+        flows = permutation_flows(nranks, item.size_bytes, rng)
         total = item.size_bytes
     else:
         flows = [Flow(flow.src, flow.dst, flow.size_bytes) for flow in item.flows]
         total = sum(flow.nbytes for flow in flows)
     ranks = tuple(sorted({rank for flow in flows for rank in (flow.src, flow.dst)}))
-    schedule = build_flows(nhosts, flows, min_slice_bytes=scenario.transport.mtu_bytes)
+    schedule = build_flows(nranks, flows, min_slice_bytes=scenario.transport.mtu_bytes)
     return _Traffic(schedule, ranks, busiest_nic_bytes(flows) / total)
 
 
@@ -197,14 +220,16 @@ def _plan_workload(
 ) -> PlannedWorkload:
     mtu = scenario.transport.mtu_bytes
     schedule, order, traffic_factor, flow_order = _build_traffic(item, scenario)
+    intra_host = build_intra_host_links(scenario)
+    networked = int(np.count_nonzero(~intra_host.find_connections(schedule)))
     connections = build_connections(
-        list(schedule.connections),
-        build_endpoints(topology),
+        list(schedule.connections[:networked]),
+        build_endpoints(topology, build_rank_map(scenario)),
         source_port_per_qp=scenario.transport.udp_source_port is UdpSourcePort.PER_QP,
         rng=np.random.default_rng(scenario.seed),
     )
     paths = tuple(trace_connection(connection, topology, tables) for connection in connections)
-    wire = largest_frame_wire_bytes(schedule.nbytes, mtu)
+    wire = _largest_frame(schedule, networked, mtu)
     frame_ns = [[8e9 * wire / topology.port(port).rate_bits_per_s for port in path.ports] for path in paths]
     one_way = np.array(
         [round(path.delay_ns + sum(times)) for path, times in zip(paths, frame_ns, strict=True)], np.int64
@@ -218,7 +243,8 @@ def _plan_workload(
         paths=paths,
         one_way_ns=one_way,
         ideal_cct_ns=0.0,
-        predicted_cct_ratio=predict_cct_ratio(topology, schedule, paths),
+        intra_host=intra_host,
+        predicted_cct_ratio=predict_cct_ratio(topology, schedule, paths, intra_host.rate_bits_per_s),
         traffic_factor=traffic_factor,
         resolution_error_fraction=0.0,
         flow_order=flow_order,
@@ -226,15 +252,29 @@ def _plan_workload(
     return replace(planned, ideal_cct_ns=_ideal_cct_ns(planned, topology, scenario, 0))
 
 
+def _largest_frame(schedule: Schedule, networked: int, mtu: int) -> int:
+    """Return the wire bytes of the largest frame on the first ``networked`` connections; 0 where there are none."""
+    nbytes = schedule.nbytes[schedule.connection < networked]
+    return largest_frame_wire_bytes(nbytes, mtu) if len(nbytes) else 0
+
+
 def _ideal_cct_ns(planned: PlannedWorkload, topology: Topology, scenario: Scenario, extra_ns: int) -> float:
     """Return the completion time over a non-blocking core with ``extra_ns`` more latency on every path."""
-    mtu = scenario.transport.mtu_bytes
-    wire = largest_frame_wire_bytes(planned.schedule.nbytes, mtu)
+    mtu, schedule = scenario.transport.mtu_bytes, planned.schedule
+    wire = _largest_frame(schedule, len(planned.connections), mtu)
     # The first frame time is part of the NIC's own time.
     first_frame_ns = [round(8e9 * wire / topology.port(path.ports[0]).rate_bits_per_s) for path in planned.paths]
-    latency_ns = planned.one_way_ns - np.array(first_frame_ns, np.int64) + extra_ns
-    nic_rates = np.array([topology.host_port(rank).rate_bits_per_s for rank in range(planned.schedule.nranks)])
-    return ideal_cct_ns(planned.schedule, nic_rate_bits_per_s=nic_rates, latency_ns=latency_ns, mtu=mtu)
+    latency_ns = np.zeros(len(schedule.connections), np.int64)
+    latency_ns[: len(planned.connections)] = planned.one_way_ns - np.array(first_frame_ns, np.int64) + extra_ns
+    ranks = build_rank_map(scenario)
+    return ideal_cct_ns(
+        schedule,
+        nic_rate_bits_per_s=np.array([nic.rate_bits_per_s for nic in topology.nics]),
+        latency_ns=latency_ns,
+        mtu=mtu,
+        nic_of_rank=np.array([ranks.nic(rank) for rank in range(ranks.nranks)]),
+        intra_host=planned.intra_host,
+    )
 
 
 def flow_of(connection: Connection) -> FlowKey:
@@ -252,13 +292,13 @@ def flow_of(connection: Connection) -> FlowKey:
 
 def trace_connection(connection: Connection, topology: Topology, tables: ForwardingTables) -> Path:
     """Return the path of a connection's data."""
-    return trace_path(topology, tables, topology.host_port(connection.requester.local.rank).id, flow_of(connection))
+    return trace_path(topology, tables, topology.nics[connection.requester.local.nic].id, flow_of(connection))
 
 
 def _retransmit_timeout_ns(scenario: Scenario, topology: Topology, workloads: tuple[PlannedWorkload, ...]) -> int:
     if scenario.transport.retransmit_timeout_ns is not None:
         return scenario.transport.retransmit_timeout_ns
-    loop_ns = 2 * max(int(planned.one_way_ns.max()) for planned in workloads)
+    loop_ns = 2 * max(int(planned.one_way_ns.max(initial=0)) for planned in workloads)
     slowest = min(port.rate_bits_per_s for port in topology.ports)
     queue_ns = 8_000_000_000 * scenario.fabric.switch.buffer_bytes // slowest
     return _TIMEOUT_LOOPS * loop_ns + _TIMEOUT_QUEUES * queue_ns

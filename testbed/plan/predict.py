@@ -12,7 +12,9 @@ from testbed.routing import Path, completion_time, max_min_rates, nic_port_rates
 from testbed.topology import Topology
 
 
-def predict_cct_ratio(topology: Topology, schedule: Schedule, paths: Sequence[Path]) -> float:
+def predict_cct_ratio(
+    topology: Topology, schedule: Schedule, paths: Sequence[Path], nvlink_rate_bits_per_s: float = np.inf
+) -> float:
     """Return the completion time of a schedule over that in a non-blocking core.
 
     The time is the larger of two that no fabric can beat. One is what the busiest port has to carry in all, over its rate;
@@ -20,21 +22,28 @@ def predict_cct_ratio(topology: Topology, schedule: Schedule, paths: Sequence[Pa
     transfers as many dependencies away from the beginning run together, share ports fairly, and the next begin when they
     have arrived; it decides where connections take turns, as in a pairwise exchange, whose collisions add up step by step.
 
-    The reference is the same with ports on host links alone, so that a NIC that several senders share is no slowdown.
-    Bandwidth terms only: no latencies, no queues, no pauses, so a real fabric may be slower, hardly ever faster.
+    The reference is the same with ports on host links (and GPUs, for NVLink) alone, so that a NIC that several senders
+    share is no slowdown. Bandwidth terms only: no latencies, no queues, no pauses, so a real fabric may be slower, hardly
+    ever faster.
 
     Args:
         topology: The fabric.
         schedule: What is sent; at least one transfer.
-        paths: The path of each connection.
+        paths: The path of each of the first connections; those behind join ranks of one host.
+        nvlink_rate_bits_per_s: What each rank sends and receives at most inside its host.
 
     Returns:
         At least 1, but for rounding.
     """
     steps = _steps(schedule)
-    ports = [path.ports for path in paths]
+    # Behind the fabric's ports: one out of each rank's GPU and one into it.
+    first = len(topology.ports) + 1
+    inside = schedule.connections[len(paths) :]
+    ports = [path.ports for path in paths] + [(first + 2 * src, first + 2 * dst + 1) for src, dst in inside]
+    gpus = np.full(2 * schedule.nranks, nvlink_rate_bits_per_s)
     fabric, reference = (
-        _time(schedule, ports, steps, rates) for rates in (port_rates(topology), nic_port_rates(topology))
+        _time(schedule, ports, steps, np.concatenate([rates, gpus]))
+        for rates in (port_rates(topology), nic_port_rates(topology))
     )
     return fabric / reference
 

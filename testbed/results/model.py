@@ -134,6 +134,7 @@ class CollectiveResult:
         fidelity: Whether this row can be trusted; None when nothing ran.
         flows: Each flow of a pattern of flows, in the order of the file; empty for collectives.
         jain_fraction: Jain's index of what the flows delivered per second while all ran; None without flows.
+        nvlink_bytes: Payload of an iteration that stayed inside hosts. A model of NVLink carried it, no packets.
     """
 
     collective: str
@@ -153,6 +154,7 @@ class CollectiveResult:
     fidelity: Fidelity | None = None
     flows: tuple[FlowResult, ...] = ()
     jain_fraction: float | None = None
+    nvlink_bytes: int | None = None
 
     @classmethod
     def from_samples(
@@ -171,6 +173,7 @@ class CollectiveResult:
         fabric: FabricCounts | None = None,
         fidelity: Fidelity | None = None,
         flows: tuple[FlowResult, ...] = (),
+        nvlink_bytes: int | None = None,
     ) -> Self:
         """Return the result with every figure that follows from the samples; None where there are none.
 
@@ -183,11 +186,12 @@ class CollectiveResult:
             wall_cct_ns: The same by this machine's clock.
             cct_ideal_ns: Completion time over a core that never blocks, if known.
             traffic_factor: busbw / algbw of the algorithm.
-            predicted_cct_ratio: As in the attribute; so are `count`, `fabric` and `fidelity`.
+            predicted_cct_ratio: As in the attribute; so are those below.
             count: See there.
             fabric: See there.
             fidelity: See there.
             flows: See there.
+            nvlink_bytes: See there.
 
         Source:
             nccl-tests, doc/PERFORMANCE.md (algbw and busbw).
@@ -211,6 +215,7 @@ class CollectiveResult:
             fidelity=fidelity,
             flows=flows,
             jain_fraction=jain_index([flow.together_bytes_per_s for flow in flows]),
+            nvlink_bytes=nvlink_bytes,
         )
 
 

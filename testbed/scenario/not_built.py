@@ -48,8 +48,6 @@ def metric(*names: str) -> Callable[[Any], bool]:
 
 NOT_BUILT = (
     NotBuilt("fabric.kind", among("zones"), "three tiers, zones joined by superspines"),
-    NotBuilt("fabric.nics_per_host", other_than(1), "hosts with several NICs"),
-    NotBuilt("fabric.gpus_per_host", other_than(1), "hosts with several GPUs"),
     NotBuilt("routing.scheme", among("e-ecmp"), "hashing of the destination QP"),
     NotBuilt("routing.scheme", among("te"), "the traffic engineering controller"),
     NotBuilt("routing.scheme", among("flowlet"), "flowlet switching"),
@@ -67,7 +65,6 @@ NOT_BUILT = (
     NotBuilt("transport.admission.channel_buffer", given, "receiver-driven admission"),
     NotBuilt("transport.admission.grants", given, "receiver-driven admission"),
     NotBuilt("transport.admission.priority", given, "receiver-driven admission"),
-    NotBuilt("workload[*].algorithm", among("hierarchical"), "hierarchical collectives"),
     NotBuilt("jobs", filled, "several jobs at once"),
     NotBuilt("faults", filled, "faults while traffic runs"),
 )
