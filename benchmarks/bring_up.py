@@ -17,7 +17,7 @@ from testbed.fabric import Fabric
 from testbed.plan.compile import compile_plan
 from testbed.scenario import load_scenario
 
-TABLE = Table(
+TABLE: Table = Table(
     "bring_up",
     (
         Column("fabric", "leaves x spines x hosts per leaf"),

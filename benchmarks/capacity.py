@@ -1,8 +1,8 @@
 """Packets per second and CPU per packet: the engine, and the kernel path without it, in one run.
 
-``python -m benchmarks.capacity`` prints a table; ``--write`` keeps it. All rows go over host, leaf, spine, leaf, host, 16 hosts in a 4x4x4
-fabric. CPU per packet is what a long run takes more than a short one, of all CPUs together, by the packets it sends more; frames
-are 4154 bytes. The engine's rows include its acknowledgements; the bare sender (``bare_sender.c``) asks for none.
+``python -m benchmarks.capacity`` prints a table; ``--write`` keeps it. All rows go over host, leaf, spine, leaf, host, 16 hosts
+in a 4x4x4 fabric, in frames of 4154 bytes. CPU per packet is what a long run takes more than a short one, of all CPUs together,
+by the packets it sends more. The engine's rows include its acknowledgements; the bare sender (``bare_sender.c``) asks for none.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from benchmarks.machine import Soakers, Taken, watched
 from benchmarks.record import Column, Row, Table, run_benchmark
 from benchmarks.reference import Quiet, load_plan
 from testbed.carriers.engine import engine_carrier
+from testbed.errors import RunError
 from testbed.fabric import Fabric
 
-TABLE = Table(
+TABLE: Table = Table(
     "capacity",
     (
         Column("sender", "sender"),
@@ -55,17 +56,19 @@ def measure_engine(packets_per_s: float, seconds: tuple[float, float], soakers: 
     counts = [one * packets_per_s for one in seconds]
     plan = load_plan(packets_per_s, counts)
     taken, samples = [], []
+    asked = {"sender": _ENGINE, "data_plane": str(Shaping.WHOLE), "asked_packets_per_s": packets_per_s}
     with Fabric.build(plan, f"bench-{os.getpid()}") as fabric, engine_carrier(fabric) as (carrier, _):
         for item in range(2):
-            with watched(soakers) as one:
-                samples.append(carrier.run(item, Quiet()))
+            try:
+                with watched(soakers) as one:
+                    samples.append(carrier.run(item, Quiet()))
+            except RunError as error:
+                return {**asked, "error": str(error)}
             taken.append(one)
     lost = samples[1].retransmitted_packets
     ratio = samples[1].cct_ns[0] / plan.workloads[1].ideal_cct_ns
     return {
-        "sender": _ENGINE,
-        "data_plane": str(Shaping.WHOLE),
-        "asked_packets_per_s": packets_per_s,
+        **asked,
         "packets_per_s": counts[1] / (samples[1].wall_cct_ns[0] / 1e9),
         "lost_packets": lost,
         "cct_ratio": ratio,

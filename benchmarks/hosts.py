@@ -1,9 +1,9 @@
 """How far it scales: bring-up, memory, packets per second and completion time by the number of hosts.
 
-``python -m benchmarks.hosts`` prints a table; ``--write`` keeps it. Fabrics have four hosts under each leaf and four spines; the smallest one
-leaf each for two hosts. *Capacity* is the largest step of a ladder of loads that was carried within 1 % of the asked time, without a
-loss, in one of two attempts, found by halving. The completion time is that of a ring all-reduce at the time dilation that follows
-from that capacity as in any run.
+``python -m benchmarks.hosts`` prints a table; ``--write`` keeps it. Fabrics have four hosts under
+each leaf and four spines; the smallest has two each. *Capacity* is the largest step of a ladder of loads that was carried within
+1 % of the asked time, without a loss, in one of two attempts, found by halving. The completion time is that of a ring all-reduce
+at the time dilation that follows from that capacity as in any run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from testbed.plan.compile import compile_plan
 from testbed.plan.model import Plan
 from testbed.scenario import load_scenario
 
-TABLE = Table(
+TABLE: Table = Table(
     "hosts",
     (
         Column("hosts", "hosts", "", ",.0f"),

@@ -133,13 +133,12 @@ def watched(soakers: Soakers | None = None) -> Iterator[Taken]:
     taken = Taken()
     others, machine = _others_run_ns(), MachineCounters.read()
     begin = time.monotonic()
-    before = soakers.counts() if soakers else None
+    before = soakers.counts() if soakers else np.zeros(0)
     yield taken
-    if soakers:
-        counted = soakers.counts() - before
+    after_counts = soakers.counts() if soakers else np.zeros(0)
     taken.seconds = time.monotonic() - begin
     if soakers:
-        taken.cpu_s = (taken.seconds - counted / soakers.idle_rate).tolist()
+        taken.cpu_s = (taken.seconds - (after_counts - before) / soakers.idle_rate).tolist()
     taken.steal_fraction = MachineCounters.read().steal_fraction_since(machine)
     after = _others_run_ns()
     # A thread that began meanwhile counts from 0; what one that ended meanwhile had is not known.

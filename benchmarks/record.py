@@ -1,7 +1,7 @@
 """Tables of figures: printed, kept in ``docs/performance-results.json``, and shown in ``docs/performance.md``.
 
-The page is text with a place per table between ``<!-- NAME -->`` and ``<!-- /NAME -->``; only those places are written, always from
-the JSON file. ``python -m benchmarks.record`` writes them again.
+The page is text with a place per table between ``<!-- NAME -->`` and ``<!-- /NAME -->``; only those places are written, always
+from the JSON file. ``python -m benchmarks.record`` writes them again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -161,12 +160,12 @@ def fill_page(page: str, tables: Sequence[Table], results: dict[str, Any]) -> st
     """
     for table in tables:
         shown = table.markdown(results[table.name]) if table.name in results else "Not measured yet."
-        pattern = rf"(<!-- {table.name} -->\n).*?(<!-- /{table.name} -->)"
-        page, places = re.subn(
-            pattern, lambda found, text=shown: f"{found[1]}\n{text}\n\n{found[2]}", page, flags=re.DOTALL
-        )
-        if places != 1:
-            raise ValueError(f"the page must have one place for {table.name!r}, it has {places}")
+        begin, end = f"<!-- {table.name} -->\n", f"<!-- /{table.name} -->"
+        head, found, rest = page.partition(begin)
+        _, ended, tail = rest.partition(end)
+        if not found or not ended or begin in tail:
+            raise ValueError(f"the page must have one place for {table.name!r}")
+        page = f"{head}{begin}\n{shown}\n\n{end}{tail}"
     return page
 
 

@@ -41,10 +41,8 @@ def load_plan(
         hosts_per_leaf: Hosts under each leaf.
     """
     hosts = leaves * hosts_per_leaf
-    items = [
-        f"- {{collective: send_recv, order: rails, size: {max(1, round(count / hosts)) * PAYLOAD_BYTES}, iters: 1, warmup_iters: 0}}"
-        for count in packets
-    ]
+    sizes = [max(1, round(count / hosts)) * PAYLOAD_BYTES for count in packets]
+    items = [f"- {{collective: send_recv, order: rails, size: {size}, iters: 1, warmup_iters: 0}}" for size in sizes]
     text = clos_text(leaves, spines, hosts_per_leaf) + "workload:\n" + "\n".join(items) + "\n"
     dilation = hosts * RATE_BITS_PER_S / FRAME_BITS / packets_per_s
     return compile_plan(load_scenario(text, [f"time_dilation={dilation:.3f}"]), capacity_packets_per_s=None)

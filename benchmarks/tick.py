@@ -1,9 +1,9 @@
 """What a tick of the engine costs, by the number of active QPs, and where the time goes.
 
-``python -m benchmarks.tick`` prints a table; ``--write`` keeps it. Sixteen hosts under four leaves send on a growing number of QPs, all of
-which have something to send nearly to the end; the load stays the same, so that what grows is the QPs. The frames go out over the
-real fabric. Times are the engine's own, of ticks on its own CPU at real-time priority; the parts are the means of timers around
-the engine's functions, and cost about a microsecond each themselves. ``--profile`` prints cProfile's view of the last row instead.
+``python -m benchmarks.tick`` prints a table; ``--write`` keeps it. Sixteen hosts under four leaves send on a growing number of
+QPs, all of which have something to send nearly to the end; the load stays the same, so that what grows is the QPs. The frames go
+out over the real fabric. Times are the engine's own, of ticks on its own CPU at real-time priority; the parts are the means of
+timers around the engine's functions, and cost about a microsecond each themselves. ``--profile QPS`` prints cProfile's view instead.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "sendmmsg": ((packet_socket, "_send_messages"),),
     "watching": ((ShapingObserver, "observe"), (ProbeLink, "send")),
 }
-TABLE = Table(
+TABLE: Table = Table(
     "tick",
     (
         Column("active_qps", "active QPs", "", ",.0f"),
