@@ -3,7 +3,8 @@
 ``python -m benchmarks.tick`` prints a table; ``--write`` keeps it. Sixteen hosts under four leaves send on a growing number of
 QPs, all of which have something to send nearly to the end; the load stays the same, so that what grows is the QPs. The frames go
 out over the real fabric. Times are the engine's own, of ticks on its own CPU at real-time priority; the parts are the means of
-timers around the engine's functions, and cost about a microsecond each themselves. ``--profile QPS`` prints cProfile's view instead.
+timers around the engine's functions, and cost about a microsecond each themselves. ``--profile QPS`` prints cProfile's view
+instead.
 """
 
 from __future__ import annotations
