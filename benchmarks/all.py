@@ -1,6 +1,6 @@
 """All benchmarks, one after the other: ``python -m benchmarks.all --write`` records the figures of ``docs/performance.md``.
 
-About five minutes. Leave the machine alone meanwhile: rows that something disturbed are marked.
+About five minutes on an idle machine. Leave the machine alone meanwhile: rows that something disturbed are marked.
 """
 
 from __future__ import annotations

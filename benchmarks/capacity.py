@@ -42,6 +42,8 @@ _FLAT_OUT = "C, flat out"
 
 def _cost(short: Taken, long: Taken, packets: float) -> dict[str, Any]:
     """Return the figures that both kinds of rows have, from a short and a long run that differ by ``packets``."""
+    if not short.cpu_s or not long.cpu_s:
+        return {"cpu_us_per_packet": None, "sender_cpu_us_per_packet": None, **long.row()}
     # Stolen and foreign time counts as used; the rows say how much there was.
     per_cpu = [1e6 * (b - a) / packets for a, b in zip(short.cpu_s, long.cpu_s, strict=True)]
     return {

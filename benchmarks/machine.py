@@ -20,16 +20,20 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from testbed.host import MachineCounters
+from testbed.kernel.host_tuning import tuned_host
 
 # A row is marked when others had more than this share of the CPU time: about what moves a figure by its last digit but one.
 DISTURBED_STEAL_FRACTION = 0.02
 DISTURBED_OTHERS_FRACTION = 0.05
+_CALIBRATIONS = 4
 _CALIBRATION_WINDOWS = 15
 _CALIBRATION_WINDOW_S = 0.1
 # Of the windows the one that this share is slower than: disturbed ones are slow, a lucky one is fast.
 _CALIBRATION_QUANTILE = 0.8
+_LEAST_RATE_FRACTION = 0.7
 
 
 def _soak(cpu: int, counter: mmap.mmap) -> None:
@@ -56,15 +60,32 @@ class Soakers:
         ]
         for process in self._processes:
             process.start()
-        time.sleep(0.2)
+        # Runs take turns by the machine's lock; what holds no lock is waited for, a few times.
+        rates = []
+        with tuned_host(()):
+            time.sleep(0.2)
+            for _ in range(_CALIBRATIONS):
+                with watched() as taken:
+                    rates.append(self._calibrate())
+                if not taken.row()["disturbed"]:
+                    break
+        self.idle_rate = np.max(rates, axis=0)
+        """Counts per second of each idle CPU."""
+        # CPUs are alike; one that never came near the others' rate was never idle.
+        self.usable = bool(self.idle_rate.min() > _LEAST_RATE_FRACTION * self.idle_rate.max())
+        """Whether every CPU was seen idle; else nothing can be said of CPU time."""
+
+    def _calibrate(self) -> npt.NDArray[np.float64]:
+        """Return the counts per second of each CPU while nothing runs."""
         rates = []
         for _ in range(_CALIBRATION_WINDOWS):
             before, begin = self.counts(), time.monotonic()
             time.sleep(_CALIBRATION_WINDOW_S)
             rates.append((self.counts() - before) / (time.monotonic() - begin))
-        self.idle_rate = np.quantile(np.array(rates), _CALIBRATION_QUANTILE, axis=0)
+        fast: npt.NDArray[np.float64] = np.quantile(np.array(rates), _CALIBRATION_QUANTILE, axis=0)
+        return fast
 
-    def counts(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def counts(self) -> npt.NDArray[np.float64]:
         """Return the count of each CPU."""
         return np.array([struct.unpack_from("=Q", counter, 0)[0] for counter in self._counters], np.float64)
 
@@ -85,7 +106,7 @@ class Taken:
 
     Attributes:
         seconds: Its length.
-        cpu_s: CPU time of each CPU that was not idle; empty without soakers.
+        cpu_s: CPU time of each CPU that was not idle; empty where that is not known.
         steal_fraction: Share of all CPU time that the hypervisor kept for others.
         others_fraction: Share of all CPU time that processes had which are neither ours nor the kernel's.
     """
@@ -137,7 +158,7 @@ def watched(soakers: Soakers | None = None) -> Iterator[Taken]:
     yield taken
     after_counts = soakers.counts() if soakers else np.zeros(0)
     taken.seconds = time.monotonic() - begin
-    if soakers:
+    if soakers and soakers.usable:
         taken.cpu_s = (taken.seconds - (after_counts - before) / soakers.idle_rate).tolist()
     taken.steal_fraction = MachineCounters.read().steal_fraction_since(machine)
     after = _others_run_ns()
