@@ -126,7 +126,7 @@ class Taken:
         }
 
 
-def _others_run_ns() -> dict[int, int]:
+def others_run_ns() -> dict[int, int]:
     """Return the CPU time of every thread that is neither the kernel's nor this process's or a descendant's, by its id."""
     parents: dict[int, int] = {}
     for entry in os.scandir("/proc"):
@@ -152,7 +152,8 @@ def _others_run_ns() -> dict[int, int]:
 def watched(soakers: Soakers | None = None) -> Iterator[Taken]:
     """Measure what a block takes of the machine."""
     taken = Taken()
-    others, machine = _others_run_ns(), MachineCounters.read()
+    looked_before, others = time.monotonic(), others_run_ns()
+    machine = MachineCounters.read()
     begin = time.monotonic()
     before = soakers.counts() if soakers else np.zeros(0)
     yield taken
@@ -161,7 +162,7 @@ def watched(soakers: Soakers | None = None) -> Iterator[Taken]:
     if soakers and soakers.usable:
         taken.cpu_s = (taken.seconds - (after_counts - before) / soakers.idle_rate).tolist()
     taken.steal_fraction = MachineCounters.read().steal_fraction_since(machine)
-    after = _others_run_ns()
+    looked_after, after = time.monotonic(), others_run_ns()
     # A thread that began meanwhile counts from 0; what one that ended meanwhile had is not known.
     run_ns = sum(ns - others.get(thread, 0) for thread, ns in after.items())
-    taken.others_fraction = run_ns / 1e9 / taken.seconds / len(os.sched_getaffinity(0))
+    taken.others_fraction = run_ns / 1e9 / (looked_after - looked_before) / len(os.sched_getaffinity(0))
