@@ -124,6 +124,7 @@ def run(
     pcap: Path | None = None,
     pcap_ports: Sequence[str] = (),
     snap_bytes: int | None = None,
+    series: bool = True,
 ) -> Result:
     """Run a scenario's workload and return what was found out. Needs root.
 
@@ -139,6 +140,7 @@ def run(
         pcap_ports: Nodes and ports to capture at, such as ``leaf0/up1``; by default the NICs of all hosts, where each
             frame is seen as it leaves and as it arrives.
         snap_bytes: Bytes captured of each frame, 0 for all; by default all headers.
+        series: Write the time series of the run into ``output`` too, see :mod:`testbed.results.series`.
 
     Raises:
         LabError: There is no lab ``name``, it is in use, or it was built from another fabric.
@@ -160,7 +162,7 @@ def run(
             fabric = stack.enter_context(_attached(plan, name))
             heard.note(f"lab {name}: time dilation {plan.dilation.value:g}")
         capture = None if capturing is None else stack.enter_context(capturing(fabric))
-        result = _run_on(fabric, heard, capture)
+        result = _run_on(fabric, heard, capture, series=output if series else None)
         if output is not None:
             save_result(result, output)
     return result
@@ -636,7 +638,9 @@ def _planned_capture(
         yield lambda fabric: capture.captured(fabric.state, plan.topology, ports, output, pcap, snap_bytes=snap)
 
 
-def _run_on(fabric: Fabric, listener: RunListener, capture: Capture | None = None) -> Result:
+def _run_on(
+    fabric: Fabric, listener: RunListener, capture: Capture | None = None, *, series: Path | None = None
+) -> Result:
     """Run every workload item, at each of its sizes, over a fabric, one after the other."""
     from testbed.assemble import assemble_result
     from testbed.carriers.engine import engine_carrier
@@ -651,7 +655,7 @@ def _run_on(fabric: Fabric, listener: RunListener, capture: Capture | None = Non
     counters: list[FabricCounters] = []
     fidelities: list[Fidelity] = []
     waiting = "waiting for another run on this machine"
-    with engine_carrier(fabric, lambda: listener.note(waiting)) as (carrier, refused):
+    with engine_carrier(fabric, lambda: listener.note(waiting), series=series) as (carrier, refused):
         before = MachineCounters.read()
         for index, planned in enumerate(plan.workloads):
             listener.note(f"{planned.collective_name} ({planned.algorithm_name}) of {format_size(planned.size_bytes)}")
@@ -675,5 +679,6 @@ def _run_on(fabric: Fabric, listener: RunListener, capture: Capture | None = Non
                 )
             )
             before = after
+        refused = refused + carrier.warnings()
     warnings = [*refused, *(capture.stop().warnings() if capture is not None else ())]
     return assemble_result(plan, samples, counters, fidelities, host=host, warnings=warnings)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
 from testbed.carriers.flow_control import flow_control
 from testbed.carriers.protocol import ProgressListener, WorkloadSamples
+from testbed.carriers.recording import recording
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.loop import EngineSetup, TickLoop
 from testbed.engine.rate_limit import CongestionLimit, NoRateLimit, RateLimit
+from testbed.engine.recorder import TickRecorder
 from testbed.engine.stream import build_streams
 from testbed.fabric import Fabric
 from testbed.kernel.host_tuning import tuned_host
 from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
 from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan
-from testbed.roce.congestion import make
-from testbed.scenario import CongestionControl
+from testbed.roce.congestion import CongestionControl, make
+from testbed.scenario import CongestionControl as ControlName
 
 
 class EngineCarrier:
@@ -31,6 +34,7 @@ class EngineCarrier:
         probe: The fidelity probe.
         clock: Source of time.
         flow: PFC on the fabric.
+        recorder: Notes what happens along the run.
     """
 
     def __init__(
@@ -40,12 +44,14 @@ class EngineCarrier:
         probe: ProbeLink,
         clock: MonotonicClock,
         flow: FlowControl | NoFlowControl,
+        recorder: TickRecorder | None = None,
     ) -> None:
         self._fabric = fabric
         self._flow = flow
         self._sockets = sockets
         self._probe = probe
         self._clock = clock
+        self._recorder = recorder
 
     def run(self, workload: int, listener: ProgressListener) -> WorkloadSamples:
         """Run all iterations of a workload.
@@ -55,6 +61,9 @@ class EngineCarrier:
         """
         plan = self._fabric.plan
         planned = plan.workloads[workload]
+        limit, recorder = rate_limit(plan, workload), self._recorder
+        if recorder is not None:
+            recorder.begin_workload(workload, planned.connections, self._flow.closed, control_of(limit))
         loop = TickLoop(
             engine_setup(plan, workload),
             queues=self._fabric.arrays.queues,
@@ -64,14 +73,18 @@ class EngineCarrier:
             probe=self._probe,
             describe_connection=lambda index: describe_connection(plan, workload, index),
             flow_control=self._flow,
-            rate_limit=rate_limit(plan, workload),
+            rate_limit=limit,
+            recorder=recorder,
         )
         streams = build_streams(planned.schedule, plan.scenario.transport.mtu_bytes)
         warmups, iters = planned.workload.warmup_iters, planned.workload.iters
         results = []
         for number in range(warmups + iters):
             warmup = number < warmups
-            listener.iteration(number if warmup else number - warmups, warmups if warmup else iters, warmup=warmup)
+            shown = number if warmup else number - warmups
+            listener.iteration(shown, warmups if warmup else iters, warmup=warmup)
+            if recorder is not None:
+                recorder.begin_iteration(shown, warmup=warmup)
             result = loop.run_iteration(planned.schedule, streams)
             if not warmup:
                 results.append(result)
@@ -82,6 +95,14 @@ class EngineCarrier:
             tuple(result.machine for result in results),
             np.sum([result.wall_paused_ns for result in results], axis=0),
         )
+
+    def warnings(self) -> list[str]:
+        """Return what a reader of the time series should know."""
+        recorder = self._recorder
+        if recorder is None or recorder.sample_ticks == 1:
+            return []
+        end = ", and it ends before the run" if recorder.is_full else ""
+        return [f"the time series became large: in the end it has every {recorder.sample_ticks}th tick{end}"]
 
 
 def engine_setup(plan: Plan, workload: int) -> EngineSetup:
@@ -116,7 +137,7 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
 def rate_limit(plan: Plan, workload: int) -> RateLimit:
     """Return the congestion control of a workload's QPs."""
     transport = plan.scenario.transport
-    if transport.congestion_control is CongestionControl.NONE:
+    if transport.congestion_control is ControlName.NONE:
         return NoRateLimit()
     planned = plan.workloads[workload]
     ranks = [connection.requester.local.rank for connection in planned.connections]
@@ -127,6 +148,11 @@ def rate_limit(plan: Plan, workload: int) -> RateLimit:
         frame_wire_bytes=plan.frame_wire_bytes,
         wall_tick_ns=plan.dilation.wall_tick_ns,
     )
+
+
+def control_of(limit: RateLimit) -> CongestionControl | None:
+    """Return the reaction points behind a limit, if there are any."""
+    return limit.control if isinstance(limit, CongestionLimit) else None
 
 
 def describe_connection(plan: Plan, workload: int, index: int) -> str:
@@ -140,24 +166,32 @@ def describe_connection(plan: Plan, workload: int, index: int) -> str:
 
 @contextlib.contextmanager
 def engine_carrier(
-    fabric: Fabric, waiting: Callable[[], None] = lambda: None
+    fabric: Fabric, waiting: Callable[[], None] = lambda: None, *, series: Path | None = None
 ) -> Iterator[tuple[EngineCarrier, list[str]]]:
     """Open the engine on a fabric for the block.
 
     Args:
         fabric: The fabric.
         waiting: Called when another run has the machine; this one then waits for it.
+        series: Folder for the time series of the run; None for none.
 
     Yields:
         The carrier, and warnings about what the machine refused.
     """
     clock = MonotonicClock()
     engine_cpu, port_cpus = choose_cpus()
+    recorded: contextlib.AbstractContextManager[TickRecorder | None] = contextlib.nullcontext()
+    if series is not None:
+        recorded = recording(fabric, series, control_of(rate_limit(fabric.plan, 0)))
     with (
+        recorded as recorder,  # first: what it reads, compresses and closes is not done at a real-time priority
         fabric.packet_sockets() as sockets,
         contextlib.closing(ProbeLink(fabric.probe_cpu, clock.now_ns)) as probe,
         tuned_host(port_cpus, waiting) as host_warnings,
         engine_thread(engine_cpu) as warnings,
         flow_control(fabric, clock.now_ns()) as flow,
     ):
-        yield EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock, flow), host_warnings + warnings
+        yield (
+            EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock, flow, recorder),
+            host_warnings + warnings,
+        )
