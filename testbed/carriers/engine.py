@@ -10,11 +10,10 @@ import numpy as np
 
 from testbed.carriers.flow_control import flow_control
 from testbed.carriers.protocol import ProgressListener, WorkloadSamples
-from testbed.carriers.recording import recording
+from testbed.carriers.recording import Recording, recording
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.loop import EngineSetup, TickLoop
 from testbed.engine.rate_limit import CongestionLimit, NoRateLimit, RateLimit
-from testbed.engine.recorder import TickRecorder
 from testbed.engine.stream import build_streams
 from testbed.fabric import Fabric
 from testbed.kernel.host_tuning import tuned_host
@@ -34,7 +33,7 @@ class EngineCarrier:
         probe: The fidelity probe.
         clock: Source of time.
         flow: PFC on the fabric.
-        recorder: Notes what happens along the run.
+        recording: The time series that is written along the run, if any.
     """
 
     def __init__(
@@ -44,14 +43,14 @@ class EngineCarrier:
         probe: ProbeLink,
         clock: MonotonicClock,
         flow: FlowControl | NoFlowControl,
-        recorder: TickRecorder | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self._fabric = fabric
         self._flow = flow
         self._sockets = sockets
         self._probe = probe
         self._clock = clock
-        self._recorder = recorder
+        self._recording = recording
 
     def run(self, workload: int, listener: ProgressListener) -> WorkloadSamples:
         """Run all iterations of a workload.
@@ -61,9 +60,9 @@ class EngineCarrier:
         """
         plan = self._fabric.plan
         planned = plan.workloads[workload]
-        limit, recorder = rate_limit(plan, workload), self._recorder
+        limit, recorder = rate_limit(plan, workload), self._recording.recorder if self._recording else None
         if recorder is not None:
-            recorder.begin_workload(workload, planned.connections, self._flow.closed, control_of(limit))
+            recorder.begin_workload(workload, len(planned.connections), self._flow.closed, control_of(limit))
         loop = TickLoop(
             engine_setup(plan, workload),
             queues=self._fabric.arrays.queues,
@@ -98,11 +97,7 @@ class EngineCarrier:
 
     def warnings(self) -> list[str]:
         """Return what a reader of the time series should know."""
-        recorder = self._recorder
-        if recorder is None or recorder.sample_ticks == 1:
-            return []
-        end = ", and it ends before the run" if recorder.is_full else ""
-        return [f"the time series became large: in the end it has every {recorder.sample_ticks}th tick{end}"]
+        return self._recording.warnings() if self._recording else []
 
 
 def engine_setup(plan: Plan, workload: int) -> EngineSetup:
@@ -180,11 +175,11 @@ def engine_carrier(
     """
     clock = MonotonicClock()
     engine_cpu, port_cpus = choose_cpus()
-    recorded: contextlib.AbstractContextManager[TickRecorder | None] = contextlib.nullcontext()
+    recorded: contextlib.AbstractContextManager[Recording | None] = contextlib.nullcontext()
     if series is not None:
         recorded = recording(fabric, series, control_of(rate_limit(fabric.plan, 0)))
     with (
-        recorded as recorder,  # first: what it reads, compresses and closes is not done at a real-time priority
+        recorded as written,  # first: its process does not inherit the engine's CPU and priority
         fabric.packet_sockets() as sockets,
         contextlib.closing(ProbeLink(fabric.probe_cpu, clock.now_ns)) as probe,
         tuned_host(port_cpus, waiting) as host_warnings,
@@ -192,6 +187,6 @@ def engine_carrier(
         flow_control(fabric, clock.now_ns()) as flow,
     ):
         yield (
-            EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock, flow, recorder),
+            EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock, flow, written),
             host_warnings + warnings,
         )

@@ -98,7 +98,7 @@ class SeriesWriter:
     """An open series; see `opened_series`.
 
     Attributes:
-        written_bytes: Bytes of all blocks so far.
+        written_bytes: Size of the file so far.
         rows: Rows of all blocks so far.
     """
 
@@ -133,7 +133,7 @@ class SeriesWriter:
             raise TestbedError(
                 f"the time series cannot be written: {error}", hint="make room, or use --no-series"
             ) from None
-        self.written_bytes += batch.nbytes
+        self.written_bytes = int(self._file.tell())
         self.rows += batch.num_rows
 
 
@@ -141,9 +141,7 @@ class SeriesWriter:
 def opened_series(
     path: Path, columns: Sequence[Column], header: Mapping[str, Any], names: Mapping[str, Sequence[str]]
 ) -> Iterator[SeriesWriter]:
-    """Create a series for the block; in the end its blocks are compressed, or the file removed if there are none.
-
-    While the block lasts, nothing is compressed: that would cost more time than writing does.
+    """Create a series for the block; the file is removed again if nothing was written.
 
     Args:
         path: The file.
@@ -164,14 +162,13 @@ def opened_series(
         raise TestbedError(f"{path} cannot be written: {error.strerror}", hint="use --output, or --no-series") from None
     series = None
     try:
-        with file, pa.ipc.new_stream(file, schema, options=pa.ipc.IpcWriteOptions(use_threads=False)) as writer:
+        options = pa.ipc.IpcWriteOptions(compression=_COMPRESSION, use_threads=False)
+        with file, pa.ipc.new_stream(file, schema, options=options) as writer:
             series = SeriesWriter(writer, file, schema, lists)
             yield series
     finally:
         if series is None or not series.rows:
             path.unlink(missing_ok=True)
-        else:
-            _compress(path)
 
 
 def read_series(path: Path) -> pa.Table:
@@ -219,25 +216,3 @@ def _field(column: Column) -> pa.Field:
 
 
 _FACTORIES = {"bool": "bool_", **{kind: kind for kind in ("int8", "int16", "int32", "int64", "float64")}}
-
-
-def _compress(path: Path) -> None:
-    """Write a series anew with compressed blocks; it stays as it is where that fails."""
-    import pyarrow as pa
-
-    draft = path.with_name(f"{path.name}.new")
-    try:
-        options = pa.ipc.IpcWriteOptions(compression=_COMPRESSION, use_threads=False)
-        with (
-            pa.OSFile(str(path)) as source,
-            pa.ipc.open_stream(source) as reader,
-            pa.OSFile(str(draft), "wb") as sink,
-            pa.ipc.new_stream(sink, reader.schema, options=options) as writer,
-        ):
-            for batch in reader:
-                writer.write_batch(batch)
-        draft.rename(path)
-    except (OSError, pa.ArrowInvalid):
-        pass
-    finally:
-        draft.unlink(missing_ok=True)
