@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 _LAB_NAME_LENGTH = 37
 _MAX_LABS_OF_A_SCENARIO = 99
 _SIGNAL_EXIT = 128
+# Steps of a plotted line: more than a picture has pixels; on a page that can be zoomed, as many as a browser draws at ease.
+_IMAGE_STEPS, _PAGE_STEPS = 1200, 4000
 
 
 class RunListener(Protocol):
@@ -404,6 +406,43 @@ def describe_result_graph(file: Path) -> Graph:
         raise TestbedError(f"{file}: {str(error).splitlines()[0]}", hint=hint) from None
     measured = {way.src: way for link in result.fabric.links for way in link.directions}
     return _graph_of(scenario, measured)
+
+
+def plot_series(folder: Path, output: Path, *, row: int | None = None, iteration: int | None = None) -> None:
+    """Draw the time series of a run.
+
+    Args:
+        folder: Its results; it may have been interrupted.
+        output: The file to write: ``.html``, or ``.svg``, ``.png``, ``.pdf``.
+        row: Row of the results table; by default the last that was run.
+        iteration: A single measured iteration; by default all.
+
+    Raises:
+        TestbedError: There is no series, no such row or iteration, or the file cannot be written.
+        MachineError: What draws is not installed.
+    """
+    from testbed.results.series import QPS_FILE, QUEUES_FILE, read_series
+    from testbed.results.series_html import render_html
+    from testbed.results.series_image import IMAGE_SUFFIXES, save_image
+    from testbed.results.series_plot import build_plot
+
+    is_image = output.suffix.lower() in IMAGE_SUFFIXES
+    drawn = build_plot(
+        read_series(folder / QUEUES_FILE),
+        read_series(folder / QPS_FILE),
+        row=row,
+        iteration=iteration,
+        steps=_IMAGE_STEPS if is_image else _PAGE_STEPS,
+    )
+    try:
+        if is_image:
+            save_image(drawn, output)
+        else:
+            output.write_text(render_html(drawn), encoding="utf-8")
+    except ImportError as error:
+        raise MachineError(f"{error.name} is not installed", hint="pip install 'testbed[plot]'") from None
+    except OSError as error:
+        raise TestbedError(f"{output} cannot be written: {error.strerror}", hint="use --output") from None
 
 
 def destroy(name: str) -> list[str]:
