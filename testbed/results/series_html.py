@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from testbed.results.series_plot import Line, Panel, SeriesPlot
+from testbed.results.series_plot import LIMIT_SUFFIX, Line, Panel, SeriesPlot
 
 COLOURS = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"),
@@ -53,7 +53,9 @@ def render_html(plot: SeriesPlot) -> str:
                 col=1,
             )
         figure.update_yaxes(title_text=panel.unit, rangemode="tozero", row=number, col=1)
-        figure.layout[legend] = {"yref": "paper", "y": figure.layout[_axis(number)].domain[1], "tracegroupgap": 0}
+        top = figure.layout["yaxis" if number == 1 else f"yaxis{number}"].domain[1]
+        figure.update_layout({legend: {"y": top, "yanchor": "top", "x": 1.01, "font": {"size": 10}}})
+    figure.update_annotations(font_size=13)
     figure.update_xaxes(range=[plot.begin_us, plot.end_us])
     figure.update_xaxes(title_text="emulated time (µs)", row=len(plot.panels), col=1)
     height = _PANEL_PIXELS * len(plot.panels) + _MARGIN_PIXELS
@@ -65,10 +67,6 @@ def render_html(plot: SeriesPlot) -> str:
     return page.replace("<head>", f"<head><title>{plot.title}</title>", 1)
 
 
-def _axis(number: int) -> str:
-    return "yaxis" if number == 1 else f"yaxis{number}"
-
-
 def _trace(go: Any, line: Line, legend: str, panel: Panel) -> Any:
     return go.Scatter(
         x=line.end_us,
@@ -76,6 +74,8 @@ def _trace(go: Any, line: Line, legend: str, panel: Panel) -> Any:
         name=line.name,
         mode="lines",
         legend=legend,
+        showlegend=not line.dashed,
+        legendgroup=line.name.removesuffix(LIMIT_SUFFIX),
         line={
             "shape": "vh",
             "width": 1 if line.dashed else 1.5,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 _MOST_PORTS, _MOST_FLOWS = 8, 16
+LIMIT_SUFFIX = ", limit"
 # A rate is a mean over at least so many frames of the fastest link: fewer show the frames, not the rate.
 _RATE_FRAMES = 32
 _EVENTS = {
@@ -258,7 +259,7 @@ def _rate_panel(qps: Columns, grid: _Grid, header: dict[str, Any]) -> Panel:
         lines.append(Line(name, grid.end_us, grid.sums(rows, "sent_packets") * wire_bits / grid.length_ns, index))
         if "rate_limit_bytes_per_s" in rows:
             limit = grid.last(rows, "rate_limit_bytes_per_s") * 8 / 1e9
-            lines.append(Line(f"{name}, limit", grid.end_us, limit, index, dashed=True))
+            lines.append(Line(name + LIMIT_SUFFIX, grid.end_us, limit, index, dashed=True))
     mean_us = float(np.median(grid.length_ns)) / 1e3
     title = f"Rate of flows, means of {mean_us:.3g} µs" + _of_most(len(found), len(flows))
     return Panel(title, "Gbit/s", tuple(lines))
