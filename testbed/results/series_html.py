@@ -54,7 +54,9 @@ def render_html(plot: SeriesPlot) -> str:
             )
         figure.update_yaxes(title_text=panel.unit, rangemode="tozero", row=number, col=1)
         top = figure.layout["yaxis" if number == 1 else f"yaxis{number}"].domain[1]
-        figure.update_layout({legend: {"y": top, "yanchor": "top", "x": 1.01, "font": {"size": 10}}})
+        figure.update_layout(
+            {legend: {"y": top, "yanchor": "top", "x": 1.01, "font": {"size": 10}, "tracegroupgap": 0}}
+        )
     figure.update_annotations(font_size=13)
     figure.update_xaxes(range=[plot.begin_us, plot.end_us])
     figure.update_xaxes(title_text="emulated time (µs)", row=len(plot.panels), col=1)
