@@ -304,9 +304,7 @@ class TickLoop:
         intra_host.begin(begin)
         nic_released_at = np.full(nics, float(begin))
         paused_before = flow.paused_until(begin)
-        last_message = self._message_offset + np.array(
-            [len(transfers) for transfers in streams.transfers_of[:count]], np.int64
-        )
+        last_message = self._message_offset + streams.messages
         last_transfer = [int(transfers[-1]) if len(transfers) else -1 for transfers in streams.transfers_of[:count]]
         end_ns = np.full(count, float(begin))
         payload_before = self._rx_payload_bytes.copy()
