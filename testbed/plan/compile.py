@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,12 +13,14 @@ from testbed.collectives import (
     Schedule,
     build_flows,
     busiest_nic_bytes,
+    deal_over_qps,
     find_algorithm,
     ideal_cct_ns,
     incast_flows,
     largest_frame_wire_bytes,
     permutation_flows,
     ring_order,
+    split_over_qps,
 )
 from testbed.errors import PlanError
 from testbed.plan.dilation import choose_dilation, choose_tick_ns
@@ -27,18 +30,30 @@ from testbed.plan.predict import predict_cct_ratio
 from testbed.plan.qos import response_ns
 from testbed.roce.queue_pairs import Connection, Endpoint, build_connections
 from testbed.roce.wire import IP_PROTOCOL_UDP, LINK_OVERHEAD_BYTES, ROCE_UDP_PORT, Opcode, frame_bytes
-from testbed.routing import FlowKey, ForwardingTables, Path, routing_scheme, trace_path
+from testbed.routing import (
+    Demand,
+    FlowKey,
+    ForwardingTables,
+    Path,
+    Route,
+    RoutingSettings,
+    routing_scheme,
+    trace_path,
+    trace_routes,
+)
 from testbed.scenario import (
     CollectiveWorkload,
     FlowsWorkload,
     IncastWorkload,
     PermutationWorkload,
+    QpStrategy,
     Scenario,
     StarFabric,
     UdpSourcePort,
     Workload,
     expand_sizes,
 )
+from testbed.scenario.rules import MAX_CONNECTIONS
 from testbed.topology import LinkSpec, Topology, build_clos, build_star
 
 # Retransmission timeout "auto": several loop times beside what the deepest queue of the path can add.
@@ -55,6 +70,14 @@ class _Traffic(NamedTuple):
     schedule: Schedule
     order: tuple[int, ...]
     traffic_factor: float
+
+
+class _Sent(NamedTuple):
+    """A workload item as it is sent: over which queue pairs."""
+
+    traffic: _Traffic
+    schedule: Schedule
+    connections: tuple[Connection, ...]
 
 
 def build_topology(scenario: Scenario) -> Topology:
@@ -91,15 +114,22 @@ def compile_plan(
         PlanError: No fabric can be planned from it.
     """
     topology = build_topology(scenario)
-    scheme = routing_scheme(str(scenario.routing.scheme))
-    tables = scheme.build_tables(topology, hash_seed=scenario.routing.hash_seed)
-    workloads = tuple(
-        _plan_workload(index, one_size, scenario, topology, tables)
+    items = [
+        (index, one_size, _spread_over_qps(_build_traffic(one_size, scenario), scenario, topology))
         for index, item in enumerate(scenario.workload)
         for one_size in expand_sizes(item)
-    )
-    if not workloads:
+    ]
+    if not items:
         raise PlanError("the workload is empty")
+    tables = routing_scheme(str(scenario.routing.scheme)).build_tables(
+        topology,
+        hash_seed=scenario.routing.hash_seed,
+        settings=RoutingSettings(
+            flowlet_gap_ns=scenario.routing.flowlet_gap_ns or 0,
+            traffic=tuple(_demands(sent, topology) for _, _, sent in items),
+        ),
+    )
+    workloads = tuple(_plan_workload(index, item, sent, scenario, topology, tables) for index, item, sent in items)
 
     rates = {rank: topology.host_port(rank).rate_bits_per_s for rank in range(len(topology.hosts))}
     frame_bits = 8 * (frame_bytes(Opcode.WRITE_MIDDLE, scenario.transport.mtu_bytes) + LINK_OVERHEAD_BYTES)
@@ -186,18 +216,54 @@ def _pattern(item: IncastWorkload | PermutationWorkload | FlowsWorkload, scenari
     return _Traffic(schedule, ranks, busiest_nic_bytes(flows) / total)
 
 
-def _plan_workload(
-    index: int, item: Workload, scenario: Scenario, topology: Topology, tables: ForwardingTables
-) -> PlannedWorkload:
-    mtu = scenario.transport.mtu_bytes
-    schedule, order, traffic_factor = _build_traffic(item, scenario)
+def _spread_over_qps(traffic: _Traffic, scenario: Scenario, topology: Topology) -> _Sent:
+    """Return a workload item with every connection's transfers spread over its queue pairs.
+
+    Raises:
+        PlanError: There are more queue pairs than a fabric's table holds.
+    """
+    transport = scenario.transport
+    schedule, qps = traffic.schedule, transport.qps_per_connection
+    count = len(schedule.connections) * qps
+    if count > MAX_CONNECTIONS:
+        raise PlanError(
+            f"transport.qps_per_connection: {len(schedule.connections)} connections with {qps} queue pairs each need "
+            f"{count}, at most {MAX_CONNECTIONS} fit",
+            hint="use fewer queue pairs per connection, or fewer hosts",
+        )
+    if qps > 1:
+        deals = transport.qp_strategy is QpStrategy.ROUND_ROBIN
+        schedule = deal_over_qps(schedule, qps) if deals else split_over_qps(schedule, qps, transport.mtu_bytes)
     connections = build_connections(
         list(schedule.connections),
         build_endpoints(topology),
-        source_port_per_qp=scenario.transport.udp_source_port is UdpSourcePort.PER_QP,
+        source_port_per_qp=transport.udp_source_port is UdpSourcePort.PER_QP,
         rng=np.random.default_rng(scenario.seed),
     )
+    return _Sent(traffic, schedule, tuple(connections))
+
+
+def _demands(sent: _Sent, topology: Topology) -> tuple[Demand, ...]:
+    """Return the traffic matrix of a workload item, an entry per queue pair that carries something."""
+    carried = np.zeros(len(sent.connections), np.int64)
+    np.add.at(carried, sent.schedule.connection, sent.schedule.nbytes)
+    return tuple(
+        Demand(topology.host_port(connection.requester.local.rank).id, flow_of(connection), nbytes)
+        for connection, nbytes in zip(sent.connections, carried.tolist(), strict=True)
+        if nbytes
+    )
+
+
+def _plan_workload(
+    index: int, item: Workload, sent: _Sent, scenario: Scenario, topology: Topology, tables: ForwardingTables
+) -> PlannedWorkload:
+    mtu = scenario.transport.mtu_bytes
+    traffic, schedule, connections = sent
     paths = tuple(trace_connection(connection, topology, tables) for connection in connections)
+    routes, possible_routes = (
+        tuple(trace_connection_routes(connection, topology, tables, over_time=over_time) for connection in connections)
+        for over_time in (False, True)
+    )
     wire = largest_frame_wire_bytes(schedule.nbytes, mtu)
     frame_ns = [[8e9 * wire / topology.port(port).rate_bits_per_s for port in path.ports] for path in paths]
     one_way = np.array(
@@ -206,28 +272,59 @@ def _plan_workload(
     planned = PlannedWorkload(
         item=index,
         workload=item,
-        order=order,
+        order=traffic.order,
+        messages=traffic.schedule,
         schedule=schedule,
-        connections=tuple(connections),
+        connections=connections,
         paths=paths,
+        routes=routes,
+        possible_routes=possible_routes,
         one_way_ns=one_way,
         ideal_cct_ns=0.0,
-        predicted_cct_ratio=predict_cct_ratio(topology, schedule, paths),
-        traffic_factor=traffic_factor,
+        predicted_cct_ratio=_predict(sent, routes, scenario, topology),
+        traffic_factor=traffic.traffic_factor,
         resolution_error_fraction=0.0,
     )
     return replace(planned, ideal_cct_ns=_ideal_cct_ns(planned, topology, scenario, 0))
 
 
+def _predict(sent: _Sent, routes: Sequence[Sequence[Route]], scenario: Scenario, topology: Topology) -> float:
+    """Return the expected CCT over ideal, from the ways of every queue pair's packets."""
+    transport = scenario.transport
+    if transport.qp_strategy is QpStrategy.ROUND_ROBIN:
+        return predict_cct_ratio(topology, sent.schedule, routes)
+    # A transfer that is striped, or goes piece by piece, uses all queue pairs of its connection at once.
+    qps = transport.qps_per_connection
+    carried = np.zeros(len(routes), np.int64)
+    np.add.at(carried, sent.schedule.connection, sent.schedule.nbytes)
+    together: list[list[Route]] = []
+    for first in range(0, len(routes), qps):
+        total = int(carried[first : first + qps].sum())
+        together.append(
+            [
+                Route(route.path, route.share * int(carried[qp]) / total)
+                for qp in range(first, first + qps)
+                for route in routes[qp]
+                if carried[qp]
+            ]
+        )
+    return predict_cct_ratio(topology, sent.traffic.schedule, together)
+
+
 def _ideal_cct_ns(planned: PlannedWorkload, topology: Topology, scenario: Scenario, extra_ns: int) -> float:
-    """Return the completion time over a non-blocking core with ``extra_ns`` more latency on every path."""
+    """Return the completion time over a non-blocking core with ``extra_ns`` more latency on every path.
+
+    It is that of the messages: how many queue pairs carry them does not change what the NICs can do.
+    """
     mtu = scenario.transport.mtu_bytes
-    wire = largest_frame_wire_bytes(planned.schedule.nbytes, mtu)
+    messages = planned.messages
+    wire = largest_frame_wire_bytes(messages.nbytes, mtu)
     # The first frame time is part of the NIC's own time.
     first_frame_ns = [round(8e9 * wire / topology.port(path.ports[0]).rate_bits_per_s) for path in planned.paths]
-    latency_ns = planned.one_way_ns - np.array(first_frame_ns, np.int64) + extra_ns
-    nic_rates = np.array([topology.host_port(rank).rate_bits_per_s for rank in range(planned.schedule.nranks)])
-    return ideal_cct_ns(planned.schedule, nic_rate_bits_per_s=nic_rates, latency_ns=latency_ns, mtu=mtu)
+    of_qps = planned.one_way_ns - np.array(first_frame_ns, np.int64) + extra_ns
+    latency_ns = of_qps.reshape(len(messages.connections), -1).max(axis=1)  # a message is there when its last piece is
+    nic_rates = np.array([topology.host_port(rank).rate_bits_per_s for rank in range(messages.nranks)])
+    return ideal_cct_ns(messages, nic_rate_bits_per_s=nic_rates, latency_ns=latency_ns, mtu=mtu)
 
 
 def flow_of(connection: Connection) -> FlowKey:
@@ -246,6 +343,14 @@ def flow_of(connection: Connection) -> FlowKey:
 def trace_connection(connection: Connection, topology: Topology, tables: ForwardingTables) -> Path:
     """Return the path of a connection's data."""
     return trace_path(topology, tables, topology.host_port(connection.requester.local.rank).id, flow_of(connection))
+
+
+def trace_connection_routes(
+    connection: Connection, topology: Topology, tables: ForwardingTables, *, over_time: bool = False
+) -> tuple[Route, ...]:
+    """Return all ways of a connection's packets; ``over_time`` as for `testbed.routing.trace_routes`."""
+    nic = topology.host_port(connection.requester.local.rank)
+    return trace_routes(topology, tables, nic.id, flow_of(connection), over_time=over_time)
 
 
 def _retransmit_timeout_ns(scenario: Scenario, topology: Topology, workloads: tuple[PlannedWorkload, ...]) -> int:

@@ -32,7 +32,7 @@ from testbed.plan.qos import (
 )
 from testbed.roce.queue_pairs import Connection
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
-from testbed.routing import ForwardingTables, Path
+from testbed.routing import ForwardingTables, Path, Route
 from testbed.scenario import CollectiveWorkload, FlowsWorkload, Scenario, Workload
 from testbed.topology import NodeKind, Topology
 
@@ -63,9 +63,13 @@ class PlannedWorkload:
         item: Index of the item in the scenario; the sizes of a sweep share it.
         workload: The item, at this size alone.
         order: Ranks that take part, in the order of the collective.
-        schedule: Its transfers.
+        messages: What the collective asks for: its transfers before they are spread over queue pairs. Its ideal completion
+            time is the item's.
+        schedule: The transfers as they are sent, with a connection per queue pair.
         connections: A QP pair per connection of the schedule.
-        paths: The path of each connection's data.
+        paths: The path of each connection's data; one of several where switches spread its packets.
+        routes: All ways of each connection's packets, as long as the connection does not pause.
+        possible_routes: The same with those that it may change to after a pause (flowlets).
         one_way_ns: Propagation and one frame time per hop of each path, shape ``(connections,)``.
         ideal_cct_ns: Completion time over a non-blocking core.
         predicted_cct_ratio: Expected CCT over ideal, from the forwarding tables.
@@ -77,9 +81,12 @@ class PlannedWorkload:
     item: int
     workload: Workload
     order: tuple[int, ...]
+    messages: Schedule
     schedule: Schedule
     connections: tuple[Connection, ...]
     paths: tuple[Path, ...]
+    routes: tuple[tuple[Route, ...], ...]
+    possible_routes: tuple[tuple[Route, ...], ...]
     one_way_ns: npt.NDArray[np.int64]
     ideal_cct_ns: float
     predicted_cct_ratio: float
@@ -182,7 +189,7 @@ class Plan:
         crossed: set[int] = set()
         for planned in self.workloads:
             feeders: dict[int, int] = {}
-            for path in planned.paths:
+            for path in (route.path for routes in planned.possible_routes for route in routes):
                 nic = path.ports[0]
                 for port in path.ports:
                     crossed.add(port)

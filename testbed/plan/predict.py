@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from testbed.collectives import Schedule
-from testbed.routing import Path, completion_time, max_min_rates, nic_port_rates, port_rates
+from testbed.routing import Route, max_min_rates, nic_port_rates, port_rates
 from testbed.topology import Topology
 
 
-def predict_cct_ratio(topology: Topology, schedule: Schedule, paths: Sequence[Path]) -> float:
+def predict_cct_ratio(
+    topology: Topology, schedule: Schedule, routes: Sequence[Sequence[Route]], *, shares_follow_rates: bool = False
+) -> float:
     """Return the completion time of a schedule over that in a non-blocking core.
 
     The time is the larger of two that no fabric can beat. One is what the busiest port has to carry in all, over its rate;
@@ -26,31 +29,67 @@ def predict_cct_ratio(topology: Topology, schedule: Schedule, paths: Sequence[Pa
     Args:
         topology: The fabric.
         schedule: What is sent; at least one transfer.
-        paths: The path of each connection.
+        routes: The ways of each connection's bytes, over its queue pairs and over what a switch spreads. A transfer has
+            arrived when its slowest part has.
+        shares_follow_rates: Whether each way gets as much as it can carry, instead of its share: queue pairs that take the
+            next piece when they have credit.
 
     Returns:
         At least 1, but for rounding.
     """
     steps = _steps(schedule)
-    ports = [path.ports for path in paths]
     fabric, reference = (
-        _time(schedule, ports, steps, rates) for rates in (port_rates(topology), nic_port_rates(topology))
+        _time(schedule, _Ways(routes, rates, shares_follow_rates), steps)
+        for rates in (port_rates(topology), nic_port_rates(topology))
     )
     return fabric / reference
 
 
-def _time(
-    schedule: Schedule,
-    ports: Sequence[Sequence[int]],
-    steps: npt.NDArray[np.int64],
-    capacity: npt.NDArray[np.float64],
-) -> float:
+class _Ways:
+    """The ways of all connections over ports of given capacities."""
+
+    def __init__(
+        self, routes: Sequence[Sequence[Route]], capacity: npt.NDArray[np.float64], shares_follow_rates: bool
+    ) -> None:
+        counts = np.array([len(ways) for ways in routes], np.int64)
+        self._first = np.concatenate(([0], np.cumsum(counts)))
+        self._ports = [route.path.ports for ways in routes for route in ways]
+        self._share = np.array([route.share for ways in routes for route in ways])
+        self._capacity = capacity
+        self._shares_follow_rates = shares_follow_rates
+
+    def rates(
+        self, connections: npt.NDArray[np.integer[Any]], carried: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """Return the rate of each of some connections while these alone send.
+
+        They share ports in proportion to what they carry, so those that meet at a port are done together.
+
+        Args:
+            connections: The connections.
+            carried: Bytes of each.
+        """
+        first, last = self._first[connections], self._first[connections + 1]
+        counts = last - first
+        starts = np.cumsum(counts) - counts
+        ways = np.arange(int(counts.sum())) + np.repeat(first - starts, counts)
+        share = self._share[ways]
+        weights = np.repeat(carried, counts) * share
+        rates = max_min_rates([self._ports[way] for way in ways.tolist()], self._capacity, weights.tolist())
+        if self._shares_follow_rates:
+            return np.add.reduceat(rates, starts)
+        slowest: npt.NDArray[np.float64] = np.minimum.reduceat(rates / share, starts)
+        return slowest
+
+
+def _time(schedule: Schedule, ways: _Ways, steps: npt.NDArray[np.int64]) -> float:
     """Return the larger of the two times, in bytes per unit of the capacities."""
     totals = np.zeros(len(schedule.connections))
     np.add.at(totals, schedule.connection, schedule.nbytes)
     used = np.flatnonzero(totals)
-    busiest = completion_time([ports[connection] for connection in used.tolist()], totals[used], capacity)
-    return max(busiest, _longest_chain(schedule, schedule.nbytes / _transfer_rates(schedule, ports, steps, capacity)))
+    # With bytes for weights the connections of the worst port are done together, and no other later.
+    busiest = float((totals[used] / ways.rates(used, totals[used])).max())
+    return max(busiest, _longest_chain(schedule, schedule.nbytes / _transfer_rates(schedule, ways, steps)))
 
 
 def _steps(schedule: Schedule) -> npt.NDArray[np.int64]:
@@ -66,16 +105,8 @@ def _steps(schedule: Schedule) -> npt.NDArray[np.int64]:
     return np.array(steps, np.int64)
 
 
-def _transfer_rates(
-    schedule: Schedule,
-    ports: Sequence[Sequence[int]],
-    steps: npt.NDArray[np.int64],
-    capacity: npt.NDArray[np.float64],
-) -> npt.NDArray[np.float64]:
-    """Return the rate at which each transfer goes while those of its step share the ports, shape ``(transfers,)``.
-
-    Connections share in proportion to what they carry in the step, so those that meet at a port are done together.
-    """
+def _transfer_rates(schedule: Schedule, ways: _Ways, steps: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Return the rate at which each transfer goes while those of its step share the ports, shape ``(transfers,)``."""
     rates = np.empty(len(schedule))
     known: dict[bytes, npt.NDArray[np.float64]] = {}  # steps of a ring are all alike
     order = np.argsort(steps, kind="stable")
@@ -85,8 +116,7 @@ def _transfer_rates(
         weights = np.maximum(np.rint(carried / carried.max() * 1e6), 1.0)  # chunks differ by a byte
         key = active.tobytes() + weights.tobytes()
         if key not in known:
-            crossed = [ports[connection] for connection in active.tolist()]
-            known[key] = max_min_rates(crossed, capacity, weights.tolist())
+            known[key] = ways.rates(active, weights)
         rates[transfers] = known[key][which]
     return rates
 

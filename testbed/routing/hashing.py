@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from testbed.routing.tables import Group, HashField
+from testbed.routing.tables import Group, HashField, OverrideKey
 
 _WORD = 0xFFFF_FFFF
 _SEED_OFFSET = 0x9E37_79B9  # 2**32 / golden ratio: seeds 0 and 1 start far apart
@@ -75,8 +75,26 @@ def hash_flows(flows: npt.NDArray[np.uint32], *, hash_fields: HashField, seed: i
     return h
 
 
+def tier_seed(hash_seed: int, tier: int) -> int:
+    """Return the seed of a tier's hash, another for every tier: 0 for leaves, 1 for the switches above them.
+
+    With one seed for all, the switches that a tier's hash has chosen see only flows of like hashes and send them all to the
+    same members: polarisation.
+
+    Source:
+        Cisco and Arista call the per-switch seed that cures it "universal ID" and "hash seed"; the derivation is ours.
+    """
+    return hash_seed if tier == 0 else _mix((hash_seed ^ _mix(tier)) & _WORD)
+
+
+def override_key(node: int, flow: FlowKey) -> OverrideKey:
+    """Return what an exact-match entry of a switch must name to catch a flow."""
+    entropy = flow.dst_qp or flow.src_port
+    return OverrideKey(node, flow.src_address, flow.dst_address, entropy)
+
+
 def select_member(group: Group, flow: FlowKey) -> int:
-    """Return the egress port id that a flow takes."""
+    """Return the egress port id that a flow takes by its hash; under flowlet switching, until it first pauses."""
     h = hash_flow(flow, hash_fields=group.hash_fields, seed=group.seed)
     return group.members[h * len(group.members) >> 32]
 

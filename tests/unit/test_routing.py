@@ -129,7 +129,7 @@ def test_group_without_members_or_with_a_wide_seed_is_refused(seed: int, members
 def test_unknown_scheme_names_the_known_ones() -> None:
     with pytest.raises(PlanError, match='"ecpm"') as caught:
         routing_scheme("ecpm")
-    assert caught.value.hint == "use one of ecmp, pinning"
+    assert caught.value.hint == f"use one of {', '.join(sorted(ROUTING_SCHEMES))}"
 
 
 @pytest.mark.parametrize("name", sorted(ROUTING_SCHEMES))

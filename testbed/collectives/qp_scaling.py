@@ -1,0 +1,151 @@
+"""QP scaling: the transfers of a connection spread over several queue pairs.
+
+A pure transformation of a schedule. Connection ``c`` becomes the connections ``c * qps`` to ``c * qps + qps - 1``, one per
+queue pair, so that hashing sees several flows where there was one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from testbed.collectives.schedule import Schedule
+
+
+def split_over_qps(schedule: Schedule, qps: int, mtu: int) -> Schedule:
+    """Return the schedule with every transfer striped over all queue pairs of its connection.
+
+    What depends on a transfer depends on all its pieces: the slowest queue pair decides. Pieces are whole packets. The
+    packets of a connection are dealt as evenly as they can be: a queue pair carries at most one more than another, also
+    where a transfer has fewer packets than there are queue pairs.
+
+    Args:
+        schedule: What is sent.
+        qps: Queue pairs per connection; at least 1.
+        mtu: Payload of a full packet, bytes.
+
+    Raises:
+        ValueError: If ``qps`` or ``mtu`` is below 1.
+
+    Source:
+        NCCL, ``NCCL_IB_SPLIT_DATA_ON_QPS=1`` (there in units of 128 bytes).
+    """
+    if mtu < 1:
+        raise ValueError(f"mtu must be at least 1, got {mtu}")
+    _check_qps(qps)
+    packets = np.maximum(1, -(-schedule.nbytes // mtu))
+    least, extra = packets // qps, packets % qps
+    pieces = np.where(least > 0, qps, extra)
+    first_qp = _before_on_connection(schedule, extra) % qps
+    first_piece = np.concatenate(([0], np.cumsum(pieces)))
+
+    owner = np.repeat(np.arange(len(schedule)), pieces)
+    part = np.arange(len(owner)) - first_piece[owner]
+    begin = (part * least[owner] + np.minimum(part, extra[owner])) * mtu
+    end = np.minimum(((part + 1) * least[owner] + np.minimum(part + 1, extra[owner])) * mtu, schedule.nbytes[owner])
+    return _spread(schedule, qps, owner, (first_qp[owner] + part) % qps, begin, end - begin)
+
+
+def deal_over_qps(schedule: Schedule, qps: int) -> Schedule:
+    """Return the schedule with whole transfers dealt in turn over the queue pairs of their connection.
+
+    What depends on a transfer depends on all before it on the connection, as the receiver of a connection takes them in order.
+
+    Args:
+        schedule: What is sent.
+        qps: Queue pairs per connection; at least 1.
+
+    Raises:
+        ValueError: If ``qps`` is below 1.
+
+    Source:
+        Gangidi et al., SIGCOMM 2024 (the strategy that was chosen); NCCL, ``NCCL_IB_SPLIT_DATA_ON_QPS=0``.
+    """
+    _check_qps(qps)
+    count = len(schedule)
+    turn = _before_on_connection(schedule, np.ones(count, np.int64)) % qps
+    return _spread(schedule, qps, np.arange(count), turn, np.zeros(count, np.int64), schedule.nbytes)
+
+
+def _spread(
+    schedule: Schedule,
+    qps: int,
+    owner: npt.NDArray[np.int64],
+    qp: npt.NDArray[np.int64],
+    begin: npt.NDArray[np.int64],
+    nbytes: npt.NDArray[np.int64],
+) -> Schedule:
+    """Return the schedule whose transfers are pieces of another's.
+
+    A connection sent in order, and what arrived last told that all before had arrived. Queue pairs do not wait for each
+    other, so both become dependencies. What waited for a transfer waits for the last piece up to it on every queue pair; and
+    a piece waits for all that any transfer before it on its connection waited for.
+
+    Args:
+        schedule: The schedule before.
+        qps: Queue pairs per connection.
+        owner: The transfer that each piece belongs to, ascending, shape ``(pieces,)``.
+        qp: Queue pair of each piece, below ``qps``; a queue pair carries one piece of a transfer at most.
+        begin: First byte of each piece within its transfer.
+        nbytes: Bytes of each piece.
+    """
+    connection = schedule.connection.tolist()
+    offsets, all_deps = schedule.dep_offsets.tolist(), schedule.deps.tolist()
+    latest = [-1] * (qps * len(schedule.connections))  # piece on each queue pair
+    waits: list[list[int]] = [[] for _ in schedule.connections]  # deps of a connection's transfers so far, in order
+    taken = [0] * len(latest)  # how many of these each queue pair has waited for
+    followed = np.zeros(len(schedule), np.bool_)
+    followed[schedule.deps] = True
+    arrived_with: dict[int, list[int]] = {}  # the pieces that have arrived when a transfer has
+    counts: list[int] = []
+    deps: list[int] = []
+    bounds = np.searchsorted(owner, np.arange(len(schedule) + 1)).tolist()
+    qp_of = qp.tolist()
+    for transfer in range(len(schedule)):
+        here = connection[transfer]
+        waiting = waits[here]
+        waiting += all_deps[offsets[transfer] : offsets[transfer + 1]]
+        known: tuple[int, list[int]] = (-1, [])
+        for piece in range(bounds[transfer], bounds[transfer + 1]):
+            row = here * qps + qp_of[piece]
+            if taken[row] != known[0]:
+                last_of = {connection[dep]: dep for dep in sorted(waiting[taken[row] :])}
+                known = taken[row], [one for dep in last_of.values() for one in arrived_with[dep]]
+            taken[row] = len(waiting)
+            latest[row] = piece
+            counts.append(len(known[1]))
+            deps += known[1]
+        if followed[transfer]:
+            arrived_with[transfer] = [one for one in latest[here * qps : (here + 1) * qps] if one >= 0]
+    return Schedule(
+        nranks=schedule.nranks,
+        size_bytes=schedule.size_bytes,
+        src=schedule.src[owner],
+        dst=schedule.dst[owner],
+        nbytes=nbytes,
+        offset_bytes=schedule.offset_bytes[owner] + begin,
+        op=schedule.op[owner],
+        connection=(schedule.connection[owner] * qps + qp).astype(np.int32),
+        dep_offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
+        deps=np.array(deps, np.int64),
+        connections=tuple(pair for pair in schedule.connections for _ in range(qps)),
+        in_place=schedule.in_place,
+        dst_offset_bytes=schedule.dst_offset_bytes[owner] + begin,
+    )
+
+
+def _check_qps(qps: int) -> None:
+    if qps < 1:
+        raise ValueError(f"a connection needs at least 1 queue pair, got {qps}")
+
+
+def _before_on_connection(schedule: Schedule, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the sum of ``values`` over the earlier transfers of each transfer's connection, shape ``(transfers,)``."""
+    order = np.argsort(schedule.connection, kind="stable")
+    sums = np.cumsum(values[order]) - values[order]
+    counts = np.bincount(schedule.connection, minlength=len(schedule.connections))
+    used = counts[counts > 0]
+    starts = np.cumsum(used) - used
+    before = np.empty(len(schedule), np.int64)
+    before[order] = sums - np.repeat(sums[starts], used)
+    return before
