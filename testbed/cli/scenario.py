@@ -78,11 +78,15 @@ def paths(file: ScenarioFile, overrides: Set = None, output_format: Format = Out
     print(f"predicted completion time over ideal: {report.predicted_cct_ratio:.3f}")
 
 
+_MAX_NAMES = 4
+
+
 def _render_path(flow: FlowPath) -> str:
-    path = " > ".join(flow.path)
+    hops = (hop if hop.count("|") < _MAX_NAMES else f"{hop.count('|') + 1} nodes" for hop in flow.path)
+    path = " > ".join(hops)
     if flow.spread > 1:
-        return f"{path}, packet by packet spread over {flow.spread} paths"
-    return f"{path}, until it pauses" if flow.may_change else path
+        return f"{path} (each packet over one of {flow.spread} paths)"
+    return f"{path} (until it pauses)" if flow.may_change else path
 
 
 def schema() -> None:

@@ -126,6 +126,8 @@ def compile_plan(
         hash_seed=scenario.routing.hash_seed,
         settings=RoutingSettings(
             flowlet_gap_ns=scenario.routing.flowlet_gap_ns or 0,
+            spray_order=str(scenario.routing.spray_order),
+            adaptive_scope=str(scenario.routing.adaptive_scope),
             traffic=tuple(_demands(sent, topology) for _, _, sent in items),
         ),
     )
@@ -143,6 +145,7 @@ def compile_plan(
     # Connections of one NIC differ in their paths; the shortest way in use sets the smallest time.
     delays = [path.delay_ns for planned in workloads for path in planned.paths if path.delay_ns > 0]
     times = [(min(delays), "one-way path delay")] if delays else []
+    times += [(group.gap_ns, "flowlet gap") for group in tables.groups if group.gap_ns]
     if scenario.qos.pfc.enabled:
         pauses = [(2 * port.delay_ns + response_ns(port.rate_bits_per_s)) for port in topology.ports]
         times.append((int(min(pauses)), "response to a pause"))

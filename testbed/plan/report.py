@@ -25,8 +25,9 @@ class FlowPath:
         qpn: QP of the sender.
         dst_qpn: QP of the receiver.
         udp_source_port: Source port of its frames.
-        path: Names of the nodes visited, both hosts included; where a switch spreads the flow's packets, one way of several.
-        ports: The port it leaves each node by, such as ``leaf0/up1``.
+        path: Names of the nodes visited, both hosts included; where a switch spreads the flow's packets, all that it spreads
+            them to, such as ``spine0|spine1``.
+        ports: The port it leaves each node by, such as ``leaf0/up1`` or ``leaf0/up0|leaf0/up1``.
         spread: Over how many paths switches spread its packets; 1 for a flow that keeps its path.
         may_change: Whether it may take another path after a pause (flowlets); ``path`` is then the first.
     """
@@ -119,11 +120,9 @@ def describe_paths(plan: Plan) -> PathReport:
 def _describe_flows(plan: Plan, index: int, planned: PlannedWorkload) -> list[FlowPath]:
     topology = plan.topology
     flows = []
-    for connection, path, routes, possible in zip(
-        planned.connections, planned.paths, planned.routes, planned.possible_routes, strict=True
-    ):
+    for connection, routes, possible in zip(planned.connections, planned.routes, planned.possible_routes, strict=True):
         end = connection.requester
-        nodes = tuple(topology.nodes[node].name for node in path.nodes)
+        nodes = _merge([[topology.nodes[node].name for node in route.path.nodes] for route in routes])
         flows.append(
             FlowPath(
                 name=f"{nodes[0]}>{nodes[-1]}#{end.qpn:#x}",
@@ -134,12 +133,17 @@ def _describe_flows(plan: Plan, index: int, planned: PlannedWorkload) -> list[Fl
                 dst_qpn=end.peer_qpn,
                 udp_source_port=end.udp_source_port,
                 path=nodes,
-                ports=tuple(topology.port_name(port) for port in path.ports),
+                ports=_merge([[topology.port_name(port) for port in route.path.ports] for route in routes]),
                 spread=len(routes),
                 may_change=len(possible) > len(routes),
             )
         )
     return flows
+
+
+def _merge(ways: list[list[str]]) -> tuple[str, ...]:
+    """Return the names at each hop of several ways of equal length, joined where they differ."""
+    return tuple("|".join(dict.fromkeys(names)) for names in zip(*ways, strict=True))
 
 
 def _describe_loads(plan: Plan, index: int, planned: PlannedWorkload) -> list[LinkLoad]:

@@ -49,9 +49,9 @@ def hash_flow(flow: FlowKey, *, hash_fields: HashField, seed: int) -> int:
     src_address, dst_address, src_port, dst_port, protocol, dst_qp = (
         value if field in hash_fields else 0 for value, field in zip(flow, _FIELDS, strict=True)
     )
-    h = _mix((seed + _SEED_OFFSET) & _WORD)
+    h = mix((seed + _SEED_OFFSET) & _WORD)
     for word in (src_address, dst_address, src_port << 16 | dst_port, protocol, dst_qp):
-        h = _mix(h ^ word)
+        h = mix(h ^ word)
     return h
 
 
@@ -69,7 +69,7 @@ def hash_flows(flows: npt.NDArray[np.uint32], *, hash_fields: HashField, seed: i
     selected = np.array([field in hash_fields for field in _FIELDS], dtype=np.uint32)
     columns = flows.astype(np.uint32, copy=False).T * selected[:, np.newaxis]
     src_address, dst_address, src_port, dst_port, protocol, dst_qp = columns
-    h = np.full(len(flows), _mix((seed + _SEED_OFFSET) & _WORD), dtype=np.uint32)
+    h = np.full(len(flows), mix((seed + _SEED_OFFSET) & _WORD), dtype=np.uint32)
     for word in (src_address, dst_address, src_port << np.uint32(16) | dst_port, protocol, dst_qp):
         h = _mix_array(h ^ word)
     return h
@@ -84,7 +84,7 @@ def tier_seed(hash_seed: int, tier: int) -> int:
     Source:
         Cisco and Arista call the per-switch seed that cures it "universal ID" and "hash seed"; the derivation is ours.
     """
-    return hash_seed if tier == 0 else _mix((hash_seed ^ _mix(tier)) & _WORD)
+    return hash_seed if tier == 0 else mix((hash_seed ^ mix(tier)) & _WORD)
 
 
 def override_key(node: int, flow: FlowKey) -> OverrideKey:
@@ -125,7 +125,8 @@ _FIELDS = (
 """The bit of each field of ``FlowKey``, in its order."""
 
 
-def _mix(h: int) -> int:
+def mix(h: int) -> int:
+    """Return the 32-bit finaliser of MurmurHash3."""
     h ^= h >> 16
     h = h * 0x85EB_CA6B & _WORD
     h ^= h >> 13

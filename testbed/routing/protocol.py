@@ -30,10 +30,15 @@ class RoutingSettings:
 
     Attributes:
         flowlet_gap_ns: Pause after which a flow may change its path, emulated; 0 where the scenario gives none.
+        spray_order: ``round_robin`` or ``random``: which uplink a sprayed packet takes.
+        adaptive_scope: What adaptive routing goes by: ``local`` for queues alone, ``capacity`` for queues over what their
+            paths can carry.
         traffic: The traffic matrix of every item of the workload; items run one after the other.
     """
 
     flowlet_gap_ns: int = 0
+    spray_order: str = "round_robin"
+    adaptive_scope: str = "local"
     traffic: tuple[tuple[Demand, ...], ...] = ()
 
 

@@ -148,17 +148,25 @@ class ForwardingTables:
 class TablesBuilder:
     """Collects routes and stores each distinct group once, in order of first use.
 
+    Args:
+        topology: The fabric.
+        begin_with: Tables to add to; None for none.
+
     Example:
         >>> builder = TablesBuilder(topology)  # doctest: +SKIP
         >>> builder.route(leaf, slots, single_member(port_id))  # doctest: +SKIP
         >>> tables = builder.build()  # doctest: +SKIP
     """
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, begin_with: ForwardingTables | None = None) -> None:
         self._topology = topology
         self._groups: dict[Group, int] = {}
         self._fib = np.full((len(topology.nodes), topology.slots), NO_GROUP, dtype=np.int32)
         self._overrides: dict[OverrideKey, int] = {}
+        if begin_with is not None:
+            self._groups = {group: index for index, group in enumerate(begin_with.groups)}
+            self._fib = begin_with.fib.copy()
+            self._overrides = dict(begin_with.overrides)
 
     def route(self, node: int, slot: int, group: Group) -> None:
         """Let a switch use a group for a slot, in place of what it used before.
