@@ -47,10 +47,19 @@ def payload_bytes(planned: PlannedWorkload) -> npt.NDArray[np.int64]:
     return totals
 
 
-def test_everything_arrives_once_and_nothing_is_sent_twice() -> None:
+@pytest.mark.parametrize(
+    "spread",
+    [
+        (),
+        ("transport.qps_per_connection=5", "transport.qp_strategy=split"),
+        ("transport.qps_per_connection=3", "transport.qp_strategy=round_robin"),
+    ],
+    ids=["one QP", "split", "round robin"],
+)
+def test_everything_arrives_once_and_nothing_is_sent_twice(spread: tuple[str, ...]) -> None:
     """One lab for all items: they run one after the other over the same QP table, as in a run."""
     items = [f"workload[{index}]={{{item}, iters: 1, warmup_iters: 1}}" for index, item in enumerate(ITEMS)]
-    settings = ("transport.mtu=1024", "transport.retransmit_timeout=auto")
+    settings = ("transport.mtu=1024", "transport.retransmit_timeout=auto", "routing.scheme=e-ecmp", *spread)
     with small_fabric(*settings, *items, name="collectives") as fabric, plain_carrier(fabric) as carrier:
         for index, planned in enumerate(fabric.plan.workloads):
             what = ITEMS[index]
