@@ -9,6 +9,7 @@ import numpy as np
 
 from testbed.carriers.flow_control import flow_control
 from testbed.carriers.protocol import ProgressListener, WorkloadSamples
+from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.loop import EngineSetup, TickLoop
 from testbed.engine.rate_limit import CongestionLimit, NoRateLimit, RateLimit
@@ -66,13 +67,19 @@ class EngineCarrier:
             flow_control=self._flow,
             rate_limit=rate_limit(plan, workload),
         )
-        streams = build_streams(planned.schedule, plan.scenario.transport.mtu_bytes)
+        mtu = plan.scenario.transport.mtu_bytes
+        schedule = planned.pieces or planned.schedule
+        streams = (
+            QpDispatcher(schedule, len(planned.connections) // len(schedule.connections), mtu)
+            if planned.pieces is not None
+            else build_streams(schedule, mtu)
+        )
         warmups, iters = planned.workload.warmup_iters, planned.workload.iters
         results = []
         for number in range(warmups + iters):
             warmup = number < warmups
             listener.iteration(number if warmup else number - warmups, warmups if warmup else iters, warmup=warmup)
-            result = loop.run_iteration(planned.schedule, streams)
+            result = loop.run_iteration(schedule, streams)
             if not warmup:
                 results.append(result)
         return WorkloadSamples(

@@ -23,7 +23,7 @@ from testbed.collectives.patterns import (
     incast_flows,
     permutation_flows,
 )
-from testbed.collectives.qp_scaling import deal_over_qps, split_over_qps
+from testbed.collectives.qp_scaling import cut_into_pieces, deal_over_qps, split_over_qps
 from testbed.collectives.reduce import BinaryTreeReduce, RingReduce
 from testbed.collectives.ring import RingAllReduce
 from testbed.collectives.ring_all_gather import RingAllGather
@@ -89,6 +89,7 @@ __all__ = [
     "TransferOp",
     "build_flows",
     "busiest_nic_bytes",
+    "cut_into_pieces",
     "deal_over_qps",
     "find_algorithm",
     "ideal_arrivals_ns",

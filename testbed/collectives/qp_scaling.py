@@ -46,6 +46,26 @@ def split_over_qps(schedule: Schedule, qps: int, mtu: int) -> Schedule:
     return _spread(schedule, qps, owner, (first_qp[owner] + part) % qps, begin, end - begin)
 
 
+def cut_into_pieces(schedule: Schedule, piece_bytes: int) -> Schedule:
+    """Return the schedule with every transfer cut into messages of at most ``piece_bytes`` on the same connection.
+
+    Args:
+        schedule: What is sent.
+        piece_bytes: Largest piece; a multiple of the MTU keeps packets full.
+
+    Raises:
+        ValueError: If ``piece_bytes`` is below 1.
+    """
+    if piece_bytes < 1:
+        raise ValueError(f"a piece needs at least 1 byte, got {piece_bytes}")
+    pieces = -(-schedule.nbytes // piece_bytes)
+    first_piece = np.concatenate(([0], np.cumsum(pieces)))
+    owner = np.repeat(np.arange(len(schedule)), pieces)
+    begin = (np.arange(len(owner)) - first_piece[owner]) * piece_bytes
+    nbytes = np.minimum(schedule.nbytes[owner] - begin, piece_bytes)
+    return _spread(schedule, 1, owner, np.zeros(len(owner), np.int64), begin, nbytes)
+
+
 def deal_over_qps(schedule: Schedule, qps: int) -> Schedule:
     """Return the schedule with whole transfers dealt in turn over the queue pairs of their connection.
 

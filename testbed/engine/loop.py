@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from testbed.collectives import Schedule
 from testbed.engine.delay_line import DelayLine
+from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.frames import FrameWriter
 from testbed.engine.nic import NicPacer, share_budget
@@ -228,18 +229,25 @@ class TickLoop:
                 row["cnp_interval_ns"] = self._setup.wall_cnp_interval_ns
         qps["active"][: 2 * len(connections)] = 1
 
-    def run_iteration(self, schedule: Schedule, streams: PacketStreams | None = None) -> IterationResult:
+    def run_iteration(self, schedule: Schedule, streams: PacketStreams | QpDispatcher | None = None) -> IterationResult:
         """Run a schedule once, from the release of its first transfers to its last arrival.
 
         Args:
             schedule: What to send; its connections are the setup's.
-            streams: ``build_streams(schedule, mtu)``, if the caller has it.
+            streams: ``build_streams(schedule, mtu)``, if the caller has it; a dispatcher of the schedule where it is decided as
+                the run goes what each QP sends. The schedule's connections are then pairs of ranks, the setup's the QPs.
 
         Raises:
             RunError: A QP ran out of retries, or nothing moves any more.
         """
         streams = streams or build_streams(schedule, self._setup.mtu)
-        progress = Progress(schedule, streams)
+        dispatcher: QpDispatcher | None = None
+        progress: Progress | QpDispatcher
+        if isinstance(streams, QpDispatcher):
+            dispatcher = progress = streams
+            dispatcher.restart()
+        else:
+            progress = Progress(schedule, streams)
         writer, pacer, clock = self._writer, self._pacer, self._clock
         flow, limit = self._flow, self._limit
         writer.restart(schedule, streams, self._psn_offset)
@@ -253,8 +261,7 @@ class TickLoop:
         offset = self._psn_offset
         released = progress.released_packets + offset
         wire_before = streams.wire_bytes_before
-        ends = streams.message_end_packet + streams.first_packet[schedule.connection]
-        wire_at_end = wire_before[ends].tolist()
+        wire_at_end = streams.wire_bytes_at_end
         ns_per_byte = (1e9 / self._setup.wall_port_rate_bytes_per_s[nic_port])[nic].tolist()
         line = self._arrivals
 
@@ -317,6 +324,9 @@ class TickLoop:
                 retries[advanced] = 0
                 if rewound:
                     np.maximum(sent, acked_before, out=sent)
+            if dispatcher is not None and (fed := dispatcher.dispatch(acked_before - offset, now)):
+                np.add(progress.released_packets, offset, out=released)
+                writer.extend(fed, sent - offset)
             refused = naks > self._nak_seen
             if refused.any():
                 self._nak_seen[refused] = naks[refused]
@@ -519,7 +529,7 @@ class TickLoop:
                 position += frames
         return taken
 
-    def _settle(self, streams: PacketStreams) -> int:
+    def _settle(self, streams: PacketStreams | QpDispatcher) -> int:
         """Wait until every packet is acknowledged and nothing moves in the data queues any more.
 
         What is still under way when the last transfer arrives is ACKs and, after a loss, duplicates.

@@ -13,6 +13,7 @@ from testbed.collectives import (
     Schedule,
     build_flows,
     busiest_nic_bytes,
+    cut_into_pieces,
     deal_over_qps,
     find_algorithm,
     ideal_cct_ns,
@@ -64,6 +65,10 @@ _TIMEOUT_QUEUES = 2
 _ORDER_STREAM, _PERMUTATION_STREAM = 1, 2
 
 
+# What a queue pair is given at a time under `qp_strategy: dynamic`; NCCLX's default.
+DYNAMIC_PIECE_BYTES = 512 * 1024
+
+
 class _Traffic(NamedTuple):
     """A workload item as a schedule, the ranks that take part, and busbw / algbw."""
 
@@ -77,6 +82,7 @@ class _Sent(NamedTuple):
 
     traffic: _Traffic
     schedule: Schedule
+    pieces: Schedule | None
     connections: tuple[Connection, ...]
 
 
@@ -234,16 +240,21 @@ def _spread_over_qps(traffic: _Traffic, scenario: Scenario, topology: Topology) 
             f"{count}, at most {MAX_CONNECTIONS} fit",
             hint="use fewer queue pairs per connection, or fewer hosts",
         )
-    if qps > 1:
-        deals = transport.qp_strategy is QpStrategy.ROUND_ROBIN
-        schedule = deal_over_qps(schedule, qps) if deals else split_over_qps(schedule, qps, transport.mtu_bytes)
+    pieces = None
+    if qps > 1 and transport.qp_strategy is QpStrategy.DYNAMIC:
+        pieces = cut_into_pieces(schedule, DYNAMIC_PIECE_BYTES)
+        schedule = deal_over_qps(pieces, qps)
+    elif qps > 1 and transport.qp_strategy is QpStrategy.ROUND_ROBIN:
+        schedule = deal_over_qps(schedule, qps)
+    elif qps > 1:
+        schedule = split_over_qps(schedule, qps, transport.mtu_bytes)
     connections = build_connections(
         list(schedule.connections),
         build_endpoints(topology),
         source_port_per_qp=transport.udp_source_port is UdpSourcePort.PER_QP,
         rng=np.random.default_rng(scenario.seed),
     )
-    return _Sent(traffic, schedule, tuple(connections))
+    return _Sent(traffic, schedule, pieces, tuple(connections))
 
 
 def _demands(sent: _Sent, topology: Topology) -> tuple[Demand, ...]:
@@ -261,7 +272,7 @@ def _plan_workload(
     index: int, item: Workload, sent: _Sent, scenario: Scenario, topology: Topology, tables: ForwardingTables
 ) -> PlannedWorkload:
     mtu = scenario.transport.mtu_bytes
-    traffic, schedule, connections = sent
+    traffic, schedule, pieces, connections = sent
     paths = tuple(trace_connection(connection, topology, tables) for connection in connections)
     routes, possible_routes = (
         tuple(trace_connection_routes(connection, topology, tables, over_time=over_time) for connection in connections)
@@ -278,6 +289,7 @@ def _plan_workload(
         order=traffic.order,
         messages=traffic.schedule,
         schedule=schedule,
+        pieces=pieces,
         connections=connections,
         paths=paths,
         routes=routes,
@@ -311,7 +323,7 @@ def _predict(sent: _Sent, routes: Sequence[Sequence[Route]], scenario: Scenario,
                 if carried[qp]
             ]
         )
-    return predict_cct_ratio(topology, sent.traffic.schedule, together)
+    return predict_cct_ratio(topology, sent.traffic.schedule, together, shares_follow_rates=sent.pieces is not None)
 
 
 def _ideal_cct_ns(planned: PlannedWorkload, topology: Topology, scenario: Scenario, extra_ns: int) -> float:

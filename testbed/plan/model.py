@@ -65,7 +65,10 @@ class PlannedWorkload:
         order: Ranks that take part, in the order of the collective.
         messages: What the collective asks for: its transfers before they are spread over queue pairs. Its ideal completion
             time is the item's.
-        schedule: The transfers as they are sent, with a connection per queue pair.
+        schedule: The transfers as they are sent, with a connection per queue pair. With `pieces`, as they would be sent if all
+            queue pairs were alike.
+        pieces: What is given to the queue pairs of each connection of `messages` as they have credit; None where `schedule`
+            says beforehand what each of them sends.
         connections: A QP pair per connection of the schedule.
         paths: The path of each connection's data; one of several where switches spread its packets.
         routes: All ways of each connection's packets, as long as the connection does not pause.
@@ -83,6 +86,7 @@ class PlannedWorkload:
     order: tuple[int, ...]
     messages: Schedule
     schedule: Schedule
+    pieces: Schedule | None
     connections: tuple[Connection, ...]
     paths: tuple[Path, ...]
     routes: tuple[tuple[Route, ...], ...]

@@ -31,8 +31,8 @@ def predict_cct_ratio(
         schedule: What is sent; at least one transfer.
         routes: The ways of each connection's bytes, over its queue pairs and over what a switch spreads. A transfer has
             arrived when its slowest part has.
-        shares_follow_rates: Whether each way gets as much as it can carry, instead of its share: queue pairs that take the
-            next piece when they have credit.
+        shares_follow_rates: Whether connections divide their bytes over their ways so that the busiest port has least to do,
+            instead of by the shares: what queue pairs that take the next piece when they have credit come to, at best.
 
     Returns:
         At least 1, but for rounding.
@@ -74,12 +74,48 @@ class _Ways:
         starts = np.cumsum(counts) - counts
         ways = np.arange(int(counts.sum())) + np.repeat(first - starts, counts)
         share = self._share[ways]
+        if self._shares_follow_rates:
+            return carried / self._best_time(ways, counts, carried)
         weights = np.repeat(carried, counts) * share
         rates = max_min_rates([self._ports[way] for way in ways.tolist()], self._capacity, weights.tolist())
-        if self._shares_follow_rates:
-            return np.add.reduceat(rates, starts)
         slowest: npt.NDArray[np.float64] = np.minimum.reduceat(rates / share, starts)
         return slowest
+
+    def _best_time(
+        self, ways: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], carried: npt.NDArray[np.float64]
+    ) -> float:
+        """Return the time that the busiest port needs if every connection divides its bytes over its ways for the best.
+
+        By prices: every round, each connection prefers its ways whose ports are cheap, and ports that have much to do become
+        dear. The mean over all rounds comes close to the best, from above.
+
+        Source:
+            Arora, Hazan and Kale, "The Multiplicative Weights Update Method", 2012, section 3.2 (concurrent flow).
+        """
+        starts = np.cumsum(counts) - counts
+        owner = np.repeat(np.arange(len(counts)), counts)
+        crossed = [self._ports[way] for way in ways.tolist()]
+        port = np.array([one for ports in crossed for one in ports], np.int64)
+        way = np.repeat(np.arange(len(crossed)), [len(ports) for ports in crossed])
+        times = carried[owner][way] / self._capacity[port]
+        load, worst = np.zeros(len(self._capacity)), 0.0
+        total = np.zeros_like(load)
+        for turn in range(1, _PRICE_ROUNDS + 1):
+            mean = total / max(1, turn - 1)
+            top = mean.max()
+            price = np.exp(_PRICE_SHARPNESS * (mean / top - 1.0)) if top else np.ones_like(mean)
+            cost = np.bincount(way, weights=times * price[port], minlength=len(crossed))
+            cheapest = np.minimum.reduceat(cost, starts)[owner]
+            chosen = cost <= cheapest * (1 + _COST_TOLERANCE)
+            share = chosen / np.add.reduceat(chosen.astype(np.float64), starts)[owner]
+            total += np.bincount(port, weights=times * share[way], minlength=len(load))
+            worst = float(total.max()) / turn
+        return worst
+
+
+_PRICE_ROUNDS = 600
+_PRICE_SHARPNESS = 60.0
+_COST_TOLERANCE = 1e-9
 
 
 def _time(schedule: Schedule, ways: _Ways, steps: npt.NDArray[np.int64]) -> float:

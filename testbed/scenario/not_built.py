@@ -52,7 +52,6 @@ NOT_BUILT = (
     NotBuilt("fabric.gpus_per_host", other_than(1), "hosts with several GPUs"),
     NotBuilt("transport.carrier", among("rxe"), "the kernel's soft-RoCE as a carrier"),
     NotBuilt("transport.carrier", among("tcp"), "kernel TCP as a carrier"),
-    NotBuilt("transport.qp_strategy", among("dynamic"), "spreading messages over queue pairs by credit"),
     NotBuilt("transport.loss_recovery", among("selective"), "selective retransmission"),
     NotBuilt("transport.admission.scheme", among("cts"), "receiver-driven admission"),
     NotBuilt("transport.admission.channels", given, "receiver-driven admission"),

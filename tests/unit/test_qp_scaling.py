@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from testbed.collectives import ALGORITHMS, Schedule, deal_over_qps, ring_order, split_over_qps
 from testbed.collectives.proof import execute, expected_result
+from testbed.collectives.schedule import ScheduleBuilder
 from testbed.errors import PlanError
 from testbed.plan.compile import compile_plan, flow_of
 from testbed.plan.model import Plan
-from testbed.routing import Group, HashField, Selector
+from testbed.plan.predict import predict_cct_ratio
+from testbed.routing import Group, HashField, Path, Route, Selector
 from testbed.routing.hashing import select_members
 from testbed.scenario import load_scenario
 
@@ -194,3 +196,46 @@ def slowdowns(
         up, down = (np.bincount(leaf * spines + spine, minlength=4 * spines).max() for leaf in (src, dst))
         ratios[seed] = max(up, down, qps) / qps
     return ratios
+
+
+@pytest.mark.parametrize(
+    ("spines_of", "ratio"),
+    [
+        # Two hosts, two uplinks. Spines of each host's queue pairs, and the best that dividing bytes can do.
+        (((0, 0), (0, 1)), 1.0),  # the first must take spine 0, the second then takes spine 1
+        (((0, 1), (0, 1)), 1.0),
+        (((0, 0), (0, 0)), 2.0),
+        (((0, 0), (0, 0), (0, 1), (1, 1)), 2.0),  # four hosts over two uplinks
+        (((0, 0), (0, 0), (0, 0), (0, 1)), 3.0),
+    ],
+)
+def test_bytes_that_go_where_there_is_credit_take_the_best_of_their_ways(
+    spines_of: tuple[tuple[int, ...], ...], ratio: float
+) -> None:
+    hosts = len(spines_of)
+    plan = plan_of("fabric.leaves=2", "fabric.spines=2", f"fabric.hosts_per_leaf={hosts}")
+    topology = plan.topology
+    builder = ScheduleBuilder(2 * hosts, 1000)
+    ways = []
+    for host, spines in enumerate(spines_of):
+        builder.add(host, hosts + host, offset_bytes=0, nbytes=1000)
+        source, target = topology.host_port(host), topology.host_port(hosts + host)
+        up, down = (topology.uplinks(leaf) for leaf in topology.leaves)
+        ports = [(source.id, up[spine].id, down[spine].peer, target.peer) for spine in spines]
+        ways.append([Route(Path(one, (), 0), 1 / len(spines)) for one in ports])
+    schedule = builder.build()
+    best = predict_cct_ratio(topology, schedule, ways, shares_follow_rates=True)
+    assert best == pytest.approx(ratio, rel=0.01)
+    assert predict_cct_ratio(topology, schedule, ways) >= best * 0.99
+
+
+def test_dynamic_is_predicted_no_slower_than_split() -> None:
+    for seed in range(3):
+        split, dynamic = (
+            plan_of(
+                f"routing.hash_seed={seed}", "transport.qps_per_connection=4", f"transport.qp_strategy={name}"
+            ).workloads[0]
+            for name in ("split", "dynamic")
+        )
+        assert 1 - 1e-6 <= dynamic.predicted_cct_ratio < split.predicted_cct_ratio
+        assert dynamic.ideal_cct_ns == split.ideal_cct_ns
