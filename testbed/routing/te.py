@@ -68,7 +68,27 @@ class _Placement:
         self._rate = {port: topology.port(port).rate_bits_per_s for port in self.load}
         # The largest first, each where its fullest link stays emptiest.
         for flow in sorted(range(len(demands)), key=lambda one: -self._nbytes[one]):
-            self._put(flow, min(self.ways[flow], key=lambda spine: (self._loads_with(flow, spine), spine)))
+            self._insert(flow)
+
+    def _insert(self, flow: int) -> None:
+        """Place a flow where its fullest port stays emptiest; if that is a new high, try to make room for it elsewhere.
+
+        Where all flows are alike and nothing has gone beyond one a port so far, room can always be made.
+        """
+        before = max(self.load.values())
+        best = min(self.ways[flow], key=lambda spine: (self._loads_with(flow, spine), spine))
+        alone = min(max(self._nbytes[flow] / self._rate[port] for port in way) for way in self.ways[flow].values())
+        high = max(before, alone) * (1 + _TOLERANCE)
+        self._put(flow, best)
+        if max(self.load[port] for port in self.ways[flow][best]) < high:
+            return
+        for here in sorted(self.ways[flow], key=lambda spine: (self.load[self.ways[flow][spine][0]], spine)):
+            for there in sorted(self.ways[flow]):
+                if there != here:
+                    self._put(flow, here)
+                    if self._exchange(flow, here, there, high):
+                        return
+        self._put(flow, best)
 
     def improve(self) -> None:
         """Relieve the fullest ports until none of them can be."""
