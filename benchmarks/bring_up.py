@@ -1,29 +1,37 @@
 """How long a fabric takes to build and to remove, beside Mininet building the same graph with ``TCLink``, in one run.
 
-``python -m benchmarks.bring_up`` prints a table and writes ``benchmarks/results/bring_up.json``. Mininet (Debian package
-``mininet``) runs in the system's Python; without it its rows are missing.
+``python -m benchmarks.bring_up`` prints a table; ``--write`` keeps it. Mininet (Debian package ``mininet``) runs in the system's
+Python; without it its rows are missing.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import statistics
 import subprocess
 import time
-from pathlib import Path
-from typing import Any
 
+from benchmarks.machine import watched
+from benchmarks.record import Column, Row, Table, run_benchmark
 from testbed.fabric import Fabric
 from testbed.plan.compile import compile_plan
 from testbed.scenario import load_scenario
 
-RESULTS = Path(__file__).parent / "results" / "bring_up.json"
-SIZES = ((4, 4, 4), (8, 8, 8))
-RUNS = 5
+TABLE: Table = Table(
+    "bring_up",
+    (
+        Column("fabric", "leaves x spines x hosts per leaf"),
+        Column("with", "with"),
+        Column("build_s", "build", "s", ".2f"),
+        Column("remove_s", "remove", "s", ".2f"),
+        Column("runs", "runs", "", ",.0f"),
+    ),
+)
+_SIZES = ((4, 4, 4), (8, 8, 8))
+_RUNS = 5
+_MININET_RUNS = 2
 # Plain nodes as switches, so that no controller is waited for; 100 Mbit/s is near what links have at auto dilation.
-MININET = """
+_MININET = """
 import sys, time
 from mininet.net import Mininet
 from mininet.node import Node
@@ -64,7 +72,7 @@ def build_once(leaves: int, spines: int, hosts: int) -> tuple[float, float]:
 
 def mininet_once(leaves: int, spines: int, hosts: int) -> tuple[float, float] | None:
     """Let Mininet build and remove the same graph; None where it is not installed."""
-    command = ["/usr/bin/python3", "-c", MININET, str(leaves), str(spines), str(hosts)]
+    command = ["/usr/bin/python3", "-c", _MININET, str(leaves), str(spines), str(hosts)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return None
@@ -72,30 +80,25 @@ def mininet_once(leaves: int, spines: int, hosts: int) -> tuple[float, float] | 
     return float(build), float(remove)
 
 
-def main() -> None:
-    """Measure and print."""
-    rows: list[dict[str, Any]] = []
-    for size in SIZES:
-        for name, once, runs in (("testbed", build_once, RUNS), ("Mininet TCLink", mininet_once, 2)):
-            times = [result for result in (once(*size) for _ in range(runs)) if result is not None]
+def measure(quick: bool) -> list[Row]:
+    """Return all rows."""
+    rows: list[Row] = []
+    for size in ((2, 2, 1),) if quick else _SIZES:
+        for name, once, runs in (("testbed", build_once, _RUNS), ("Mininet TCLink", mininet_once, _MININET_RUNS)):
+            with watched() as taken:
+                results = [once(*size) for _ in range(1 if quick else runs)]
+            times = [result for result in results if result is not None]
             if times:
-                rows.append(
-                    {
-                        "fabric": "x".join(map(str, size)),
-                        "with": name,
-                        "build_s": statistics.median(build for build, _ in times),
-                        "remove_s": statistics.median(remove for _, remove in times),
-                        "runs": len(times),
-                    }
-                )
-    print(f"{'fabric':>8} {'with':>15} {'build':>8} {'remove':>8}")
-    print(f"{'':>8} {'':>15} {'(s)':>8} {'(s)':>8}")
-    for row in rows:
-        print(f"{row['fabric']:>8} {row['with']:>15} {row['build_s']:>8.3f} {row['remove_s']:>8.3f}")
-    RESULTS.parent.mkdir(exist_ok=True)
-    host = {"cpus": os.cpu_count(), "kernel": platform.release(), "machine": platform.machine()}
-    RESULTS.write_text(json.dumps({"host": host, "rows": rows}, indent=1) + "\n")
+                row = {
+                    "fabric": "x".join(map(str, size)),
+                    "with": name,
+                    "build_s": statistics.median(build for build, _ in times),
+                    "remove_s": statistics.median(remove for _, remove in times),
+                    "runs": len(times),
+                }
+                rows.append(row | taken.row())
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(TABLE, measure, __doc__ or "")

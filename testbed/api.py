@@ -672,6 +672,8 @@ def _run_on(fabric: Fabric, listener: RunListener, capture: Capture | None = Non
                     wall_tick_ns=plan.dilation.wall_tick_ns,
                     softnet_drops=after.drops_since(before),
                     steal_fraction=after.steal_fraction_since(before),
+                    wall_gate_allowance_ns=plan.wall_gate_allowance_ns,
+                    lossless_drops=int(counters[-1].headroom_drops_packets.sum()),
                 )
             )
             before = after

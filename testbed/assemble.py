@@ -15,7 +15,7 @@ import numpy.typing as npt
 from testbed.carriers.protocol import WorkloadSamples
 from testbed.measure.counters import FabricCounters
 from testbed.measure.verdict import worst
-from testbed.plan.model import Plan
+from testbed.plan.model import Plan, PlannedWorkload
 from testbed.results import (
     Check,
     CollectiveResult,
@@ -23,12 +23,21 @@ from testbed.results import (
     FabricResult,
     Fidelity,
     FidelityVerdict,
+    FlowResult,
     LinkDirection,
     LinkResult,
     Result,
 )
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
-from testbed.scenario import CongestionControl, Expectation, Verdict, evaluate, parse_expectation
+from testbed.scenario import (
+    FLOW_METRIC,
+    CollectiveWorkload,
+    CongestionControl,
+    Expectation,
+    Verdict,
+    evaluate,
+    parse_expectation,
+)
 
 # Which of several rows a check looks at: the one that is furthest from holding.
 _WORST: Mapping[str, Callable[..., int]] = {"<=": max, "<": max, ">=": min, ">": min}
@@ -99,8 +108,31 @@ def collective_results(
             count=planned.count,
             fabric=fabric_counts(fabric_result(plan, counted, [sample])),
             fidelity=fidelity,
+            flows=flow_results(planned, sample),
+            nvlink_bytes=max(sample.nvlink_bytes, default=None),
         )
         for planned, sample, counted, fidelity in zip(plan.workloads, samples, counters, fidelities, strict=True)
+    )
+
+
+def flow_results(planned: PlannedWorkload, sample: WorkloadSamples) -> tuple[FlowResult, ...]:
+    """Return the flows of a pattern, in the order in which the scenario lists them."""
+    if isinstance(planned.workload, CollectiveWorkload) or not len(sample.end_ns):
+        return ()
+    sent = np.bincount(planned.messages.connection, planned.messages.nbytes, len(planned.messages.connections))
+    qps = planned.qps_per_connection
+    networked = len(planned.connections) // qps
+    order = planned.flow_order or range(networked)
+    return tuple(
+        FlowResult(
+            src=planned.messages.connections[index][0],
+            dst=planned.messages.connections[index][1],
+            size_bytes=int(sent[index]),
+            cct_ns=round(float(sample.end_ns[qps * index : qps * (index + 1)].max())),
+            together_bytes_per_s=float(sample.together_bytes_per_s[qps * index : qps * (index + 1)].sum()),
+        )
+        for index in order
+        if index < networked  # what stays inside a host has none
     )
 
 
@@ -196,6 +228,10 @@ def _figure(metric: str, row: CollectiveResult) -> float | None:
     """Return the figure of a row, None where nothing measured it."""
     if metric == "cct_ns":
         return statistics.median(row.cct_ns) if row.cct_ns else None
+    flow = FLOW_METRIC.fullmatch(metric)
+    if flow is not None:
+        number = int(flow[1])
+        return row.flows[number].together_bytes_per_s if number < len(row.flows) else None
     figure: float | None = getattr(row.fabric if hasattr(row.fabric, metric) else row, metric)
     return figure
 

@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example may take says something about the machine alone: no deadline.
+settings.register_profile("testbed", deadline=None)
+settings.load_profile("testbed")
 
 # Labs of this run of the tests are named so: others on the machine may come and go meanwhile.
 TEST_LAB_PREFIX = f"tbtest-{os.getpid()}-"

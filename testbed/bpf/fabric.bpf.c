@@ -237,10 +237,28 @@ static __always_inline void charge_ingress(struct tb_ingress *ingress, const str
 	}
 }
 
+/* The start of the frame and its end. Both fields are 32 bits wide in struct __sk_buff and pointers to the verifier. Seen as
+ * 32-bit integers, clang 17 to 19 merge a load with one before pull() and move it by a 32-bit register: a pointer no more
+ * ("R3 invalid mem access 'scalar'"). The assembly hides their width. Source: cilium, bpf/include/bpf/ctx/skb.h.
+ */
+#define TB_PACKET_POINTER(field_)                                                                              \
+	static __always_inline void *packet_##field_(const struct __sk_buff *skb)                              \
+	{                                                                                                      \
+		void *pointer;                                                                                 \
+                                                                                                               \
+		asm volatile("%0 = *(u32 *)(%1 + %2)"                                                          \
+			     : "=r"(pointer)                                                                   \
+			     : "r"(skb), "i"(__builtin_offsetof(struct __sk_buff, field_)));                   \
+		return pointer;                                                                                \
+	}
+
+TB_PACKET_POINTER(data)
+TB_PACKET_POINTER(data_end)
+
 /* Linear bytes up to `want`: an AF_PACKET frame larger than a page arrives with 14. */
 static __always_inline int pull(struct __sk_buff *skb, __u32 want)
 {
-	if ((void *)(long)skb->data + want <= (void *)(long)skb->data_end)
+	if (packet_data(skb) + want <= packet_data_end(skb))
 		return 0;
 	return bpf_skb_pull_data(skb, want < skb->len ? want : skb->len);
 }
@@ -270,8 +288,8 @@ static __always_inline int receive_other(struct __sk_buff *skb, const struct tb_
 
 	if (pull(skb, sizeof(*frame)) < 0)
 		return TC_ACT_OK;
-	frame = (void *)(long)skb->data;
-	if ((void *)(frame + 1) > (void *)(long)skb->data_end)
+	frame = packet_data(skb);
+	if ((void *)(frame + 1) > packet_data_end(skb))
 		return TC_ACT_OK;
 	eth = &frame->eth;
 	if (eth->h_proto == bpf_htons(TB_ETH_P_KICKED))
@@ -319,8 +337,8 @@ int switch_ingress(struct __sk_buff *skb)
 
 	if (pull(skb, TB_HEADERS_LEN) < 0 && pull(skb, TB_ETH_HLEN + TB_IP_HLEN) < 0)
 		return TC_ACT_OK;
-	data = (void *)(long)skb->data;
-	end = (void *)(long)skb->data_end;
+	data = packet_data(skb);
+	end = packet_data_end(skb);
 	eth = data;
 	ip = data + TB_ETH_HLEN;
 	if ((void *)(ip + 1) > end)
@@ -400,8 +418,8 @@ int host_egress(struct __sk_buff *skb)
 
 	if (pull(skb, TB_HEADERS_LEN + 16) < 0 && pull(skb, TB_ETH_HLEN + TB_IP_HLEN) < 0)
 		return TC_ACT_OK;
-	data = (void *)(long)skb->data;
-	end = (void *)(long)skb->data_end;
+	data = packet_data(skb);
+	end = packet_data_end(skb);
 	eth = data;
 	ip = data + TB_ETH_HLEN;
 	if ((void *)(ip + 1) > end || !is_carried(skb, eth))
@@ -456,8 +474,8 @@ static __always_inline int write_answer(struct __sk_buff *skb, const struct answ
 
 	if (!port || bpf_skb_change_tail(skb, len, 0) < 0 || pull(skb, len) < 0)
 		return 0;
-	frame = (void *)(long)skb->data;
-	if ((void *)frame + len > (void *)(long)skb->data_end)
+	frame = packet_data(skb);
+	if ((void *)frame + len > packet_data_end(skb))
 		return 0;
 	/* The leaf is the next hop: its MAC is that of this port's peer; ours says "from a host". */
 	__builtin_memcpy(frame->eth.h_dest, port->peer_mac, 6);
@@ -607,8 +625,8 @@ int host_ingress(struct __sk_buff *skb)
 
 	if (pull(skb, TB_HEADERS_LEN + TB_AETH_LEN) < 0 && pull(skb, TB_ETH_HLEN + TB_IP_HLEN) < 0)
 		return TC_ACT_OK;
-	data = (void *)(long)skb->data;
-	end = (void *)(long)skb->data_end;
+	data = packet_data(skb);
+	end = packet_data_end(skb);
 	eth = data;
 	ip = data + TB_ETH_HLEN;
 	if ((void *)(ip + 1) > end)

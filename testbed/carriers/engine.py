@@ -11,6 +11,7 @@ from testbed.carriers.flow_control import flow_control
 from testbed.carriers.protocol import ProgressListener, WorkloadSamples
 from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.flow_control import FlowControl, NoFlowControl
+from testbed.engine.intra_host import run_inside_hosts
 from testbed.engine.loop import EngineSetup, TickLoop
 from testbed.engine.rate_limit import CongestionLimit, NoRateLimit, RateLimit
 from testbed.engine.stream import build_streams
@@ -18,8 +19,9 @@ from testbed.fabric import Fabric
 from testbed.kernel.host_tuning import tuned_host
 from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
-from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan
-from testbed.roce.congestion import make
+from testbed.measure.samples import MachineSamples
+from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan, PlannedWorkload
+from testbed.roce.congestion import cnp_interval_ns, make
 from testbed.scenario import CongestionControl
 
 
@@ -28,10 +30,10 @@ class EngineCarrier:
 
     Args:
         fabric: The fabric.
-        sockets: Descriptor of each rank's packet socket.
+        sockets: Descriptor of each NIC's packet socket.
         probe: The fidelity probe.
         clock: Source of time.
-        flow: PFC on the fabric.
+        flow: PFC on the fabric; also an attribute.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class EngineCarrier:
         flow: FlowControl | NoFlowControl,
     ) -> None:
         self._fabric = fabric
-        self._flow = flow
+        self.flow = flow
         self._sockets = sockets
         self._probe = probe
         self._clock = clock
@@ -56,6 +58,8 @@ class EngineCarrier:
         """
         plan = self._fabric.plan
         planned = plan.workloads[workload]
+        if not planned.connections:
+            return _run_inside_hosts(plan, planned, listener)
         loop = TickLoop(
             engine_setup(plan, workload),
             queues=self._fabric.arrays.queues,
@@ -64,15 +68,15 @@ class EngineCarrier:
             clock=self._clock,
             probe=self._probe,
             describe_connection=lambda index: describe_connection(plan, workload, index),
-            flow_control=self._flow,
+            flow_control=self.flow,
             rate_limit=rate_limit(plan, workload),
         )
-        mtu = plan.scenario.transport.mtu_bytes
+        mtu, networked = plan.scenario.transport.mtu_bytes, len(planned.connections)
         schedule = planned.pieces or planned.schedule
         streams = (
-            QpDispatcher(schedule, len(planned.connections) // len(schedule.connections), mtu)
+            QpDispatcher(schedule, planned.qps_per_connection, mtu, networked // planned.qps_per_connection)
             if planned.pieces is not None
-            else build_streams(schedule, mtu)
+            else build_streams(schedule, mtu, networked)
         )
         warmups, iters = planned.workload.warmup_iters, planned.workload.iters
         results = []
@@ -88,12 +92,56 @@ class EngineCarrier:
             sum(result.retransmitted_packets for result in results),
             tuple(result.machine for result in results),
             np.sum([result.wall_paused_ns for result in results], axis=0),
+            np.median([result.wall_end_ns for result in results], axis=0) / plan.dilation.value,
+            np.median(
+                [
+                    result.together_bytes * 1e9 * plan.dilation.value / max(1, result.wall_together_ns)
+                    for result in results
+                ],
+                axis=0,
+            ),
+            nvlink_bytes=tuple(result.nvlink_bytes for result in results),
         )
+
+
+def _run_inside_hosts(plan: Plan, planned: PlannedWorkload, listener: ProgressListener) -> WorkloadSamples:
+    """Run a workload that no packet carries: its time is the model's, whatever the machine does."""
+    iters = planned.workload.iters
+    samples = []
+    for number in range(iters):
+        listener.iteration(number, iters, warmup=False)
+        samples.append(run_inside_hosts(planned.schedule, planned.intra_host))
+    nothing = np.zeros(0, np.int64)
+    machine = tuple(
+        MachineSamples(
+            wall_tick_ns=plan.dilation.wall_tick_ns,
+            wall_lateness_ns=nothing,
+            wall_busy_ns=nothing,
+            wall_probe_ns=nothing,
+            wall_nic_lag_ns=np.zeros(0),
+            wall_lost_ns=np.zeros(0),
+            wall_gained_ns=0.0,
+            wall_backlogged_ns=np.zeros(0),
+            wall_duration_ns=max(1, round(cct_ns * plan.dilation.value)),
+            unaccounted_bytes=0,
+            resolution_error_fraction=0.0,
+        )
+        for cct_ns, _ in samples
+    )
+    return WorkloadSamples(
+        cct_ns=tuple(cct_ns for cct_ns, _ in samples),
+        wall_cct_ns=(),
+        retransmitted_packets=0,
+        machine=machine,
+        wall_paused_ns=np.zeros(len(plan.topology.ports) + 1),
+        nvlink_bytes=tuple(nbytes for _, nbytes in samples),
+    )
 
 
 def engine_setup(plan: Plan, workload: int) -> EngineSetup:
     """Return what the tick loop needs to know of a planned workload."""
     topology, planned = plan.topology, plan.workloads[workload]
+    transport = plan.scenario.transport
     burst_ns = np.zeros(len(topology.ports) + 1)
     gain = np.zeros(len(topology.ports) + 1)
     for port in topology.ports:
@@ -102,14 +150,13 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
             burst_ns[port.id] = 1e9 * plan.burst_bytes(port.id, shared=True) / bytes_per_s
             gain[port.id] = SHARED_SHAPER_SPEEDUP - 1.0
     rates = [0.0] + [plan.wall_rate_bytes_per_s(port.rate_bits_per_s) for port in topology.ports]
-    nic_ports = [topology.host_port(rank).id for rank in range(len(topology.hosts))]
     return EngineSetup(
         connections=planned.connections,
         one_way_ns=planned.one_way_ns,
         time_dilation=plan.dilation.value,
         wall_tick_ns=plan.dilation.wall_tick_ns,
         mtu=plan.scenario.transport.mtu_bytes,
-        nic_port=np.array(nic_ports, np.int64),
+        nic_port=np.array([nic.id for nic in topology.nics], np.int64),
         wall_port_rate_bytes_per_s=np.array(rates),
         data_priority=plan.scenario.qos.lossless_priority,
         retransmit_timeout_ns=plan.retransmit_timeout_ns,
@@ -117,6 +164,10 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
         shaper_gain_fraction=gain,
         max_backlog_frames=read_max_backlog(),
         resolution_error_fraction=planned.resolution_error_fraction,
+        intra_host=planned.intra_host,
+        wall_cnp_interval_ns=round(
+            cnp_interval_ns(str(transport.congestion_control), transport.congestion_parameters) * plan.dilation.value
+        ),
     )
 
 
@@ -126,10 +177,10 @@ def rate_limit(plan: Plan, workload: int) -> RateLimit:
     if transport.congestion_control is CongestionControl.NONE:
         return NoRateLimit()
     planned = plan.workloads[workload]
-    ranks = [connection.requester.local.rank for connection in planned.connections]
-    rates = np.array([plan.topology.host_port(rank).rate_bits_per_s / 8 for rank in ranks])
+    nics = [plan.topology.nics[connection.requester.local.nic] for connection in planned.connections]
+    rates = np.array([nic.rate_bits_per_s / 8 for nic in nics])
     return CongestionLimit(
-        make(str(transport.congestion_control), {}, rates),
+        make(str(transport.congestion_control), transport.congestion_parameters, rates),
         time_dilation=plan.dilation.value,
         frame_wire_bytes=plan.frame_wire_bytes,
         wall_tick_ns=plan.dilation.wall_tick_ns,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -17,10 +17,13 @@ class WorkloadSamples:
 
     Attributes:
         cct_ns: Completion time of each measured iteration, emulated.
-        wall_cct_ns: Wall time of each measured iteration until a tick saw its last arrival.
+        wall_cct_ns: Wall time of each measured iteration until a tick saw its last arrival; empty where no packet was sent.
         retransmitted_packets: In the measured iterations.
         machine: What was noted about the machine in each measured iteration.
         wall_paused_ns: Time each port was paused in the measured iterations, shape ``(ports + 1,)``.
+        end_ns: When each connection's last byte arrived, emulated, median of the iterations, shape ``(connections,)``.
+        together_bytes_per_s: What each connection delivered until the first of them ended, median, the same shape.
+        nvlink_bytes: Payload that the model of the links inside hosts carried in each measured iteration.
     """
 
     cct_ns: tuple[float, ...]
@@ -28,6 +31,9 @@ class WorkloadSamples:
     retransmitted_packets: int
     machine: tuple[MachineSamples, ...]
     wall_paused_ns: npt.NDArray[np.float64]
+    end_ns: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    together_bytes_per_s: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    nvlink_bytes: tuple[int, ...] = ()
 
 
 class ProgressListener(Protocol):

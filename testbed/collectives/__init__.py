@@ -12,7 +12,9 @@ from testbed.collectives.direct_all_to_all import DirectAllToAll
 from testbed.collectives.double_binary_tree import DoubleBinaryTreeAllReduce
 from testbed.collectives.gather import DirectGather
 from testbed.collectives.halving_doubling import HalvingDoublingAllReduce
+from testbed.collectives.hierarchical import HierarchicalAllReduce
 from testbed.collectives.ideal import ideal_arrivals_ns, ideal_cct_ns, largest_frame_wire_bytes, wire_bytes
+from testbed.collectives.intra_host import IntraHostLinks
 from testbed.collectives.order import RingOrder, ring_order
 from testbed.collectives.pairwise import PairwiseAllToAll
 from testbed.collectives.patterns import (
@@ -45,7 +47,9 @@ def _by_name(*algorithms: CollectiveAlgorithm) -> Mapping[str, CollectiveAlgorit
 
 
 ALGORITHMS: Mapping[Collective, Mapping[str, CollectiveAlgorithm]] = {
-    Collective.ALL_REDUCE: _by_name(RingAllReduce(), HalvingDoublingAllReduce(), DoubleBinaryTreeAllReduce()),
+    Collective.ALL_REDUCE: _by_name(
+        RingAllReduce(), HalvingDoublingAllReduce(), DoubleBinaryTreeAllReduce(), HierarchicalAllReduce()
+    ),
     Collective.REDUCE_SCATTER: _by_name(RingReduceScatter()),
     Collective.ALL_GATHER: _by_name(RingAllGather()),
     Collective.ALL_TO_ALL: _by_name(DirectAllToAll(), PairwiseAllToAll()),
@@ -80,6 +84,8 @@ __all__ = [
     "Collective",
     "CollectiveAlgorithm",
     "Flow",
+    "HierarchicalAllReduce",
+    "IntraHostLinks",
     "Pattern",
     "RingAllReduce",
     "RingOrder",

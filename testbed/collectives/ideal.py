@@ -1,19 +1,19 @@
 """The completion time that a schedule would have over a core that never blocks.
 
-What limits it: each NIC's out rate, each NIC's in rate, and each path's latency. The core's capacity is never
-in it, so CCT / ideal CCT is what the fabric did to the collective.
+What limits it: each NIC's out rate, each NIC's in rate, and each path's latency; inside a host, the NVLink model. The
+core's capacity is never in it, so CCT / ideal CCT is what the fabric did to the collective.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from testbed.collectives.fluid import FluidPorts
+from testbed.collectives.intra_host import IntraHostLinks, IntraHostModel
 from testbed.collectives.schedule import Schedule
 
 PACKET_OVERHEAD_BYTES = 82
@@ -23,9 +23,6 @@ The same as `testbed.roce.wire`, which this package must not import; a test keep
 """
 RETH_BYTES = 16
 """Further bytes of a message's first (or only) packet."""
-
-_CLOCK_TOLERANCE = 1e-12
-"""Relative difference below which two transfers end together: far above float64 rounding, far below a byte."""
 
 Latency = npt.ArrayLike | Callable[[int, int], float]
 
@@ -68,21 +65,42 @@ def largest_frame_wire_bytes(nbytes: npt.ArrayLike, mtu: int) -> int:
     return -(-payload // 4) * 4 + PACKET_OVERHEAD_BYTES + RETH_BYTES
 
 
-def ideal_cct_ns(schedule: Schedule, *, nic_rate_bits_per_s: npt.ArrayLike, latency_ns: Latency, mtu: int) -> float:
+def ideal_cct_ns(
+    schedule: Schedule,
+    *,
+    nic_rate_bits_per_s: npt.ArrayLike,
+    latency_ns: Latency,
+    mtu: int,
+    nic_of_rank: npt.ArrayLike | None = None,
+    intra_host: IntraHostLinks | None = None,
+) -> float:
     """Return the time at which the last transfer of a schedule arrives; see `ideal_arrivals_ns`."""
-    arrivals = ideal_arrivals_ns(schedule, nic_rate_bits_per_s=nic_rate_bits_per_s, latency_ns=latency_ns, mtu=mtu)
+    arrivals = ideal_arrivals_ns(
+        schedule,
+        nic_rate_bits_per_s=nic_rate_bits_per_s,
+        latency_ns=latency_ns,
+        mtu=mtu,
+        nic_of_rank=nic_of_rank,
+        intra_host=intra_host,
+    )
     return float(arrivals.max(initial=0.0))
 
 
 def ideal_arrivals_ns(
-    schedule: Schedule, *, nic_rate_bits_per_s: npt.ArrayLike, latency_ns: Latency, mtu: int
+    schedule: Schedule,
+    *,
+    nic_rate_bits_per_s: npt.ArrayLike,
+    latency_ns: Latency,
+    mtu: int,
+    nic_of_rank: npt.ArrayLike | None = None,
+    intra_host: IntraHostLinks | None = None,
 ) -> npt.NDArray[np.float64]:
     """Return when each transfer has arrived whole, over a core that never blocks.
 
     Connections are fluids. A NIC shares its rate evenly among its connections whose next transfer is ready, as a NIC does
     that serves its QPs in turn, packet by packet; a transfer is ready when its dependencies have arrived. What reaches a
     NIC from several senders queues before it, first come first served, and enters at the NIC's rate. Nothing slows the
-    senders down: the queue is as long as it gets.
+    senders down: the queue is as long as it gets. Inside a host, `IntraHostModel` carries transfers.
 
     Real packets come one after the other: where ``k`` connections share a NIC, a message of few packets ends up to
     ``k - 1`` frames earlier than here, and what waits for it begins earlier. Against a simulation packet by packet
@@ -91,10 +109,13 @@ def ideal_arrivals_ns(
 
     Args:
         schedule: What is sent.
-        nic_rate_bits_per_s: Rate of each rank's NIC, in and out alike: one number, or shape ``(nranks,)``.
+        nic_rate_bits_per_s: Rate of each NIC, in and out alike: one number, or shape ``(nics,)``.
         latency_ns: Propagation delay of the path plus one frame time for each hop after the first, ns: shape
-            ``(connections,)``, or ``(nranks, nranks)``, ``[src, dst]``, or a function of source and destination rank.
+            ``(connections,)``, or ``(nranks, nranks)``, ``[src, dst]``, or a function of source and destination rank. Not
+            looked at for connections inside a host.
         mtu: Payload of a full packet, bytes.
+        nic_of_rank: The NIC of each rank, shape ``(nranks,)``; None gives every rank its own.
+        intra_host: What carries transfers inside a host; None sends all through NICs.
 
     Returns:
         Arrival time of each transfer, shape ``(transfers,)``, float64, ns after the collective began.
@@ -105,211 +126,86 @@ def ideal_arrivals_ns(
     Source:
         facts.md section 3 (the definition of cct_ideal).
     """
-    rates = np.broadcast_to(np.asarray(nic_rate_bits_per_s, np.float64), (schedule.nranks,))
+    nranks = schedule.nranks
+    nic = np.arange(nranks) if nic_of_rank is None else np.asarray(nic_of_rank, np.int64)
+    nics = int(nic.max()) + 1
+    rates = np.broadcast_to(np.asarray(nic_rate_bits_per_s, np.float64), (nics,))
     if (rates <= 0).any():
         raise ValueError("a NIC's rate must be above 0")
     latencies = _latency_of_connections(schedule, latency_ns)
     if any(latency < 0 for latency in latencies):
         raise ValueError("a path's latency must not be negative")
-    return _IdealModel(schedule, latencies, wire_bytes(schedule.nbytes, mtu), rates / 8e9).run()
+    ends = nic[np.array(schedule.connections, np.int64).reshape(-1, 2)]
+    network = FluidPorts(
+        connection=schedule.connection.tolist(),
+        nbytes=wire_bytes(schedule.nbytes, mtu).tolist(),
+        source=ends[:, 0].tolist(),
+        target=ends[:, 1].tolist(),
+        latency_ns=latencies,
+        rate_bytes_per_ns=(rates / 8e9).tolist(),
+    )
+    if intra_host is None or not (inside := intra_host.find_connections(schedule)).any():
+        return _follow_dependencies(schedule, [network] * len(schedule.connections), network.arrivals())
+    hosts = IntraHostModel(schedule, intra_host)
+    carriers = [hosts if one else network for one in inside.tolist()]
+    return _follow_dependencies(schedule, carriers, _merged_arrivals(network, hosts))
 
 
-class _IdealModel:
-    """The event model behind `ideal_arrivals_ns`.
-
-    One heap holds all events as ``(time, code)``. With ``n`` transfers, ``c`` connections and ``r`` ranks, the codes are in
-    turn: a transfer has arrived (``n`` codes), its last byte has reached the queue before the receiver (``n``), the rate of
-    a connection has changed there (``c``), a NIC has sent a transfer whole (``r``), a NIC's rate is to be divided anew
-    (``r``; so that what becomes ready at the same moment is counted once). Where a NIC has a single connection out, and its
-    peer a single one in, sending and receiving are plain sums and only the first kind is needed.
-
-    Sending is kept in virtual time: a NIC's clock of served bytes per connection runs at ``rate / active``, so a transfer
-    ends when it shows what it showed at the transfer's begin plus the transfer's bytes.
-    """
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        latencies: list[float],
-        nbytes: npt.NDArray[np.int64],
-        rates_bytes_per_ns: npt.NDArray[np.float64],
-    ) -> None:
-        count, connections, nranks = len(schedule), len(schedule.connections), schedule.nranks
-        self.count = count
-        self.reached, self.changed = count, 2 * count
-        self.sent, self.divide = 2 * count + connections, 2 * count + connections + nranks
-        self.latencies = latencies
-        self.nbytes: list[int] = nbytes.tolist()
-        self.rates: list[float] = rates_bytes_per_ns.tolist()
-        self.connection: list[int] = schedule.connection.tolist()
-        self.missing: list[int] = np.diff(schedule.dep_offsets).tolist()
-
-        # The transfers of connection c are queue[head[c]:end[c]].
-        self.queue: list[int] = np.argsort(schedule.connection, kind="stable").tolist()
-        ends = np.cumsum(np.bincount(schedule.connection, minlength=connections))
-        self.end: list[int] = ends.tolist()
-        self.head: list[int] = [0, *self.end[:-1]]
-        # The transfers that wait for transfer i are follower[first_follower[i]:first_follower[i + 1]].
-        waiting = np.repeat(np.arange(count), np.diff(schedule.dep_offsets))
-        self.follower: list[int] = waiting[np.argsort(schedule.deps, kind="stable")].tolist()
-        followers = np.bincount(schedule.deps, minlength=count)
-        self.first_follower: list[int] = [0, *np.cumsum(followers).tolist()]
-
-        self.source = [src for src, _ in schedule.connections]
-        self.target = [dst for _, dst in schedule.connections]
-        fan_out, fan_in = Counter(self.source), Counter(self.target)
-        self.alone = [fan_out[src] == 1 and fan_in[dst] == 1 for src, dst in schedule.connections]
-        # A connection on its own: until when its NICs are busy.
-        self.out_free = [0.0] * connections
-        self.in_free = [0.0] * connections
-        # A NIC that sends: active connections as (clock at the end of the transfer, connection).
-        self.active: list[list[tuple[float, int]]] = [[] for _ in range(nranks)]
-        self.sending = [False] * connections
-        self.clock_bytes = [0.0] * nranks
-        self.clock_read_ns = [0.0] * nranks
-        self.next_sent_ns = [math.inf] * nranks
-        self.to_divide = [False] * nranks
-        self.rate_now = [0.0] * connections  # as it leaves the sender
-        # A NIC that receives: its queue and what flows in, as of the time it was looked at last.
-        self.rate_changes: list[deque[float]] = [deque() for _ in range(connections)]
-        self.rate_there = [0.0] * connections  # as it reaches the receiver
-        self.inflow = [0.0] * nranks
-        self.queued_bytes = [0.0] * nranks
-        self.queue_read_ns = [0.0] * nranks
-
-        self.events: list[tuple[float, int]] = []
-        self.arrival_ns = [0.0] * count
-
-    def run(self) -> npt.NDArray[np.float64]:
-        """Run the model to its end and return the arrival times."""
-        for connection in range(len(self.head)):
-            if self._is_ready(connection):
-                self._offer(connection, 0.0)
-        events, count, follower, missing = self.events, self.count, self.follower, self.missing
-        arrived = 0
-        while events:
-            now, code = heapq.heappop(events)
-            if code < count:
-                arrived += 1
-                self.arrival_ns[code] = now
-                for at in range(self.first_follower[code], self.first_follower[code + 1]):
-                    transfer = follower[at]
-                    missing[transfer] -= 1
-                    if missing[transfer] == 0:
-                        connection = self.connection[transfer]
-                        if self.queue[self.head[connection]] == transfer:
-                            self._offer(connection, now)
-            elif code < self.changed:
-                self._take_last_byte(code - self.reached, now)
-            elif code < self.sent:
-                self._change_inflow(code - self.changed, now)
-            elif code < self.divide:
-                if now == self.next_sent_ns[code - self.sent]:  # else the rate was divided anew since
-                    self._finish_sending(code - self.sent, now)
-            else:
-                self._divide_rate(code - self.divide, now)
-        assert arrived == count, "a schedule is in topological order"
-        return np.array(self.arrival_ns, np.float64)
-
-    def _is_ready(self, connection: int) -> bool:
-        head = self.head[connection]
-        return head < self.end[connection] and self.missing[self.queue[head]] == 0
-
-    def _offer(self, connection: int, now: float) -> None:
-        """Let a connection send, whose next transfer has just become ready."""
-        if self.alone[connection]:
-            while self._is_ready(connection):
-                self._send_alone(connection, now)
-                self.head[connection] += 1
-        elif not self.sending[connection]:  # else it goes on when it has finished
-            rank = self.source[connection]
-            self._read_clock(rank, now)
-            self.sending[connection] = True
-            end = self.clock_bytes[rank] + self.nbytes[self.queue[self.head[connection]]]
-            heapq.heappush(self.active[rank], (end, connection))
-            self._divide_soon(rank, now)
-
-    def _send_alone(self, connection: int, now: float) -> None:
-        transfer, latency = self.queue[self.head[connection]], self.latencies[connection]
-        nbytes = self.nbytes[transfer]
-        start = max(now, self.out_free[connection])
-        sent = start + nbytes / self.rates[self.source[connection]]
-        entered = max(start + latency, self.in_free[connection]) + nbytes / self.rates[self.target[connection]]
-        self.out_free[connection], self.in_free[connection] = sent, entered
-        heapq.heappush(self.events, (max(sent + latency, entered), transfer))
-
-    def _read_clock(self, rank: int, now: float) -> None:
-        """Bring a NIC's clock of served bytes up to date."""
-        active = len(self.active[rank])
-        if active:
-            self.clock_bytes[rank] += (now - self.clock_read_ns[rank]) * self.rates[rank] / active
-        self.clock_read_ns[rank] = now
-
-    def _divide_soon(self, rank: int, now: float) -> None:
-        self.next_sent_ns[rank] = math.inf
-        if not self.to_divide[rank]:
-            self.to_divide[rank] = True
-            heapq.heappush(self.events, (now, self.divide + rank))
-
-    def _divide_rate(self, rank: int, now: float) -> None:
-        """Divide a NIC's rate among the connections that now send; those that stopped have been told."""
-        self.to_divide[rank] = False
-        active = self.active[rank]
-        if not active:
+def _merged_arrivals(network: FluidPorts, hosts: IntraHostModel) -> Iterator[tuple[float, int]]:
+    """Yield the arrivals of both in order of time; what they release may come to either."""
+    while True:
+        carrier, other = (network, hosts) if network.next_ns <= hosts.next_ns else (hosts, network)
+        if carrier.next_ns == math.inf:
             return
-        share = self.rates[rank] / len(active)
-        for _, connection in active:
-            self._set_rate(connection, share, now)
-        self.next_sent_ns[rank] = max(now, now + (active[0][0] - self.clock_bytes[rank]) / share)
-        heapq.heappush(self.events, (self.next_sent_ns[rank], self.sent + rank))
+        for arrival in carrier.arrivals(other.next_ns):
+            yield arrival
+            break  # it may have released something in the other
 
-    def _set_rate(self, connection: int, rate: float, now: float) -> None:
-        if rate != self.rate_now[connection]:
-            self.rate_now[connection] = rate
-            self.rate_changes[connection].append(rate)
-            heapq.heappush(self.events, (now + self.latencies[connection], self.changed + connection))
 
-    def _finish_sending(self, rank: int, now: float) -> None:
-        """Note that the transfers which end now are sent whole; their connections go on with the next, if it is ready."""
-        active = self.active[rank]
-        self._read_clock(rank, now)
-        clock = self.clock_bytes[rank] = active[0][0]  # what it shows but for rounding
-        stopped = False
-        while active and active[0][0] <= clock * (1 + _CLOCK_TOLERANCE):
-            end, connection = heapq.heappop(active)
-            transfer = self.queue[self.head[connection]]
-            self.head[connection] += 1
-            heapq.heappush(self.events, (now + self.latencies[connection], self.reached + transfer))
-            if self._is_ready(connection):
-                heapq.heappush(active, (end + self.nbytes[self.queue[self.head[connection]]], connection))
-            else:
-                self.sending[connection] = False
-                self._set_rate(connection, 0.0, now)
-                stopped = True
-        if stopped or not active:
-            self._divide_soon(rank, now)
-        else:
-            share = self.rates[rank] / len(active)
-            self.next_sent_ns[rank] = max(now, now + (active[0][0] - clock) / share)
-            heapq.heappush(self.events, (self.next_sent_ns[rank], self.sent + rank))
+def _follow_dependencies(
+    schedule: Schedule, carriers: Sequence[FluidPorts | IntraHostModel], arrivals: Iterator[tuple[float, int]]
+) -> npt.NDArray[np.float64]:
+    """Release every transfer as soon as all it waits for has arrived, and return the arrival times.
 
-    def _read_queue(self, rank: int, now: float) -> None:
-        """Bring the queue before a NIC up to date."""
-        growth = (now - self.queue_read_ns[rank]) * (self.inflow[rank] - self.rates[rank])
-        self.queued_bytes[rank] = max(0.0, self.queued_bytes[rank] + growth)
-        self.queue_read_ns[rank] = now
+    Args:
+        schedule: What is sent.
+        carriers: What carries each connection.
+        arrivals: Yields all their arrivals in order of time.
+    """
+    count, connections = len(schedule), len(schedule.connections)
+    missing: list[int] = np.diff(schedule.dep_offsets).tolist()
+    connection_of: list[int] = schedule.connection.tolist()
+    # The transfers of connection c are queue[head[c]:end[c]].
+    queue: list[int] = np.argsort(schedule.connection, kind="stable").tolist()
+    end: list[int] = np.cumsum(np.bincount(schedule.connection, minlength=connections)).tolist()
+    head: list[int] = [0, *end[:-1]]
+    # The transfers that wait for transfer i are follower[first_follower[i]:first_follower[i + 1]].
+    waiting = np.repeat(np.arange(count), np.diff(schedule.dep_offsets))
+    follower: list[int] = waiting[np.argsort(schedule.deps, kind="stable")].tolist()
+    followers = np.bincount(schedule.deps, minlength=count)
+    first_follower: list[int] = [0, *np.cumsum(followers).tolist()]
 
-    def _change_inflow(self, connection: int, now: float) -> None:
-        rank, rate = self.target[connection], self.rate_changes[connection].popleft()
-        self._read_queue(rank, now)
-        self.inflow[rank] += rate - self.rate_there[connection]
-        self.rate_there[connection] = rate
+    def release(connection: int, now: float) -> None:
+        at = head[connection]
+        while at < end[connection] and missing[queue[at]] == 0:
+            carriers[connection].release(queue[at], now)
+            at += 1
+        head[connection] = at
 
-    def _take_last_byte(self, transfer: int, now: float) -> None:
-        """Note that a transfer has reached the queue before its receiver: it has arrived when that has drained."""
-        rank = self.target[self.connection[transfer]]
-        self._read_queue(rank, now)
-        heapq.heappush(self.events, (now + self.queued_bytes[rank] / self.rates[rank], transfer))
+    for connection in range(connections):
+        release(connection, 0.0)
+    arrival_ns = [0.0] * count
+    arrived = 0
+    for now, transfer in arrivals:
+        arrived += 1
+        arrival_ns[transfer] = now
+        for at in range(first_follower[transfer], first_follower[transfer + 1]):
+            dependant = follower[at]
+            missing[dependant] -= 1
+            if missing[dependant] == 0:
+                release(connection_of[dependant], now)
+    assert arrived == count, "a schedule is in topological order"
+    return np.array(arrival_ns, np.float64)
 
 
 def _latency_of_connections(schedule: Schedule, latency_ns: Latency) -> list[float]:

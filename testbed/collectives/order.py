@@ -9,28 +9,29 @@ import numpy as np
 
 
 class RingOrder(StrEnum):
-    """How a ring is laid over the racks; ranks are numbered rack after rack."""
+    """How a ring is laid over the racks; ranks are numbered rack after rack, and host after host within."""
 
     PACKED = "packed"
-    """0, 1, 2, …: only the last rank of a rack talks to another rack."""
+    """0, 1, 2, …: the GPUs of a host in turn; only the last rank of a rack talks to another rack."""
     RAILS = "rails"
-    """One rank of each rack in turn: with equal racks every hop crosses the spine."""
+    """One rank of each rack in turn, GPU 0 of each rack's first host first: with equal racks every hop crosses the spine, and
+    joins GPUs of the same number."""
     RANDOM = "random"
     """Any order, drawn at random."""
 
 
 def ring_order(
-    kind: str | Sequence[int], hosts_per_leaf: Sequence[int], rng: np.random.Generator | None = None
+    kind: str | Sequence[int], ranks_per_leaf: Sequence[int], rng: np.random.Generator | None = None
 ) -> tuple[int, ...]:
     """Return the ranks in the order in which the ring, or another algorithm, visits them.
 
     Args:
         kind: A `RingOrder` or its text, or the ranks themselves.
-        hosts_per_leaf: Number of ranks under each leaf, in leaf order.
+        ranks_per_leaf: Number of ranks under each leaf, in leaf order.
         rng: Draws a ``random`` order; not used, and not needed, for others.
 
     Returns:
-        Each rank once. ``rails`` goes over the racks in turn and skips those whose hosts are used up, so that
+        Each rank once. ``rails`` goes over the racks in turn and skips those whose ranks are used up, so that
         some hops stay inside a rack when racks are uneven.
 
     Raises:
@@ -40,7 +41,7 @@ def ring_order(
         >>> ring_order("rails", [2, 2, 1])
         (0, 2, 4, 1, 3)
     """
-    nranks = sum(hosts_per_leaf)
+    nranks = sum(ranks_per_leaf)
     if not isinstance(kind, str):
         order = tuple(int(rank) for rank in kind)
         if sorted(order) != list(range(nranks)):
@@ -54,10 +55,10 @@ def ring_order(
         if rng is None:
             raise ValueError("a random order needs a source of random numbers")
         return tuple(rng.permutation(nranks).tolist())
-    first = [sum(hosts_per_leaf[:leaf]) for leaf in range(len(hosts_per_leaf))]
+    first = [sum(ranks_per_leaf[:leaf]) for leaf in range(len(ranks_per_leaf))]
     return tuple(
-        first[leaf] + host
-        for host in range(max(hosts_per_leaf, default=0))
-        for leaf, hosts in enumerate(hosts_per_leaf)
-        if host < hosts
+        first[leaf] + number
+        for number in range(max(ranks_per_leaf, default=0))
+        for leaf, ranks in enumerate(ranks_per_leaf)
+        if number < ranks
     )

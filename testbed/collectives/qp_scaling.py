@@ -6,13 +6,15 @@ queue pair, so that hashing sees several flows where there was one.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 
 from testbed.collectives.schedule import Schedule
 
 
-def split_over_qps(schedule: Schedule, qps: int, mtu: int) -> Schedule:
+def split_over_qps(schedule: Schedule, qps: int, mtu: int, networked: int | None = None) -> Schedule:
     """Return the schedule with every transfer striped over all queue pairs of its connection.
 
     What depends on a transfer depends on all its pieces: the slowest queue pair decides. Pieces are whole packets. The
@@ -23,6 +25,7 @@ def split_over_qps(schedule: Schedule, qps: int, mtu: int) -> Schedule:
         schedule: What is sent.
         qps: Queue pairs per connection; at least 1.
         mtu: Payload of a full packet, bytes.
+        networked: Connections, the first ones, that have queue pairs; by default all. The others stay as they are, behind.
 
     Raises:
         ValueError: If ``qps`` or ``mtu`` is below 1.
@@ -33,9 +36,10 @@ def split_over_qps(schedule: Schedule, qps: int, mtu: int) -> Schedule:
     if mtu < 1:
         raise ValueError(f"mtu must be at least 1, got {mtu}")
     _check_qps(qps)
-    packets = np.maximum(1, -(-schedule.nbytes // mtu))
+    inside = schedule.connection >= _networked(schedule, networked)
+    packets = np.where(inside, qps, np.maximum(1, -(-schedule.nbytes // mtu)))
     least, extra = packets // qps, packets % qps
-    pieces = np.where(least > 0, qps, extra)
+    pieces = np.where(inside, 1, np.where(least > 0, qps, extra))
     first_qp = _before_on_connection(schedule, extra) % qps
     first_piece = np.concatenate(([0], np.cumsum(pieces)))
 
@@ -43,30 +47,34 @@ def split_over_qps(schedule: Schedule, qps: int, mtu: int) -> Schedule:
     part = np.arange(len(owner)) - first_piece[owner]
     begin = (part * least[owner] + np.minimum(part, extra[owner])) * mtu
     end = np.minimum(((part + 1) * least[owner] + np.minimum(part + 1, extra[owner])) * mtu, schedule.nbytes[owner])
-    return _spread(schedule, qps, owner, (first_qp[owner] + part) % qps, begin, end - begin)
+    qp = np.where(inside[owner], 0, (first_qp[owner] + part) % qps)
+    nbytes = np.where(inside[owner], schedule.nbytes[owner], end - begin)
+    return _spread(schedule, qps, owner, qp, begin, nbytes, networked)
 
 
-def cut_into_pieces(schedule: Schedule, piece_bytes: int) -> Schedule:
+def cut_into_pieces(schedule: Schedule, piece_bytes: int, networked: int | None = None) -> Schedule:
     """Return the schedule with every transfer cut into messages of at most ``piece_bytes`` on the same connection.
 
     Args:
         schedule: What is sent.
         piece_bytes: Largest piece; a multiple of the MTU keeps packets full.
+        networked: Connections, the first ones, whose transfers are cut; by default all.
 
     Raises:
         ValueError: If ``piece_bytes`` is below 1.
     """
     if piece_bytes < 1:
         raise ValueError(f"a piece needs at least 1 byte, got {piece_bytes}")
-    pieces = -(-schedule.nbytes // piece_bytes)
+    inside = schedule.connection >= _networked(schedule, networked)
+    pieces = np.where(inside, 1, -(-schedule.nbytes // piece_bytes))
     first_piece = np.concatenate(([0], np.cumsum(pieces)))
     owner = np.repeat(np.arange(len(schedule)), pieces)
     begin = (np.arange(len(owner)) - first_piece[owner]) * piece_bytes
-    nbytes = np.minimum(schedule.nbytes[owner] - begin, piece_bytes)
+    nbytes = np.where(inside[owner], schedule.nbytes[owner], np.minimum(schedule.nbytes[owner] - begin, piece_bytes))
     return _spread(schedule, 1, owner, np.zeros(len(owner), np.int64), begin, nbytes)
 
 
-def deal_over_qps(schedule: Schedule, qps: int) -> Schedule:
+def deal_over_qps(schedule: Schedule, qps: int, networked: int | None = None) -> Schedule:
     """Return the schedule with whole transfers dealt in turn over the queue pairs of their connection.
 
     What depends on a transfer depends on all before it on the connection, as the receiver of a connection takes them in order.
@@ -74,6 +82,7 @@ def deal_over_qps(schedule: Schedule, qps: int) -> Schedule:
     Args:
         schedule: What is sent.
         qps: Queue pairs per connection; at least 1.
+        networked: Connections, the first ones, that have queue pairs; by default all. The others stay as they are, behind.
 
     Raises:
         ValueError: If ``qps`` is below 1.
@@ -84,7 +93,8 @@ def deal_over_qps(schedule: Schedule, qps: int) -> Schedule:
     _check_qps(qps)
     count = len(schedule)
     turn = _before_on_connection(schedule, np.ones(count, np.int64)) % qps
-    return _spread(schedule, qps, np.arange(count), turn, np.zeros(count, np.int64), schedule.nbytes)
+    turn[schedule.connection >= _networked(schedule, networked)] = 0
+    return _spread(schedule, qps, np.arange(count), turn, np.zeros(count, np.int64), schedule.nbytes, networked)
 
 
 def _spread(
@@ -94,6 +104,7 @@ def _spread(
     qp: npt.NDArray[np.int64],
     begin: npt.NDArray[np.int64],
     nbytes: npt.NDArray[np.int64],
+    networked: int | None = None,
 ) -> Schedule:
     """Return the schedule whose transfers are pieces of another's.
 
@@ -108,10 +119,12 @@ def _spread(
         qp: Queue pair of each piece, below ``qps``; a queue pair carries one piece of a transfer at most.
         begin: First byte of each piece within its transfer.
         nbytes: Bytes of each piece.
+        networked: Connections, the first ones, that have queue pairs; by default all.
     """
+    first_row, pairs = _rows(schedule, qps, networked)
     connection = schedule.connection.tolist()
     offsets, all_deps = schedule.dep_offsets.tolist(), schedule.deps.tolist()
-    latest = [-1] * (qps * len(schedule.connections))  # piece on each queue pair
+    latest = [-1] * len(pairs)  # piece on each queue pair
     waits: list[list[int]] = [[] for _ in schedule.connections]  # deps of a connection's transfers so far, in order
     taken = [0] * len(latest)  # how many of these each queue pair has waited for
     followed = np.zeros(len(schedule), np.bool_)
@@ -127,7 +140,7 @@ def _spread(
         waiting += all_deps[offsets[transfer] : offsets[transfer + 1]]
         known: tuple[int, list[int]] = (-1, [])
         for piece in range(bounds[transfer], bounds[transfer + 1]):
-            row = here * qps + qp_of[piece]
+            row = first_row[here] + qp_of[piece]
             if taken[row] != known[0]:
                 last_of = {connection[dep]: dep for dep in sorted(waiting[taken[row] :])}
                 known = taken[row], [one for dep in last_of.values() for one in arrived_with[dep]]
@@ -136,7 +149,7 @@ def _spread(
             counts.append(len(known[1]))
             deps += known[1]
         if followed[transfer]:
-            arrived_with[transfer] = [one for one in latest[here * qps : (here + 1) * qps] if one >= 0]
+            arrived_with[transfer] = [one for one in latest[first_row[here] : first_row[here + 1]] if one >= 0]
     return Schedule(
         nranks=schedule.nranks,
         size_bytes=schedule.size_bytes,
@@ -145,13 +158,24 @@ def _spread(
         nbytes=nbytes,
         offset_bytes=schedule.offset_bytes[owner] + begin,
         op=schedule.op[owner],
-        connection=(schedule.connection[owner] * qps + qp).astype(np.int32),
+        connection=(np.array(first_row)[schedule.connection[owner]] + qp).astype(np.int32),
         dep_offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
         deps=np.array(deps, np.int64),
-        connections=tuple(pair for pair in schedule.connections for _ in range(qps)),
+        connections=pairs,
         in_place=schedule.in_place,
         dst_offset_bytes=schedule.dst_offset_bytes[owner] + begin,
     )
+
+
+def _networked(schedule: Schedule, networked: int | None) -> int:
+    return len(schedule.connections) if networked is None else networked
+
+
+def _rows(schedule: Schedule, qps: int, networked: int | None) -> tuple[list[int], tuple[tuple[int, int], ...]]:
+    """Return where the queue pairs of each connection begin, the end behind, and the ranks of all that comes of them."""
+    counts = [qps if index < _networked(schedule, networked) else 1 for index in range(len(schedule.connections))]
+    pairs = tuple(pair for pair, count in zip(schedule.connections, counts, strict=True) for _ in range(count))
+    return [0, *itertools.accumulate(counts)], pairs
 
 
 def _check_qps(qps: int) -> None:

@@ -122,9 +122,14 @@ class Schedule:
         """Return the indices of the transfers that must arrive before ``transfer`` may start."""
         return self.deps[self.dep_offsets[transfer] : self.dep_offsets[transfer + 1]]
 
-    def sorted_by_sender(self) -> Schedule:
-        """Return the same schedule with its connections numbered in the order of the ranks that send."""
-        order = sorted(range(len(self.connections)), key=lambda index: self.connections[index])
+    def sorted_by_sender(self, last: npt.NDArray[np.bool_] | None = None) -> Schedule:
+        """Return the same schedule with its connections numbered in the order of the ranks that send.
+
+        Args:
+            last: Which connections come behind all others, shape ``(connections,)``; by default none.
+        """
+        behind = [False] * len(self.connections) if last is None else last.tolist()
+        order = sorted(range(len(self.connections)), key=lambda index: (behind[index], self.connections[index]))
         number = np.empty(len(order), np.int32)
         number[order] = np.arange(len(order), dtype=np.int32)
         connections = tuple(self.connections[index] for index in order)
@@ -187,7 +192,7 @@ class Schedule:
 class CollectiveAlgorithm(Protocol):
     """One way of carrying out one collective; one file per algorithm.
 
-    The two methods with a body suit algorithms that cut the buffer into one chunk per rank.
+    The methods with a body suit algorithms that cut the buffer into one chunk per rank.
     """
 
     @property
@@ -223,6 +228,10 @@ class CollectiveAlgorithm(Protocol):
             nccl-tests, doc/PERFORMANCE.md, and ``*GetBw()`` in src/*.cu.
         """
         ...
+
+    def on_hosts(self, gpus_per_host: int) -> CollectiveAlgorithm:
+        """Return the algorithm for hosts of that many ranks; most do not care."""
+        return self
 
     def chunk_bytes(self, size_bytes: int, nranks: int) -> int:
         """Return the size of the smallest chunk that `build_schedule` cuts into slices."""

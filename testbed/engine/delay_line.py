@@ -29,18 +29,19 @@ class DelayLine:
         delays, which = np.unique(wall_delay_ns, return_inverse=True)
         self._delays: list[int] = delays.tolist()
         self._masks = [which == index for index in range(len(delays))]
+        self._delay_index: list[int] = which.tolist()
         depth = 2 * int(max(self._delays, default=0) // wall_tick_ns) + self._SLACK_TICKS
         self._ring = np.zeros((depth, fields, len(wall_delay_ns)), np.int64)
         self._times = [0] * depth
+        # What left at a snapshot's tick; rows are valid where something was noted.
+        self._noted = [False] * depth
         self._sent_at = np.zeros((depth, len(wall_delay_ns)))
-        self._sent_bytes = np.full((depth, len(wall_delay_ns)), np.inf)
-        self._delay_of = wall_delay_ns.astype(np.float64)
+        self._sent_bytes = np.zeros((depth, len(wall_delay_ns)))
         self._early_ns = early_ns
         self._count = 0
         self._cursors = [0] * len(delays)
-        self._tick_at = np.zeros(len(wall_delay_ns))
-        self._newest_at = np.zeros(len(wall_delay_ns))
-        self._newest_bytes = np.full(len(wall_delay_ns), np.inf)
+        # Of each delay: the slot of the tick at which the newest frames in the view left.
+        self._newest = [0] * len(delays)
         self.view: npt.NDArray[np.int64] = np.zeros((fields, len(wall_delay_ns)), np.int64)
 
     def reset(self, values: npt.NDArray[np.int64]) -> None:
@@ -61,8 +62,7 @@ class DelayLine:
         depth = len(times)
         slot = self._count % depth
         times[slot] = now_ns
-        self._sent_at[slot] = now_ns
-        self._sent_bytes[slot] = np.inf
+        self._noted[slot] = False
         self._count += 1
         horizon_ns = now_ns + self._early_ns
         for index, delay in enumerate(self._delays):
@@ -72,15 +72,11 @@ class DelayLine:
                 cursor += 1
             if cursor > before:
                 row = self._ring[(cursor - 1) % depth]
-                sent = (cursor - 2) % depth
-                mask = self._masks[index]
                 if len(self._delays) == 1:
                     self.view = row
                 else:
-                    self.view[:, mask] = row[:, mask]
-                self._tick_at[mask] = times[sent]
-                self._newest_at[mask] = self._sent_at[sent][mask]
-                self._newest_bytes[mask] = self._sent_bytes[sent][mask]
+                    np.copyto(self.view, row, where=self._masks[index])  # far faster than indexing by the mask
+                self._newest[index] = (cursor - 2) % depth
                 self._cursors[index] = cursor
         return self.view
 
@@ -95,6 +91,10 @@ class DelayLine:
             sent_bytes: All that each has sent, that frame included.
         """
         slot = (self._count - 1) % len(self._times)
+        if not self._noted[slot]:
+            self._noted[slot] = True
+            self._sent_at[slot] = self._times[slot]
+            self._sent_bytes[slot] = np.inf
         self._sent_at[slot, qps] = sent_at_ns
         self._sent_bytes[slot, qps] = sent_bytes
 
@@ -106,6 +106,10 @@ class DelayLine:
             sent_bytes: All that the QP had sent when it was out.
             ns_per_byte: Wall time of a byte on the sender's link.
         """
+        index = self._delay_index[qp]
+        slot = self._newest[index]
         # What waited in the fabric counts as sent in the tick before it arrived.
-        started_at = self._newest_at[qp] - (self._newest_bytes[qp] - sent_bytes) * ns_per_byte
-        return float(max(self._tick_at[qp], started_at) + self._delay_of[qp])
+        sent_at = float(self._times[slot])
+        if self._noted[slot]:
+            sent_at = max(sent_at, self._sent_at[slot, qp] - (self._sent_bytes[slot, qp] - sent_bytes) * ns_per_byte)
+        return float(sent_at + self._delays[index])

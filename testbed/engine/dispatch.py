@@ -32,6 +32,7 @@ class QpDispatcher:
         schedule: The pieces.
         qps: Queue pairs per connection; at least 1.
         mtu: Payload of a full packet, bytes.
+        networked: Connections, the first ones, that have queue pairs; by default all. The others stay inside hosts.
 
     Attributes:
         released_packets: How far each queue pair may send, shape ``(queue pairs,)``.
@@ -43,17 +44,19 @@ class QpDispatcher:
         Meta's NCCLX, ``NCCL_CTRAN_IB_VC_MODE=dqplb`` (dynamic queue pair load balancing).
     """
 
-    def __init__(self, schedule: Schedule, qps: int, mtu: int) -> None:
+    def __init__(self, schedule: Schedule, qps: int, mtu: int, networked: int | None = None) -> None:
+        pairs = self._networked = len(schedule.connections) if networked is None else networked
         self._qps = qps
-        self._pieces: PacketStreams = build_streams(schedule, mtu)  # a connection's transfers, one after the other
-        pairs = len(schedule.connections)
+        self._pieces: PacketStreams = build_streams(
+            schedule, mtu, pairs
+        )  # a connection's transfers, one after the other
         packets = self._pieces.packets
         self._of_pair = [transfers.tolist() for transfers in self._pieces.transfers_of]
         self._pair_of = schedule.connection.tolist()
-        ends = self._pieces.message_end_packet + self._pieces.first_packet[schedule.connection]
+        ends = self._pieces.message_end_packet + self._pieces.first_packet[np.minimum(schedule.connection, pairs)]
         size = np.maximum(1, -(-schedule.nbytes // mtu))
         self._begin, self._size = (ends - size).tolist(), size.tolist()
-        self._credit_packets = CREDIT_PIECES * int(size.max(initial=1))
+        self._credit_packets = CREDIT_PIECES * int(size[schedule.connection < pairs].max(initial=1))
         waiting = np.diff(schedule.dep_offsets)
         self._waiting_at_start = waiting.tolist()
         owners = np.repeat(np.arange(len(schedule)), waiting)
@@ -79,9 +82,20 @@ class QpDispatcher:
         """Return the packets that each queue pair was given so far: the array that grows, not a copy."""
         return self.released_packets
 
-    def restart(self) -> None:
-        """Begin a new iteration: every queue pair is empty, and those that may send something are given it."""
-        pairs, count = len(self._of_pair), len(self._waiting_at_start)
+    @property
+    def messages(self) -> npt.NDArray[np.int64]:
+        """Return the messages that each queue pair was given so far."""
+        return np.array([len(transfers) for transfers in self.transfers_of], np.int64)
+
+    def restart(self, release_inside: Callable[[int, float], None] | None = None) -> None:
+        """Begin a new iteration: every queue pair is empty, and those that may send something are given it.
+
+        Args:
+            release_inside: Told of the transfers inside hosts: a transfer and when it was released.
+        """
+        self._release_inside = release_inside
+        self._ended: list[tuple[int, float]] = []
+        pairs, rows, count = len(self._of_pair), self._networked * self._qps, len(self._waiting_at_start)
         self._waiting = list(self._waiting_at_start)
         self.pending_transfers = count
         self.wire_bytes_at_end = [0] * count
@@ -92,13 +106,13 @@ class QpDispatcher:
         self._dispatched = [0] * pairs
         self._fresh_ns: dict[int, float] = {}  # connections that were released further since the last dispatch
         self._open: set[int] = set()  # connections with released transfers that no queue pair has yet
-        self._seen = [0] * (pairs * self._qps)
-        self.transfers_of = [[] for _ in range(pairs * self._qps)]
+        self._seen = [0] * rows
+        self.transfers_of = [[] for _ in range(rows)]
         self.released_packets[:] = 0
         self.released_at_ns[:] = 0.0
         for pair in range(pairs):
-            self._release(pair)
-        self.dispatch(np.zeros(pairs * self._qps, np.int64), 0.0)
+            self._release(pair, 0.0)
+        self.dispatch(np.zeros(rows, np.int64), 0.0)
 
     def record_arrivals(
         self, queue_pairs: Iterable[int], messages: Iterable[int], arrived_at_ns: Callable[[int, int], float]
@@ -113,6 +127,17 @@ class QpDispatcher:
             self._seen[row] = arrived
             self._take_in_order(row // self._qps)
         return latest
+
+    def record_inside(self, transfer: int, time_ns: float) -> None:
+        """Take note that a transfer inside a host has arrived, and when."""
+        self.pending_transfers -= 1
+        self._landed_ns[transfer] = time_ns
+        self._take_in_order(self._pair_of[transfer])
+
+    def take_ended(self) -> list[tuple[int, float]]:
+        """Return the queue pairs whose connection has sent all since the last call, and when the last of it arrived."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def dispatch(self, acked_packets: npt.NDArray[np.int64], now_ns: float) -> list[int]:
         """Give released transfers to queue pairs with credit.
@@ -176,16 +201,25 @@ class QpDispatcher:
             for dependent in self._dependents[offsets[transfer] : offsets[transfer + 1]]:
                 self._waiting[dependent] -= 1
                 if not self._waiting[dependent]:
-                    sender = self._pair_of[dependent]
-                    if self._release(sender):
-                        self._fresh_ns[sender] = self._arrived_at_ns[pair]
+                    self._release(self._pair_of[dependent], self._arrived_at_ns[pair])
+        if queue and pair < self._networked:
+            rows = range(pair * self._qps, (pair + 1) * self._qps)
+            self._ended += [(row, self._arrived_at_ns[pair]) for row in rows]
 
-    def _release(self, pair: int) -> bool:
-        queue, position = self._of_pair[pair], self._released[pair]
+    def _release(self, pair: int, time_ns: float) -> None:
+        """Let a connection go as far as it may from now on."""
+        queue, before = self._of_pair[pair], self._released[pair]
+        position = before
         while position < len(queue) and not self._waiting[queue[position]]:
             position += 1
-        if position == self._released[pair]:
-            return False
+        if position == before:
+            return
         self._released[pair] = position
-        self._open.add(pair)
-        return True
+        if pair < self._networked:
+            self._open.add(pair)
+            self._fresh_ns[pair] = time_ns
+            return
+        if self._release_inside is None:
+            raise ValueError(f"transfer {queue[before]} stays inside a host, and nothing joins the ranks of a host")
+        for transfer in queue[before:position]:
+            self._release_inside(transfer, time_ns)

@@ -2,7 +2,7 @@
 
 Each connection has a ring of header rows, filled a block at a time: gather the QP's template, patch what varies, correct the
 ICRC. CRC is linear over GF(2): with a constant payload a frame's ICRC is its template's XOR one table entry per byte that
-differs (``roce/icrc.py``). Frames whose length differs from the template's (the odd end of a message) are built one by one.
+differs (``roce/icrc.py``). Frames of another length (the odd end of a message) have a template per connection and length.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from testbed.roce.wire import (
     DEST_QP_OFFSET,
     ETHERNET_BYTES,
     ICRC_BYTES,
+    PADDING_BYTES,
     PSN_MASK,
     PSN_OFFSET,
     RETH_BYTES,
@@ -90,6 +91,8 @@ class FrameWriter:
         self._short_tables = [delta_table(RETH_OFFSET + mtu - column) for column in varying]
         end = RETH_OFFSET + RETH_BYTES + mtu
         self._long_tables = [delta_table(end - column) for column in (*varying, *_RETH_COLUMNS)]
+        # Header, ICRC and tables of frames of other lengths, by connection, whether there is a RETH, and payload.
+        self._odd: dict[tuple[int, bool, int], tuple[npt.NDArray[np.uint8], int, list[npt.NDArray[np.uint32]]]] = {}
         # Packets [begin, end) of a connection are in its ring.
         self._begin = np.zeros(count, np.int64)
         self._end = np.zeros(count, np.int64)
@@ -208,18 +211,16 @@ class FrameWriter:
                 self._va[of],
                 self._lengths[of],
             )
-        for row in np.flatnonzero(odd).tolist():
-            index = flat + start + row
-            message = int(streams.message[index])
-            self._write_odd(
-                first + row,
-                connection,
-                int(opcode[row]),
-                int(psn[row]),
-                int(streams.payload_bytes[index]),
-                int(self._va[message]),
-                int(self._lengths[message]),
-            )
+        for has_reth in (False, True):
+            rows_of_kind = np.flatnonzero(odd & (begins == has_reth))
+            sizes = streams.payload_bytes[flat + start + rows_of_kind]
+            for size in np.unique(sizes).tolist():
+                which = rows_of_kind[sizes == size]
+                of = streams.message[flat + start + which]
+                values = [column[which] for column in columns[2:]]
+                if has_reth:
+                    values += _reth_columns(self._va[of], self._lengths[of])
+                self._write_odd(first + which, connection, size, values)
         self._end[connection] = stop
         self._begin[connection] = max(self._begin[connection], start - self.block)
 
@@ -233,9 +234,7 @@ class FrameWriter:
     ) -> None:
         """Fill slots of full-size frames that carry a RETH."""
         block = np.repeat(self._long[connection][None, :], len(slots), axis=0)
-        reth = [(va >> shift) & 0xFF for shift in (32, 24, 16, 8, 0)]
-        reth += [(length >> shift) & 0xFF for shift in (24, 16, 8, 0)]
-        columns = [*columns, *reth]
+        columns = [*columns, *_reth_columns(va, length)]
         icrc = np.full(len(slots), self._long_icrc[connection], np.uint32)
         icrc ^= self._long_tables[0][columns[0] ^ _FIRST]
         for values, table in zip(columns[1:], self._long_tables[1:], strict=True):
@@ -247,26 +246,60 @@ class FrameWriter:
         self.ring.icrcs[slots] = icrc
         self.ring.header_lengths[slots] = RETH_OFFSET + RETH_BYTES
 
-    def _write_odd(self, slot: int, connection: int, opcode: int, psn: int, payload: int, va: int, length: int) -> None:
-        """Fill the slot of a frame with another payload length: the end of a message, which always asks for an ACK."""
-        pad = -payload % 4
-        has_reth = opcode == Opcode.WRITE_ONLY
-        header = bytearray(self._long[connection].tobytes() if has_reth else self._short[connection].tobytes())
+    def _write_odd(
+        self, slots: npt.NDArray[np.intp], connection: int, payload: int, columns: Sequence[npt.NDArray[Any]]
+    ) -> None:
+        """Fill slots of frames of another payload length, all the same: ends of messages, which always ask for an ACK.
+
+        Args:
+            slots: The slots, shape ``(n,)``.
+            connection: Their connection.
+            payload: Payload bytes of each.
+            columns: Values of ``_PSN_COLUMNS``; in a frame with a RETH those of ``_RETH_COLUMNS`` too; each of shape ``(n,)``.
+        """
+        has_reth = len(columns) > len(_PSN_COLUMNS)
+        key = connection, has_reth, payload
+        if key not in self._odd:
+            self._odd[key] = self._odd_template(connection, has_reth, payload)
+        header, icrc, tables = self._odd[key]
+        places = (*_PSN_COLUMNS, *_RETH_COLUMNS) if has_reth else _PSN_COLUMNS
+        block = np.repeat(header[None, :], len(slots), axis=0)
+        icrcs = np.full(len(slots), icrc, np.uint32)
+        for place, values, table in zip(places, columns, tables, strict=True):
+            block[:, place] = values
+            icrcs ^= table[values]
+        ring = self.ring
+        ring.headers[slots, : len(header)] = block
+        ring.icrcs[slots] = icrcs
+        ring.header_lengths[slots] = len(header)
+        ring.payload_lengths[slots] = payload + -payload % PADDING_BYTES
+
+    def _odd_template(
+        self, connection: int, has_reth: bool, payload: int
+    ) -> tuple[npt.NDArray[np.uint8], int, list[npt.NDArray[np.uint32]]]:
+        """Return the header of a connection's frames of a payload length, with PSN 0 and an empty RETH, ICRC and tables."""
+        pad = -payload % PADDING_BYTES
+        header = bytearray((self._long if has_reth else self._short)[connection].tobytes())
         ip_length = len(header) - ETHERNET_BYTES + payload + pad + ICRC_BYTES
         struct.pack_into("!H", header, ETHERNET_BYTES + 2, ip_length)
         struct.pack_into("!H", header, _IP_CHECKSUM, _ipv4_checksum(header[ETHERNET_BYTES : ETHERNET_BYTES + 20]))
         struct.pack_into("!H", header, _UDP_SOURCE + 4, ip_length - 20)
-        header[BTH_OFFSET] = opcode
+        header[BTH_OFFSET] = _ONLY if has_reth else _LAST
         header[BTH_OFFSET + 1] = (header[BTH_OFFSET + 1] & 0xCF) | pad << 4
-        struct.pack_into("!I", header, ACK_REQUEST_OFFSET, psn | ACK_REQUEST_BIT << 24)
+        struct.pack_into("!I", header, ACK_REQUEST_OFFSET, ACK_REQUEST_BIT << 24)
         if has_reth:
-            struct.pack_into("!QII", header, RETH_OFFSET, va, RKEY, length)
-        ring = self.ring
-        body = ring.payload[:payload].tobytes() + b"\0" * pad
-        ring.headers[slot, : len(header)] = np.frombuffer(bytes(header), np.uint8)
-        ring.icrcs[slot] = compute_icrc(bytes(header) + body + bytes(ICRC_BYTES))
-        ring.header_lengths[slot] = len(header)
-        ring.payload_lengths[slot] = payload + pad
+            struct.pack_into("!QII", header, RETH_OFFSET, 0, RKEY, 0)
+        body = self.ring.payload[:payload].tobytes() + bytes(pad)
+        end = len(header) + len(body)
+        places = (*_PSN_COLUMNS, *_RETH_COLUMNS) if has_reth else _PSN_COLUMNS
+        icrc = compute_icrc(bytes(header) + body + bytes(ICRC_BYTES))
+        return np.frombuffer(bytes(header), np.uint8), icrc, [delta_table(end - place) for place in places]
+
+
+def _reth_columns(va: npt.NDArray[np.int64], length: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """Return the values of ``_RETH_COLUMNS``."""
+    columns = [(va >> shift) & 0xFF for shift in (32, 24, 16, 8, 0)]
+    return columns + [(length >> shift) & 0xFF for shift in (24, 16, 8, 0)]
 
 
 def _templates(

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from testbed.collectives import Schedule
+from testbed.collectives import IntraHostLinks, Schedule
 from testbed.engine.delay_line import DelayLine
 from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.frames import FrameWriter
+from testbed.engine.intra_host import IntraHostTransfers
 from testbed.engine.nic import NicPacer, share_budget
 from testbed.engine.observer import ShapingObserver
 from testbed.engine.progress import Progress
@@ -21,7 +22,7 @@ from testbed.engine.rate_limit import NoRateLimit, RateLimit
 from testbed.engine.stream import PacketStreams, build_streams
 from testbed.errors import RunError
 from testbed.measure.samples import MachineSamples
-from testbed.roce.queue_pairs import REQUESTER, RESPONDER, Connection, qp_index, ranks_of
+from testbed.roce.queue_pairs import REQUESTER, RESPONDER, Connection, nics_of, qp_index
 from testbed.roce.wire import LINK_OVERHEAD_BYTES, Opcode, data_tos, frame_bytes
 
 # Frames in a host's queue beyond which its NIC waits, at most: a paused or starved host then stops by itself.
@@ -73,12 +74,12 @@ class EngineSetup:
     """All that the loop needs to know, as values.
 
     Attributes:
-        connections: Both ends of every connection.
+        connections: Both ends of every connection over the network: the first ones of the schedules.
         one_way_ns: Propagation and frame times of each connection's path, shape ``(connections,)``, emulated.
         time_dilation: Wall time per emulated time.
         wall_tick_ns: Length of a tick.
         mtu: Payload of a full packet, bytes.
-        nic_port: Port id of each rank's NIC, shape ``(ranks,)``.
+        nic_port: Port id of each NIC, shape ``(nics,)``.
         wall_port_rate_bytes_per_s: Line rate of each port id, shape ``(ports + 1,)``.
         data_priority: Priority of the data frames.
         retransmit_timeout_ns: Emulated.
@@ -86,6 +87,7 @@ class EngineSetup:
         shaper_gain_fraction: How much faster than its link each port's shaper is, shape ``(ports + 1,)``.
         max_backlog_frames: Frames that wait for the fabric's CPU before the kernel drops.
         resolution_error_fraction: What a tick more of latency would add to the ideal completion time.
+        intra_host: What carries the schedules' other connections, inside hosts; None where there are none.
         wall_cnp_interval_ns: A responder sends at most one CNP per QP in this time; 0: none at all.
     """
 
@@ -102,6 +104,7 @@ class EngineSetup:
     shaper_gain_fraction: npt.NDArray[np.float64]
     max_backlog_frames: int = 1000
     resolution_error_fraction: float = 0.0
+    intra_host: IntraHostLinks | None = None
     wall_cnp_interval_ns: int = 0
 
 
@@ -116,6 +119,10 @@ class IterationResult:
         retransmitted_packets: Packets sent again.
         machine: What was noted about the machine.
         wall_paused_ns: Time each port was paused, shape ``(ports + 1,)``.
+        wall_end_ns: From release to the last arrival of each connection, shape ``(connections,)``.
+        together_bytes: Payload that each connection had delivered when the first of them ended, shape ``(connections,)``.
+        wall_together_ns: From release to the tick that saw the first connection's end.
+        nvlink_bytes: Payload that the model of the links inside hosts carried.
     """
 
     wall_ns: int
@@ -123,6 +130,10 @@ class IterationResult:
     retransmitted_packets: int
     machine: MachineSamples
     wall_paused_ns: npt.NDArray[np.float64]
+    wall_end_ns: npt.NDArray[np.float64]
+    together_bytes: npt.NDArray[np.int64]
+    wall_together_ns: int
+    nvlink_bytes: int = 0
 
 
 @dataclass
@@ -145,7 +156,7 @@ class TickLoop:
         setup: The run as values.
         queues: The fabric's queue counters, shape ``(ports + 1, 8)``.
         qps: The fabric's QP table.
-        sockets: File descriptor of each rank's packet socket.
+        sockets: File descriptor of each NIC's packet socket.
         clock: Source of time.
         probe: The machine's fidelity probe.
         describe_connection: Names a connection for error messages.
@@ -175,9 +186,9 @@ class TickLoop:
         self._describe = describe_connection
         connections = list(setup.connections)
         count = len(connections)
-        self._nic = ranks_of(connections)
+        self._nic = nics_of(connections)
         if (np.diff(self._nic) < 0).any():
-            raise ValueError("connections must be in the order of the ranks that send")
+            raise ValueError("connections must be in the order of the NICs that send")
         # The usual case, and the fast one: every NIC sends on one QP.
         self._one_qp_per_nic = count == len(setup.nic_port) and bool((self._nic == np.arange(count)).all())
         self._configure(qps, connections)
@@ -188,6 +199,7 @@ class TickLoop:
         self._enq_bytes, self._deq_bytes = data["enq_bytes"].view(np.int64), data["deq_bytes"].view(np.int64)
         self._deq_packets = data["deq_packets"].view(np.int64)
         self._rx_messages = self._responders["rx_messages"].view(np.int64)
+        self._rx_payload_bytes = self._responders["rx_payload_bytes"].view(np.int64)
         # acked_packets, naks_packets, nak_position and cnps_packets are neighbours: one strided copy takes all four.
         self._feedback_fields = _adjacent_fields(self._requesters, "acked_packets", 4)
         self._acked = self._feedback_fields[0]
@@ -222,7 +234,7 @@ class TickLoop:
             for role, end in ((REQUESTER, connection.requester), (RESPONDER, connection.responder)):
                 row = qps[qp_index(index, role)]
                 row["peer_qpn"] = end.peer_qpn
-                row["port"] = self._setup.nic_port[end.local.rank]
+                row["port"] = self._setup.nic_port[end.local.nic]
                 row["udp_source_port"] = end.udp_source_port
                 row["initial_rx_psn"] = connection.initial_psn
                 row["initial_tx_psn"] = connection.initial_psn
@@ -233,21 +245,23 @@ class TickLoop:
         """Run a schedule once, from the release of its first transfers to its last arrival.
 
         Args:
-            schedule: What to send; its connections are the setup's.
-            streams: ``build_streams(schedule, mtu)``, if the caller has it; a dispatcher of the schedule where it is decided as
-                the run goes what each QP sends. The schedule's connections are then pairs of ranks, the setup's the QPs.
+            schedule: What to send; its first connections are the setup's.
+            streams: ``build_streams(schedule, mtu, len(setup.connections))``, if the caller has it; a dispatcher of the schedule
+                where it is decided as the run goes what each QP sends. The schedule's connections are then pairs of ranks, the
+                setup's the QPs.
 
         Raises:
             RunError: A QP ran out of retries, or nothing moves any more.
         """
-        streams = streams or build_streams(schedule, self._setup.mtu)
+        streams = streams or build_streams(schedule, self._setup.mtu, len(self._nic))
+        intra_host = IntraHostTransfers(schedule, self._setup.intra_host, self._setup.time_dilation)
         dispatcher: QpDispatcher | None = None
         progress: Progress | QpDispatcher
         if isinstance(streams, QpDispatcher):
             dispatcher = progress = streams
-            dispatcher.restart()
+            dispatcher.restart(intra_host.release)
         else:
-            progress = Progress(schedule, streams)
+            progress = Progress(schedule, streams, intra_host.release)
         writer, pacer, clock = self._writer, self._pacer, self._clock
         flow, limit = self._flow, self._limit
         writer.restart(schedule, streams, self._psn_offset)
@@ -290,8 +304,16 @@ class TickLoop:
         progress_ns = np.full(count, begin, np.int64)
         last_arrival_ns = moved_ns = due = begin
         progress.released_at_ns[:] = begin
+        intra_host.begin(begin)
         nic_released_at = np.full(nics, float(begin))
         paused_before = flow.paused_until(begin)
+        last_message = self._message_offset + np.array(
+            [len(transfers) for transfers in streams.transfers_of[:count]], np.int64
+        )
+        last_transfer = [int(transfers[-1]) if len(transfers) else -1 for transfers in streams.transfers_of[:count]]
+        end_ns = np.full(count, float(begin))
+        payload_before = self._rx_payload_bytes.copy()
+        together_ns, together_bytes = 0, np.zeros(count, np.int64)
         flow.lateness_ns.clear()
         ticks = 0
         while True:
@@ -308,10 +330,24 @@ class TickLoop:
                 latest = progress.record_arrivals(moved.tolist(), messages, arrived_at_ns)
                 last_arrival_ns = max(last_arrival_ns, round(latest))
                 seen_messages[moved] = arrivals[moved]
+                if dispatcher is not None:
+                    ended = dispatcher.take_ended()
+                else:
+                    done = moved[seen_messages[moved] >= last_message[moved]].tolist()
+                    ended = [(connection, arrived_at_ns(connection, last_transfer[connection])) for connection in done]
+                for connection, ended_ns in ended:
+                    end_ns[connection] = ended_ns
+                    if not together_ns:
+                        together_ns = now
+                        together_bytes = self._rx_payload_bytes - payload_before
                 np.add(progress.released_packets, offset, out=released)
                 moved_ns = now
-                if not progress.pending_transfers:
-                    break
+            if intra_host.busy:
+                last_arrival_ns = max(last_arrival_ns, round(intra_host.advance(now + tick_ns, progress)))
+                np.add(progress.released_packets, offset, out=released)
+                moved_ns = now
+            if not progress.pending_transfers:
+                break
 
             self._feedback.next_snapshot[:] = self._feedback_fields
             acked, naks, nak_position, cnps = self._feedback.advance(now)
@@ -426,7 +462,7 @@ class TickLoop:
         waits_ns = self._probe.waits_ns()
         unaccounted_bytes = self._settle(streams)
         self._psn_offset += streams.packets
-        self._message_offset += np.array([len(t) for t in streams.transfers_of], np.int64)
+        self._message_offset += streams.messages
         machine = MachineSamples(
             wall_tick_ns=tick_ns,
             wall_lateness_ns=np.array(recorded.lateness_ns, np.int64),
@@ -441,7 +477,17 @@ class TickLoop:
             resolution_error_fraction=self._setup.resolution_error_fraction,
             wall_gate_lateness_ns=gate_lateness_ns,
         )
-        return IterationResult(last_arrival_ns - begin, moved_ns - begin, retransmitted, machine, paused_ns)
+        return IterationResult(
+            wall_ns=last_arrival_ns - begin,
+            wall_seen_ns=moved_ns - begin,
+            retransmitted_packets=retransmitted,
+            machine=machine,
+            wall_paused_ns=paused_ns,
+            wall_end_ns=end_ns - begin,
+            together_bytes=together_bytes,
+            wall_together_ns=together_ns - begin,
+            nvlink_bytes=intra_host.arrived_bytes,
+        )
 
     def _gained_ns(self) -> float:
         """Return the time that the fastest of the congested switch ports gained in this iteration."""

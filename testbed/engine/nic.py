@@ -111,20 +111,21 @@ def share_budget(
     given = np.zeros(len(nic), np.int64)
     left = budget.copy()
     starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
-    position = np.arange(len(nic)) - starts[nic]
     for _ in range(int(counts.max()) + 1):
         hungry = given < wants
         users = np.bincount(nic[hungry], minlength=len(budget))
         share = np.where(users > 0, left // np.maximum(users, 1), 0)
-        if not (share[nic] * hungry).any():
+        if not share.any():
             break
         more = np.where(hungry, np.minimum(wants - given, share[nic]), 0)
         given += more
         left -= np.bincount(nic, weights=more, minlength=len(budget)).astype(np.int64)
-    # What is left of each NIC's budget is less than one frame a hungry QP: one each, beginning with another QP every turn.
+    # What is left of each NIC's budget is less than one frame a hungry QP: one each, beginning with another QP every turn. A QP's
+    # rank is the number of hungry ones before it, counted round from the first QP of this turn.
     hungry = given < wants
-    order = np.lexsort(((position - turn) % np.maximum(counts[nic], 1), ~hungry, nic))
-    rank = np.empty(len(nic), np.int64)
-    rank[order] = np.arange(len(nic)) - starts[nic[order]]
+    before = np.concatenate(([0], np.cumsum(hungry)))
+    users = np.maximum(np.diff(before[np.concatenate((starts, [len(nic)]))]), 1)
+    first = before[starts + turn % np.maximum(counts, 1)]
+    rank = (before[:-1] - first[nic]) % users[nic]
     given += hungry & (rank < left[nic])
     return given

@@ -16,9 +16,21 @@ class Progress:
 
     A connection sends its transfers in order; ``released_packets`` is how far it may go. A transfer is released when all
     it depends on has arrived and every earlier transfer of its connection is released.
+
+    Args:
+        schedule: What is sent.
+        streams: The same as packets, of the connections that the network carries.
+        release_inside: Told of the transfers inside hosts, the other connections': a transfer and when it was released.
     """
 
-    def __init__(self, schedule: Schedule, streams: PacketStreams) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        streams: PacketStreams,
+        release_inside: Callable[[int, float], None] | None = None,
+    ) -> None:
+        self._networked = len(streams.packets)
+        self._release_inside = release_inside
         self._queues = [transfers.tolist() for transfers in streams.transfers_of]
         self._end_packet = streams.message_end_packet.tolist()
         self._connection = schedule.connection.tolist()
@@ -31,8 +43,8 @@ class Progress:
         self._dependents = owners[order].tolist()
         offsets = np.concatenate(([0], np.cumsum(np.bincount(schedule.deps, minlength=count))))
         self._dependent_offsets = offsets.tolist()
-        self.released_packets: npt.NDArray[np.int64] = np.zeros(len(self._queues), np.int64)
-        self.released_at_ns: npt.NDArray[np.float64] = np.zeros(len(self._queues))
+        self.released_packets: npt.NDArray[np.int64] = np.zeros(self._networked, np.int64)
+        self.released_at_ns: npt.NDArray[np.float64] = np.zeros(self._networked)
         self.restart()
 
     def restart(self) -> None:
@@ -44,7 +56,7 @@ class Progress:
         self.released_packets[:] = 0
         self.released_at_ns[:] = 0.0
         for connection in range(len(self._queues)):
-            self._release(connection)
+            self._release(connection, 0.0)
 
     def record_arrivals(
         self, connections: Iterable[int], messages: Iterable[int], arrived_at_ns: Callable[[int, int], float]
@@ -72,20 +84,30 @@ class Progress:
                 for dependent in dependents[offsets[transfer] : offsets[transfer + 1]]:
                     waiting[dependent] -= 1
                     if not waiting[dependent]:
-                        sender = self._connection[dependent]
-                        if self._release(sender):
-                            self.released_at_ns[sender] = time_ns
+                        self._release(self._connection[dependent], time_ns)
             self._arrived_messages[connection] = arrived
         return latest
 
-    def _release(self, connection: int) -> bool:
-        """Let a connection go as far as it may; return whether that is further than before."""
+    def record_inside(self, transfer: int, time_ns: float) -> None:
+        """Take note that a transfer inside a host has arrived, and when."""
+        self.pending_transfers -= 1
+        for dependent in self._dependents[self._dependent_offsets[transfer] : self._dependent_offsets[transfer + 1]]:
+            self._waiting[dependent] -= 1
+            if not self._waiting[dependent]:
+                self._release(self._connection[dependent], time_ns)
+
+    def _release(self, connection: int, time_ns: float) -> None:
+        """Let a connection go as far as it may from now on."""
         queue = self._queues[connection]
-        position = self._next_release[connection]
+        before = position = self._next_release[connection]
         while position < len(queue) and not self._waiting[queue[position]]:
             position += 1
-        if position == self._next_release[connection]:
-            return False
+        if position == before:
+            return
         self._next_release[connection] = position
-        self.released_packets[connection] = self._end_packet[queue[position - 1]]
-        return True
+        if connection < self._networked:
+            self.released_packets[connection] = self._end_packet[queue[position - 1]]
+            self.released_at_ns[connection] = time_ns
+        elif self._release_inside is not None:
+            for transfer in queue[before:position]:
+                self._release_inside(transfer, time_ns)

@@ -14,6 +14,7 @@ from testbed.kernel.netlink import Message, RouteSocket
 from testbed.plan.operations import (
     AddAddress,
     AddRoute,
+    AddRule,
     AttachPrograms,
     CreateLink,
     CreateNamespace,
@@ -159,5 +160,7 @@ def _messages(operation: Operation, programs: dict[str, int]) -> list[Message]:
         ]
     if isinstance(operation, AddRoute):
         hops = [(gateway, ifindex_of(port)) for gateway, port in operation.next_hops]
-        return [links.create_route(operation.prefix, operation.prefix_len, hops)]
+        return [links.create_route(operation.prefix, operation.prefix_len, hops, operation.table)]
+    if isinstance(operation, AddRule):
+        return [links.create_rule(operation.source, operation.table)]
     raise TestbedError(f"no way to execute {operation}")

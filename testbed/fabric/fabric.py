@@ -258,11 +258,10 @@ class Fabric:
 
     @contextlib.contextmanager
     def packet_sockets(self) -> Iterator[list[socket.socket]]:
-        """Open a sending socket on every host's NIC for the block, in rank order."""
+        """Open a sending socket on every NIC for the block, host by host."""
         opened: list[socket.socket] = []
         try:
-            for rank in range(len(self.plan.topology.hosts)):
-                port = self.plan.topology.host_port(rank)
+            for port in self.plan.topology.nics:
                 node = self.plan.topology.nodes[port.node]
                 descriptor = open_namespace(self.namespace_of(node.name))
                 try:

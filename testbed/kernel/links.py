@@ -18,6 +18,7 @@ from testbed.kernel.netlink import (
     RTM_NEWLINK,
     RTM_NEWNEIGH,
     RTM_NEWROUTE,
+    RTM_NEWRULE,
     Message,
     attribute,
     attribute_text,
@@ -33,6 +34,7 @@ _NUD_PERMANENT = 0x80
 _RT_TABLE_MAIN, _RTPROT_STATIC, _RT_SCOPE_UNIVERSE, _RT_SCOPE_LINK, _RTN_UNICAST = 254, 4, 0, 253, 1
 _RTN_UNREACHABLE = 7
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_MULTIPATH = 1, 4, 5, 9
+_FRA_SRC, _FR_ACT_TO_TABLE = 2, 1
 
 # Two transmit queues: 0 for data (shaped and paused), 1 for control (ACK, CNP, PFC).
 TRANSMIT_QUEUES = 2
@@ -121,18 +123,19 @@ def create_neighbour(index: int, address: int, mac: str) -> Message:
     return Message(operation, RTM_NEWNEIGH, NLM_F_CREATE, payload)
 
 
-def create_route(prefix: int, prefix_len: int, next_hops: Sequence[tuple[int, int]]) -> Message:
+def create_route(
+    prefix: int, prefix_len: int, next_hops: Sequence[tuple[int, int]], table: int = _RT_TABLE_MAIN
+) -> Message:
     """Return the request of a static route.
 
     Args:
         prefix: Destination network.
         prefix_len: Its length in bits.
         next_hops: ``(gateway address, interface index)``, several for a multipath route, none for an unreachable one.
+        table: Number of the routing table, below 256.
     """
     scope, kind = _RT_SCOPE_UNIVERSE, _RTN_UNICAST if next_hops else _RTN_UNREACHABLE
-    payload = struct.pack(
-        "=BBBBBBBBI", socket.AF_INET, prefix_len, 0, 0, _RT_TABLE_MAIN, _RTPROT_STATIC, scope, kind, 0
-    )
+    payload = struct.pack("=BBBBBBBBI", socket.AF_INET, prefix_len, 0, 0, table, _RTPROT_STATIC, scope, kind, 0)
     if prefix_len:
         payload += attribute(_RTA_DST, struct.pack("!I", prefix))
     if len(next_hops) == 1:
@@ -145,8 +148,16 @@ def create_route(prefix: int, prefix_len: int, next_hops: Sequence[tuple[int, in
             hops += struct.pack("=HBBi", 8 + len(nested), 0, 0, index) + nested
         payload += attribute(_RTA_MULTIPATH, hops)
     via = " ".join(f"nexthop via {address_text(gateway)} dev {index}" for gateway, index in next_hops)
-    operation = f"ip route add {address_text(prefix)}/{prefix_len} {via or 'type unreachable'}"
+    operation = f"ip route add {address_text(prefix)}/{prefix_len} table {table} {via or 'type unreachable'}"
     return Message(operation, RTM_NEWROUTE, NLM_F_CREATE, payload)
+
+
+def create_rule(source: int, table: int) -> Message:
+    """Return the request of ``ip rule add from SOURCE table TABLE``; it comes before the rules of the kernel's own tables."""
+    payload = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 32, 0, table, 0, 0, _FR_ACT_TO_TABLE, 0)
+    payload += attribute(_FRA_SRC, struct.pack("!I", source))
+    operation = f"ip rule add from {address_text(source)} table {table}"
+    return Message(operation, RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, payload)
 
 
 def disable_offloads(ifname: str) -> None:

@@ -77,7 +77,13 @@ def estimate_error(samples: MachineSamples) -> ErrorEstimate:
 
 
 def judge(
-    samples: Sequence[MachineSamples], *, wall_tick_ns: int, softnet_drops: int, steal_fraction: float
+    samples: Sequence[MachineSamples],
+    *,
+    wall_tick_ns: int,
+    softnet_drops: int,
+    steal_fraction: float,
+    wall_gate_allowance_ns: int = 0,
+    lossless_drops: int = 0,
 ) -> Fidelity:
     """Return the verdict on a run.
 
@@ -86,9 +92,15 @@ def judge(
         wall_tick_ns: Length of a tick.
         softnet_drops: Frames that the kernel dropped on its way from port to port for want of CPU time.
         steal_fraction: Share of the CPU time that a hypervisor gave to others meanwhile.
+        wall_gate_allowance_ns: How late a pause may be obeyed: what the headroom was computed with.
+        lossless_drops: Frames of a lossless priority for which there was no room.
     """
     if not samples:
         return Fidelity(FidelityVerdict.INVALID, ("nothing was measured",))
+    if not any(
+        len(one.wall_lateness_ns) for one in samples
+    ):  # no tick: a model told the time, whatever the machine did
+        softnet_drops, steal_fraction = 0, 0.0
     estimates = [estimate_error(one) for one in samples]
     median = sorted(estimates, key=lambda estimate: estimate.total)[len(estimates) // 2]
     lateness = np.concatenate([one.wall_lateness_ns for one in samples])
@@ -107,6 +119,19 @@ def judge(
         verdict = FidelityVerdict.INVALID
         lost = f"{softnet_drops} frames" if softnet_drops else f"{unaccounted} bytes"
         reasons.append(f"the kernel dropped {lost} between two ports for want of CPU time")
+    gates = np.concatenate([one.wall_gate_lateness_ns for one in samples])
+    late = int(gates.max(initial=0))
+    if late > wall_gate_allowance_ns and lossless_drops:
+        verdict = FidelityVerdict.INVALID
+        reasons.append(
+            f"a pause was obeyed {late / 1e6:.1f} ms late, the headroom allows for {wall_gate_allowance_ns / 1e6:.1f} ms: the "
+            f"machine may have caused the {lossless_drops} lossless drops"
+        )
+    elif len(gates) and np.percentile(gates, 99) > wall_gate_allowance_ns and verdict is FidelityVerdict.TRUSTED:
+        verdict = FidelityVerdict.DEGRADED
+        reasons.append(
+            f"pauses were obeyed up to {late / 1e6:.1f} ms late ({wall_gate_allowance_ns / 1e6:.1f} ms is allowed for)"
+        )
     if steal_fraction > _DEGRADED_STEAL_FRACTION and verdict is FidelityVerdict.TRUSTED:
         verdict = FidelityVerdict.DEGRADED
         reasons.append(f"the hypervisor took {steal_fraction:.0%} of the CPU time")
@@ -123,6 +148,7 @@ def judge(
         wall_fabric_wait_p99_ns=int(np.percentile(waits, 99)) if len(waits) >= _MIN_P99_SAMPLES else None,
         softnet_drops_packets=softnet_drops,
         steal_fraction=round(steal_fraction, 4),
+        wall_pause_lateness_max_ns=late if len(gates) else None,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from testbed.collectives import (
     Flow,
+    IntraHostLinks,
     Schedule,
     build_flows,
     busiest_nic_bytes,
@@ -28,7 +29,7 @@ from testbed.plan.dilation import choose_dilation, choose_tick_ns
 from testbed.plan.lint import find_warnings
 from testbed.plan.model import Plan, PlannedWorkload
 from testbed.plan.predict import predict_cct_ratio
-from testbed.plan.qos import response_ns
+from testbed.plan.qos import notification_interval_ns, response_ns
 from testbed.roce.queue_pairs import Connection, Endpoint, build_connections
 from testbed.roce.wire import IP_PROTOCOL_UDP, LINK_OVERHEAD_BYTES, ROCE_UDP_PORT, Opcode, frame_bytes
 from testbed.routing import (
@@ -55,7 +56,7 @@ from testbed.scenario import (
     expand_sizes,
 )
 from testbed.scenario.rules import MAX_CONNECTIONS
-from testbed.topology import LinkSpec, Topology, build_clos, build_star
+from testbed.topology import LinkSpec, RankMap, Topology, build_clos, build_star
 
 # Retransmission timeout "auto": several loop times beside what the deepest queue of the path can add.
 _TIMEOUT_LOOPS = 4
@@ -70,11 +71,12 @@ DYNAMIC_PIECE_BYTES = 512 * 1024
 
 
 class _Traffic(NamedTuple):
-    """A workload item as a schedule, the ranks that take part, and busbw / algbw."""
+    """A workload item as a schedule, the ranks that take part, busbw / algbw, and where each flow's connection is."""
 
     schedule: Schedule
     order: tuple[int, ...]
     traffic_factor: float
+    flow_order: tuple[int, ...] = ()
 
 
 class _Sent(NamedTuple):
@@ -91,18 +93,38 @@ def build_topology(scenario: Scenario) -> Topology:
     fabric = scenario.fabric
     host_link = LinkSpec(fabric.host_link.rate_bits_per_s, fabric.host_link.delay_ns)
     if isinstance(fabric, StarFabric):
-        return build_star(hosts=fabric.nhosts, host_link=host_link)
+        return build_star(hosts=fabric.nhosts, host_link=host_link, nics_per_host=fabric.nics_per_host)
     uplink = LinkSpec(fabric.uplink.rate_bits_per_s, fabric.uplink.delay_ns)
-    return build_clos(hosts_per_leaf=fabric.host_counts, spines=fabric.spines, host_link=host_link, uplink=uplink)
+    return build_clos(
+        hosts_per_leaf=fabric.host_counts,
+        spines=fabric.spines,
+        host_link=host_link,
+        uplink=uplink,
+        nics_per_host=fabric.nics_per_host,
+    )
 
 
-def build_endpoints(topology: Topology) -> list[Endpoint]:
+def build_rank_map(scenario: Scenario) -> RankMap:
+    """Return which host, GPU and NIC each rank has."""
+    fabric = scenario.fabric
+    return RankMap(fabric.nhosts, fabric.gpus_per_host, fabric.nics_per_host)
+
+
+def build_endpoints(topology: Topology, ranks: RankMap) -> list[Endpoint]:
     """Return the NIC of every rank as frames name it."""
     endpoints = []
-    for rank in range(len(topology.hosts)):
-        port = topology.host_port(rank)
-        endpoints.append(Endpoint(rank, port.address, port.mac, topology.port(port.peer).mac))
+    for rank in range(ranks.nranks):
+        port = topology.nics[ranks.nic(rank)]
+        next_hop = topology.port(port.peer)
+        endpoints.append(Endpoint(rank, port.address, port.mac, next_hop.mac, ranks.nic(rank), ranks.host(rank)))
     return endpoints
+
+
+def build_intra_host_links(scenario: Scenario) -> IntraHostLinks:
+    """Return what joins the ranks of a host."""
+    ranks, nvlink = build_rank_map(scenario), scenario.fabric.nvlink
+    hosts = np.array([ranks.host(rank) for rank in range(ranks.nranks)], np.int64)
+    return IntraHostLinks(hosts, nvlink.rate_bits_per_s, nvlink.delay_ns)
 
 
 def compile_plan(
@@ -139,14 +161,13 @@ def compile_plan(
     )
     workloads = tuple(_plan_workload(index, item, sent, scenario, topology, tables) for index, item, sent in items)
 
-    rates = {rank: topology.host_port(rank).rate_bits_per_s for rank in range(len(topology.hosts))}
     frame_bits = 8 * (frame_bytes(Opcode.WRITE_MIDDLE, scenario.transport.mtu_bytes) + LINK_OVERHEAD_BYTES)
     offered, hops, most_senders = 0.0, 1.0, 1
     for planned in workloads:
-        senders = {connection.requester.local.rank for connection in planned.connections}
+        senders = {path.ports[0] for path in planned.paths}
         most_senders = max(most_senders, len(senders))
-        load = sum(rates[rank] for rank in senders) / frame_bits
-        if load >= offered:
+        load = sum(topology.port(nic).rate_bits_per_s for nic in senders) / frame_bits
+        if senders and load >= offered:
             offered, hops = load, float(np.mean([len(path.ports) for path in planned.paths]))
     # Connections of one NIC differ in their paths; the shortest way in use sets the smallest time.
     delays = [path.delay_ns for planned in workloads for path in planned.paths if path.delay_ns > 0]
@@ -155,6 +176,8 @@ def compile_plan(
     if scenario.qos.pfc.enabled:
         pauses = [(2 * port.delay_ns + response_ns(port.rate_bits_per_s)) for port in topology.ports]
         times.append((int(min(pauses)), "response to a pause"))
+    if notification_interval_ns(scenario.transport):
+        times.append((notification_interval_ns(scenario.transport), "CNP interval"))
     smallest, smallest_name = min(times, default=(0, "none: links have no delay"))
     dilation = choose_dilation(
         scenario.time_dilation,
@@ -192,16 +215,22 @@ def compile_plan(
 def _build_traffic(item: Workload, scenario: Scenario) -> _Traffic:
     """Return the schedule of a workload item, the ranks that take part in order, and busbw / algbw.
 
-    Slices below a packet would only add headers: where chunks are small they are cut into fewer.
+    Slices below a packet would only add headers: where chunks are small they are cut into fewer. Connections inside hosts
+    have the last numbers.
     """
     traffic = _collective(item, scenario) if isinstance(item, CollectiveWorkload) else _pattern(item, scenario)
-    return traffic._replace(schedule=traffic.schedule.sorted_by_sender())
+    inside = build_intra_host_links(scenario).find_connections(traffic.schedule)
+    pairs = traffic.schedule.connections
+    ranked = sorted(range(len(pairs)), key=lambda index: (bool(inside[index]), pairs[index]))
+    place = {index: number for number, index in enumerate(ranked)}
+    order = tuple(place[index] for index in range(len(pairs)))
+    return traffic._replace(schedule=traffic.schedule.sorted_by_sender(last=inside), flow_order=order)
 
 
 def _collective(item: CollectiveWorkload, scenario: Scenario) -> _Traffic:
     kind = item.order if isinstance(item.order, tuple) else str(item.order)
-    order = ring_order(kind, scenario.fabric.host_counts, np.random.default_rng([scenario.seed, _ORDER_STREAM]))
-    algorithm = find_algorithm(str(item.collective), str(item.algorithm))
+    order = ring_order(kind, scenario.fabric.rank_counts, np.random.default_rng([scenario.seed, _ORDER_STREAM]))
+    algorithm = find_algorithm(str(item.collective), str(item.algorithm)).on_hosts(scenario.fabric.gpus_per_host)
     most = algorithm.chunk_bytes(item.size_bytes, len(order)) // scenario.transport.mtu_bytes
     slices = max(1, min(algorithm.slices_per_chunk(len(order)), most))
     schedule = algorithm.build_schedule(order, item.size_bytes, slices)
@@ -209,19 +238,19 @@ def _collective(item: CollectiveWorkload, scenario: Scenario) -> _Traffic:
 
 
 def _pattern(item: IncastWorkload | PermutationWorkload | FlowsWorkload, scenario: Scenario) -> _Traffic:
-    nhosts = scenario.fabric.nhosts
+    nranks = scenario.fabric.nranks
     if isinstance(item, IncastWorkload):
         flows = incast_flows(item.fan_in, item.size_bytes)
         total = item.size_bytes
     elif isinstance(item, PermutationWorkload):
         rng = np.random.default_rng([scenario.seed, _PERMUTATION_STREAM])
-        flows = permutation_flows(nhosts, item.size_bytes, rng)
+        flows = permutation_flows(nranks, item.size_bytes, rng)
         total = item.size_bytes
     else:
         flows = [Flow(flow.src, flow.dst, flow.size_bytes) for flow in item.flows]
         total = sum(flow.nbytes for flow in flows)
     ranks = tuple(sorted({rank for flow in flows for rank in (flow.src, flow.dst)}))
-    schedule = build_flows(nhosts, flows, min_slice_bytes=scenario.transport.mtu_bytes)
+    schedule = build_flows(nranks, flows, min_slice_bytes=scenario.transport.mtu_bytes)
     return _Traffic(schedule, ranks, busiest_nic_bytes(flows) / total)
 
 
@@ -233,24 +262,26 @@ def _spread_over_qps(traffic: _Traffic, scenario: Scenario, topology: Topology) 
     """
     transport = scenario.transport
     schedule, qps = traffic.schedule, transport.qps_per_connection
-    count = len(schedule.connections) * qps
+    # Connections inside hosts come last and have no queue pairs.
+    networked = int(np.count_nonzero(~build_intra_host_links(scenario).find_connections(schedule)))
+    count = networked * qps
     if count > MAX_CONNECTIONS:
         raise PlanError(
-            f"transport.qps_per_connection: {len(schedule.connections)} connections with {qps} queue pairs each need "
+            f"transport.qps_per_connection: {networked} connections with {qps} queue pairs each need "
             f"{count}, at most {MAX_CONNECTIONS} fit",
             hint="use fewer queue pairs per connection, or fewer hosts",
         )
     pieces = None
     if qps > 1 and transport.qp_strategy is QpStrategy.DYNAMIC:
-        pieces = cut_into_pieces(schedule, DYNAMIC_PIECE_BYTES)
-        schedule = deal_over_qps(pieces, qps)
+        pieces = cut_into_pieces(schedule, DYNAMIC_PIECE_BYTES, networked)
+        schedule = deal_over_qps(pieces, qps, networked)
     elif qps > 1 and transport.qp_strategy is QpStrategy.ROUND_ROBIN:
-        schedule = deal_over_qps(schedule, qps)
+        schedule = deal_over_qps(schedule, qps, networked)
     elif qps > 1:
-        schedule = split_over_qps(schedule, qps, transport.mtu_bytes)
+        schedule = split_over_qps(schedule, qps, transport.mtu_bytes, networked)
     connections = build_connections(
-        list(schedule.connections),
-        build_endpoints(topology),
+        list(schedule.connections[:count]),
+        build_endpoints(topology, build_rank_map(scenario)),
         source_port_per_qp=transport.udp_source_port is UdpSourcePort.PER_QP,
         rng=np.random.default_rng(scenario.seed),
     )
@@ -259,11 +290,11 @@ def _spread_over_qps(traffic: _Traffic, scenario: Scenario, topology: Topology) 
 
 def _demands(sent: _Sent, topology: Topology) -> tuple[Demand, ...]:
     """Return the traffic matrix of a workload item, an entry per queue pair that carries something."""
-    carried = np.zeros(len(sent.connections), np.int64)
+    carried = np.zeros(len(sent.schedule.connections), np.int64)
     np.add.at(carried, sent.schedule.connection, sent.schedule.nbytes)
     return tuple(
-        Demand(topology.host_port(connection.requester.local.rank).id, flow_of(connection), nbytes)
-        for connection, nbytes in zip(sent.connections, carried.tolist(), strict=True)
+        Demand(topology.nics[connection.requester.local.nic].id, flow_of(connection), nbytes)
+        for connection, nbytes in zip(sent.connections, carried.tolist(), strict=False)
         if nbytes
     )
 
@@ -278,7 +309,7 @@ def _plan_workload(
         tuple(trace_connection_routes(connection, topology, tables, over_time=over_time) for connection in connections)
         for over_time in (False, True)
     )
-    wire = largest_frame_wire_bytes(schedule.nbytes, mtu)
+    wire = _largest_frame(schedule, len(connections), mtu)
     frame_ns = [[8e9 * wire / topology.port(port).rate_bits_per_s for port in path.ports] for path in paths]
     one_way = np.array(
         [round(path.delay_ns + sum(times)) for path, times in zip(paths, frame_ns, strict=True)], np.int64
@@ -296,9 +327,12 @@ def _plan_workload(
         possible_routes=possible_routes,
         one_way_ns=one_way,
         ideal_cct_ns=0.0,
+        intra_host=build_intra_host_links(scenario),
         predicted_cct_ratio=_predict(sent, routes, scenario, topology),
         traffic_factor=traffic.traffic_factor,
         resolution_error_fraction=0.0,
+        flow_order=traffic.flow_order,
+        qps_per_connection=scenario.transport.qps_per_connection,
     )
     return replace(planned, ideal_cct_ns=_ideal_cct_ns(planned, topology, scenario, 0))
 
@@ -306,11 +340,12 @@ def _plan_workload(
 def _predict(sent: _Sent, routes: Sequence[Sequence[Route]], scenario: Scenario, topology: Topology) -> float:
     """Return the expected CCT over ideal, from the ways of every queue pair's packets."""
     transport = scenario.transport
+    nvlink = scenario.fabric.nvlink.rate_bits_per_s
     if transport.qp_strategy is QpStrategy.ROUND_ROBIN:
-        return predict_cct_ratio(topology, sent.schedule, routes)
+        return predict_cct_ratio(topology, sent.schedule, routes, nvlink)
     # A transfer that is striped, or goes piece by piece, uses all queue pairs of its connection at once.
     qps = transport.qps_per_connection
-    carried = np.zeros(len(routes), np.int64)
+    carried = np.zeros(len(sent.schedule.connections), np.int64)
     np.add.at(carried, sent.schedule.connection, sent.schedule.nbytes)
     together: list[list[Route]] = []
     for first in range(0, len(routes), qps):
@@ -323,7 +358,15 @@ def _predict(sent: _Sent, routes: Sequence[Sequence[Route]], scenario: Scenario,
                 if carried[qp]
             ]
         )
-    return predict_cct_ratio(topology, sent.traffic.schedule, together, shares_follow_rates=sent.pieces is not None)
+    return predict_cct_ratio(
+        topology, sent.traffic.schedule, together, nvlink, shares_follow_rates=sent.pieces is not None
+    )
+
+
+def _largest_frame(schedule: Schedule, networked: int, mtu: int) -> int:
+    """Return the wire bytes of the largest frame on the first ``networked`` connections; 0 where there are none."""
+    nbytes = schedule.nbytes[schedule.connection < networked]
+    return largest_frame_wire_bytes(nbytes, mtu) if len(nbytes) else 0
 
 
 def _ideal_cct_ns(planned: PlannedWorkload, topology: Topology, scenario: Scenario, extra_ns: int) -> float:
@@ -331,15 +374,24 @@ def _ideal_cct_ns(planned: PlannedWorkload, topology: Topology, scenario: Scenar
 
     It is that of the messages: how many queue pairs carry them does not change what the NICs can do.
     """
-    mtu = scenario.transport.mtu_bytes
-    messages = planned.messages
-    wire = largest_frame_wire_bytes(messages.nbytes, mtu)
+    mtu, messages = scenario.transport.mtu_bytes, planned.messages
+    wire = _largest_frame(planned.schedule, len(planned.connections), mtu)
     # The first frame time is part of the NIC's own time.
     first_frame_ns = [round(8e9 * wire / topology.port(path.ports[0]).rate_bits_per_s) for path in planned.paths]
     of_qps = planned.one_way_ns - np.array(first_frame_ns, np.int64) + extra_ns
-    latency_ns = of_qps.reshape(len(messages.connections), -1).max(axis=1)  # a message is there when its last piece is
-    nic_rates = np.array([topology.host_port(rank).rate_bits_per_s for rank in range(messages.nranks)])
-    return ideal_cct_ns(messages, nic_rate_bits_per_s=nic_rates, latency_ns=latency_ns, mtu=mtu)
+    latency_ns = np.zeros(len(messages.connections), np.int64)
+    if len(of_qps):  # a message is there when its last piece is
+        of_messages = of_qps.reshape(-1, planned.qps_per_connection).max(axis=1)
+        latency_ns[: len(of_messages)] = of_messages
+    ranks = build_rank_map(scenario)
+    return ideal_cct_ns(
+        messages,
+        nic_rate_bits_per_s=np.array([nic.rate_bits_per_s for nic in topology.nics]),
+        latency_ns=latency_ns,
+        mtu=mtu,
+        nic_of_rank=np.array([ranks.nic(rank) for rank in range(ranks.nranks)]),
+        intra_host=planned.intra_host,
+    )
 
 
 def flow_of(connection: Connection) -> FlowKey:
@@ -357,21 +409,21 @@ def flow_of(connection: Connection) -> FlowKey:
 
 def trace_connection(connection: Connection, topology: Topology, tables: ForwardingTables) -> Path:
     """Return the path of a connection's data."""
-    return trace_path(topology, tables, topology.host_port(connection.requester.local.rank).id, flow_of(connection))
+    return trace_path(topology, tables, topology.nics[connection.requester.local.nic].id, flow_of(connection))
 
 
 def trace_connection_routes(
     connection: Connection, topology: Topology, tables: ForwardingTables, *, over_time: bool = False
 ) -> tuple[Route, ...]:
     """Return all ways of a connection's packets; ``over_time`` as for `testbed.routing.trace_routes`."""
-    nic = topology.host_port(connection.requester.local.rank)
+    nic = topology.nics[connection.requester.local.nic]
     return trace_routes(topology, tables, nic.id, flow_of(connection), over_time=over_time)
 
 
 def _retransmit_timeout_ns(scenario: Scenario, topology: Topology, workloads: tuple[PlannedWorkload, ...]) -> int:
     if scenario.transport.retransmit_timeout_ns is not None:
         return scenario.transport.retransmit_timeout_ns
-    loop_ns = 2 * max(int(planned.one_way_ns.max()) for planned in workloads)
+    loop_ns = 2 * max(int(planned.one_way_ns.max(initial=0)) for planned in workloads)
     slowest = min(port.rate_bits_per_s for port in topology.ports)
     queue_ns = 8_000_000_000 * scenario.fabric.switch.buffer_bytes // slowest
     return _TIMEOUT_LOOPS * loop_ns + _TIMEOUT_QUEUES * queue_ns

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from testbed.plan.dilation import DilationBound
 from testbed.plan.qos import find_qos_warnings
+from testbed.units import format_rate, format_size, format_time
 
 if TYPE_CHECKING:
     from testbed.plan.model import Plan, PlannedWorkload
@@ -32,6 +33,8 @@ def find_warnings(plan: Plan) -> tuple[str, ...]:
     if not plan.pausing:
         for planned in plan.largest_workloads:  # what piles up grows with the size
             warnings += _find_buffer_warnings(plan, planned)
+    for planned in plan.largest_workloads:
+        warnings += _find_model_warnings(planned)
     return tuple(warnings)
 
 
@@ -41,7 +44,7 @@ def _find_buffer_warnings(plan: Plan, planned: PlannedWorkload) -> list[str]:
     sharing = Counter(port for _, port in _senders_by_port(planned))
     if max(sharing.values(), default=1) == 1:
         return []
-    unbidden = planned.schedule.unbidden_bytes().tolist()
+    unbidden = planned.schedule.unbidden_bytes()[: len(planned.paths)].tolist()
     switch, piled_bytes = _largest_pile(plan, planned, unbidden)
     buffer = plan.scenario.fabric.switch.buffer_bytes
     if switch:
@@ -66,6 +69,18 @@ def _senders_by_port(planned: PlannedWorkload) -> set[tuple[int, int]]:
     """Return which NIC's data may leave by which switch port, as pairs of port ids."""
     paths = (route.path for routes in planned.possible_routes for route in routes)
     return {(path.ports[0], port) for path in paths for port in path.ports[1:]}
+
+
+def _find_model_warnings(planned: PlannedWorkload) -> list[str]:
+    """Return a warning if NVLink, which is only a model, carries a part of a workload."""
+    nbytes, links = planned.nvlink_bytes, planned.intra_host
+    if not nbytes:
+        return []
+    whole = "" if planned.connections else "; the whole of it does, so its time is computed, not measured"
+    return [
+        f"{planned.collective_name} ({planned.algorithm_name}): {format_size(nbytes)} go over NVLink, which is a model "
+        f"({format_rate(links.rate_bits_per_s)} per GPU and direction, {format_time(links.latency_ns)}), no packets{whole}"
+    ]
 
 
 def _largest_pile(plan: Plan, planned: PlannedWorkload, unbidden: Sequence[int]) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,11 +10,13 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from testbed.collectives import Schedule
+from testbed.collectives import IntraHostLinks, Schedule
 from testbed.plan.dilation import TimeDilation
 from testbed.plan.operations import (
+    MAIN_TABLE,
     AddAddress,
     AddRoute,
+    AddRule,
     AttachPrograms,
     CreateLink,
     CreateNamespace,
@@ -25,7 +28,9 @@ from testbed.plan.qos import (
     PAUSABLE_BURST_TICKS,
     Marking,
     PauseThresholds,
+    gate_allowance_ns,
     marking_of,
+    notification_interval_ns,
     pause_thresholds,
     shared_bytes,
     switch_of,
@@ -50,6 +55,8 @@ UNSHARED_BURST_TICKS = 6
 # Room for the largest headers beside the payload (IP, UDP, BTH, RETH, ICRC: 60 bytes).
 _MTU_HEADROOM_BYTES = 104
 _MIN_MTU_BYTES = 1500
+# The routing tables of a host's several NICs; clear of the kernel's own, 253 to 255.
+_FIRST_SOURCE_TABLE = 100
 _ETHERNET_HEADER_BYTES = 14
 # Collectives whose call takes one rank's share of the buffer as its count.
 _COUNTED_BY_SHARE = frozenset({"reduce_scatter", "all_gather", "all_to_all", "gather", "scatter"})
@@ -69,16 +76,20 @@ class PlannedWorkload:
             queue pairs were alike.
         pieces: What is given to the queue pairs of each connection of `messages` as they have credit; None where `schedule`
             says beforehand what each of them sends.
-        connections: A QP pair per connection of the schedule.
-        paths: The path of each connection's data; one of several where switches spread its packets.
-        routes: All ways of each connection's packets, as long as the connection does not pause.
+        connections: A QP pair for each of the schedule's first connections, those between hosts. The others join ranks of
+            one host and have none.
+        paths: The path of each QP pair's data; one of several where switches spread its packets.
+        routes: All ways of each QP pair's packets, as long as it does not pause.
         possible_routes: The same with those that it may change to after a pause (flowlets).
-        one_way_ns: Propagation and one frame time per hop of each path, shape ``(connections,)``.
+        one_way_ns: Propagation and one frame time per hop of each path, shape ``(paths,)``.
+        intra_host: What carries the schedule's other connections.
         ideal_cct_ns: Completion time over a non-blocking core.
         predicted_cct_ratio: Expected CCT over ideal, from the forwarding tables.
         traffic_factor: busbw / algbw: the bytes that the busiest NIC must carry each way per byte of `size_bytes`.
         resolution_error_fraction: What a tick more of latency adds to the ideal completion time: how coarse the engine's
             reaction is for this workload.
+        flow_order: Index of each flow's connection in `messages`, in the order in which the scenario lists the flows.
+        qps_per_connection: QP pairs that each connection of `messages` between hosts has; those of one follow each other.
     """
 
     item: int
@@ -92,10 +103,13 @@ class PlannedWorkload:
     routes: tuple[tuple[Route, ...], ...]
     possible_routes: tuple[tuple[Route, ...], ...]
     one_way_ns: npt.NDArray[np.int64]
+    intra_host: IntraHostLinks
     ideal_cct_ns: float
     predicted_cct_ratio: float
     traffic_factor: float
     resolution_error_fraction: float
+    flow_order: tuple[int, ...] = ()
+    qps_per_connection: int = 1
 
     @property
     def collective_name(self) -> str:
@@ -133,6 +147,11 @@ class PlannedWorkload:
     def nranks(self) -> int:
         """Return the number of ranks that take part."""
         return len(self.order)
+
+    @property
+    def nvlink_bytes(self) -> int:
+        """Return the payload that stays inside hosts, in an iteration."""
+        return int(self.schedule.nbytes[self.schedule.connection >= len(self.connections)].sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +234,16 @@ class Plan:
         bursts = {port.id: self.burst_bytes(port.id, shared=True) for port in self.topology.ports}
         return pause_thresholds(self.scenario, self.topology, self.dilation, bursts, self.wall_tick_lateness_ns)
 
+    @property
+    def wall_gate_allowance_ns(self) -> int:
+        """Return how late this machine may obey a pause: what the headroom makes room for."""
+        return round(gate_allowance_ns(self.dilation, self.wall_tick_lateness_ns))
+
+    @property
+    def cnp_interval_ns(self) -> int:
+        """Return the time in which a responder sends at most one CNP per QP; 0 where nobody listens to CNPs."""
+        return notification_interval_ns(self.scenario.transport)
+
     def buffer_bytes(self, node: int) -> int:
         """Return the packet memory of a switch."""
         return switch_of(self.scenario, self.topology.nodes[node]).buffer_bytes
@@ -240,7 +269,7 @@ class Plan:
 
     def nic_ports(self) -> frozenset[int]:
         """Return the port ids of all NICs."""
-        return frozenset(self.topology.host_port(rank).id for rank in range(len(self.topology.hosts)))
+        return frozenset(port.id for port in self.topology.nics)
 
     def operations(self, namespaces: Sequence[str], *, any_workload: bool) -> tuple[Operation, ...]:
         """Return what builds the fabric, in order.
@@ -279,7 +308,11 @@ class Plan:
                 )
                 result.append(AttachPrograms(node.index, port.id, port.ifname, node.kind is NodeKind.HOST))
                 result.append(AddAddress(node.index, port.id, port.ifname, port.address, 31, peer.address, peer.mac))
+            tables = itertools.count(_FIRST_SOURCE_TABLE)
             for route in topology.kernel_routes(node):
                 hops = tuple((hop.address, hop.port) for hop in route.next_hops)
-                result.append(AddRoute(node.index, route.prefix, route.prefix_length, hops))
+                table = MAIN_TABLE if route.source is None else next(tables)
+                result.append(AddRoute(node.index, route.prefix, route.prefix_length, hops, table))
+                if route.source is not None:
+                    result.append(AddRule(node.index, route.source, table))
         return tuple(result)

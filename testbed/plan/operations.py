@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
+MAIN_TABLE = 254
+"""The kernel's usual routing table (RT_TABLE_MAIN)."""
+
 
 @dataclass(frozen=True, slots=True)
 class CreateNamespace:
@@ -100,14 +103,29 @@ class AddRoute:
     prefix: int
     prefix_len: int
     next_hops: tuple[tuple[int, int], ...]
+    table: int = MAIN_TABLE
 
     def describe(self) -> str:
         """Return the equal shell command."""
         prefix = f"{IPv4Address(self.prefix)}/{self.prefix_len}"
+        table = "" if self.table == MAIN_TABLE else f" table {self.table}"
         if not self.next_hops:
-            return f"ip route add unreachable {prefix}"
+            return f"ip route add unreachable {prefix}{table}"
         hops = " ".join(f"nexthop via {IPv4Address(gateway)}" for gateway, _ in self.next_hops)
-        return f"ip route add {prefix} {hops}"
+        return f"ip route add {prefix}{table} {hops}"
+
+
+@dataclass(frozen=True, slots=True)
+class AddRule:
+    """Packets from an address of the node look into a routing table of their own."""
+
+    node: int
+    source: int
+    table: int
+
+    def describe(self) -> str:
+        """Return the equal shell command."""
+        return f"ip rule add from {IPv4Address(self.source)} table {self.table}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,4 +147,4 @@ class AttachPrograms:
         return f"tc qdisc add dev {self.ifname} clsact; tc filter add dev {self.ifname} {programs}; ip link set {self.ifname} up"
 
 
-Operation = CreateNamespace | CreateLink | ShapePort | AddAddress | AddRoute | AttachPrograms
+Operation = CreateNamespace | CreateLink | ShapePort | AddAddress | AddRoute | AddRule | AttachPrograms

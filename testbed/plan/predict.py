@@ -9,12 +9,17 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.collectives import Schedule
-from testbed.routing import Route, max_min_rates, nic_port_rates, port_rates
+from testbed.routing import Path, Route, max_min_rates, nic_port_rates, port_rates, single_route
 from testbed.topology import Topology
 
 
 def predict_cct_ratio(
-    topology: Topology, schedule: Schedule, routes: Sequence[Sequence[Route]], *, shares_follow_rates: bool = False
+    topology: Topology,
+    schedule: Schedule,
+    routes: Sequence[Sequence[Route]],
+    nvlink_rate_bits_per_s: float = np.inf,
+    *,
+    shares_follow_rates: bool = False,
 ) -> float:
     """Return the completion time of a schedule over that in a non-blocking core.
 
@@ -23,14 +28,16 @@ def predict_cct_ratio(
     transfers as many dependencies away from the beginning run together, share ports fairly, and the next begin when they
     have arrived; it decides where connections take turns, as in a pairwise exchange, whose collisions add up step by step.
 
-    The reference is the same with ports on host links alone, so that a NIC that several senders share is no slowdown.
-    Bandwidth terms only: no latencies, no queues, no pauses, so a real fabric may be slower, hardly ever faster.
+    The reference is the same with ports on host links (and GPUs, for NVLink) alone, so that a NIC that several senders
+    share is no slowdown. Bandwidth terms only: no latencies, no queues, no pauses, so a real fabric may be slower, hardly
+    ever faster.
 
     Args:
         topology: The fabric.
         schedule: What is sent; at least one transfer.
-        routes: The ways of each connection's bytes, over its queue pairs and over what a switch spreads. A transfer has
-            arrived when its slowest part has.
+        routes: The ways of each of the first connections' bytes, over its queue pairs and over what a switch spreads. A
+            transfer has arrived when its slowest part has. The connections behind join ranks of one host.
+        nvlink_rate_bits_per_s: What each rank sends and receives at most inside its host.
         shares_follow_rates: Whether connections divide their bytes over their ways so that the busiest port has least to do,
             instead of by the shares: what queue pairs that take the next piece when they have credit come to, at best.
 
@@ -38,8 +45,15 @@ def predict_cct_ratio(
         At least 1, but for rounding.
     """
     steps = _steps(schedule)
+    # Behind the fabric's ports: one out of each rank's GPU and one into it.
+    first = len(topology.ports) + 1
+    inside = [
+        single_route(Path((first + 2 * src, first + 2 * dst + 1), (), 0))
+        for src, dst in schedule.connections[len(routes) :]
+    ]
+    gpus = np.full(2 * schedule.nranks, nvlink_rate_bits_per_s)
     fabric, reference = (
-        _time(schedule, _Ways(routes, rates, shares_follow_rates), steps)
+        _time(schedule, _Ways([*routes, *inside], np.concatenate([rates, gpus]), shares_follow_rates), steps)
         for rates in (port_rates(topology), nic_port_rates(topology))
     )
     return fabric / reference

@@ -15,8 +15,10 @@ from fractions import Fraction
 
 from testbed.errors import PlanError
 from testbed.plan.dilation import TimeDilation
+from testbed.roce.congestion.dcqcn import Parameters, cnp_interval_ns
+from testbed.roce.congestion.protocol import read_parameters
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
-from testbed.scenario import EcnPreset, Scenario, Switch
+from testbed.scenario import CongestionControl, EcnPreset, Scenario, Switch, Transport
 from testbed.topology import Node, NodeKind, Port, Topology
 
 QUANTUM_BITS = 512
@@ -64,6 +66,17 @@ class PauseThresholds:
     delay_ns: float
 
 
+def gate_allowance_ns(dilation: TimeDilation, lateness_ns: int | None) -> float:
+    """Return how late this machine may obey a pause, wall: what the headroom makes room for.
+
+    Args:
+        dilation: Of the run.
+        lateness_ns: How late its ticks are, wall, 99th percentile; None where it was not measured.
+    """
+    tick_ns = dilation.wall_tick_ns
+    return _GATE_TICKS * tick_ns + (lateness_ns if lateness_ns is not None else _DEFAULT_LATENESS_TICKS * tick_ns)
+
+
 def response_ns(rate_bits_per_s: int) -> float:
     """Return the time that a port of that rate may take to obey a PFC frame."""
     quanta = next((quanta for rate, quanta in _RESPONSE_QUANTA if rate_bits_per_s <= rate), _FASTEST_RESPONSE_QUANTA)
@@ -99,6 +112,13 @@ def marking_of(scenario: Scenario, port: Port) -> Marking | None:
     return Marking(kmin, kmax, pmax)
 
 
+def notification_interval_ns(transport: Transport) -> int:
+    """Return the time in which a responder sends at most one CNP per QP; 0 where nobody listens to CNPs."""
+    if transport.congestion_control is not CongestionControl.DCQCN:
+        return 0
+    return cnp_interval_ns(read_parameters(Parameters, transport.congestion_parameters, "dcqcn"))
+
+
 def switch_of(scenario: Scenario, node: Node) -> Switch:
     """Return the packet memory of a switch."""
     return scenario.fabric.spine_switch if node.kind is NodeKind.SPINE else scenario.fabric.switch
@@ -127,7 +147,6 @@ def pause_thresholds(
     if not pfc.enabled:
         return {}
     tick_ns = dilation.wall_tick_ns
-    late_ns = lateness_ns if lateness_ns is not None else _DEFAULT_LATENESS_TICKS * tick_ns
     frame_bytes = scenario.transport.mtu_bytes + 58 + LINK_OVERHEAD_BYTES
     result = {}
     for port in topology.ports:
@@ -137,7 +156,7 @@ def pause_thresholds(
         switch = switch_of(scenario, node)
         bytes_per_ns = port.rate_bits_per_s / 8e9
         delay_ns = 2 * port.delay_ns + response_ns(port.rate_bits_per_s)
-        gate_ns = (_GATE_TICKS * tick_ns + late_ns) / dilation.value
+        gate_ns = gate_allowance_ns(dilation, lateness_ns) / dilation.value
         burst = burst_bytes[port.peer]
         needed = round(2 * frame_bytes + bytes_per_ns * (delay_ns + gate_ns) + burst + _PFC_WIRE_BYTES)
         headroom = pfc.headroom_bytes if pfc.headroom_bytes is not None else needed
@@ -186,6 +205,10 @@ def find_qos_warnings(
 ) -> list[str]:
     """Return what of the thresholds could make a lossless class drop, or pause before it marks."""
     warnings = []
+    if scenario.transport.congestion_control is CongestionControl.DCQCN and not scenario.qos.ecn.enabled:
+        warnings.append(
+            "transport.congestion_control dcqcn acts on marks, and qos.ecn is not enabled: it never slows down"
+        )
     short = [port for port, one in thresholds.items() if one.headroom_bytes < one.needed_headroom_bytes]
     if short:
         worst = max(short, key=lambda port: thresholds[port].needed_headroom_bytes)

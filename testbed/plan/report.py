@@ -10,7 +10,7 @@ from typing import Any
 from testbed.plan.model import Plan, PlannedWorkload
 from testbed.plan.operations import CreateLink, Operation
 from testbed.routing import find_collisions, link_loads
-from testbed.topology import NodeKind, format_address
+from testbed.topology import NodeKind, Topology, format_address
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class FlowPath:
     """One flow and the way its data takes.
 
     Attributes:
-        name: Its two hosts and QP, such as ``host0>host4#0x100``.
+        name: Its two hosts and QP, such as ``host0>host4#0x100``; hosts with several NICs with theirs, such as ``host0/eth1``.
         workload: Index of the workload item it belongs to.
         src: Sending host.
         dst: Receiving host.
@@ -123,9 +123,11 @@ def _describe_flows(plan: Plan, index: int, planned: PlannedWorkload) -> list[Fl
     for connection, routes, possible in zip(planned.connections, planned.routes, planned.possible_routes, strict=True):
         end = connection.requester
         nodes = _merge([[topology.nodes[node].name for node in route.path.nodes] for route in routes])
+        ports = routes[0].path.ports
+        last = topology.port(ports[-1]).peer
         flows.append(
             FlowPath(
-                name=f"{nodes[0]}>{nodes[-1]}#{end.qpn:#x}",
+                name=f"{_nic_name(topology, ports[0])}>{_nic_name(topology, last)}#{end.qpn:#x}",
                 workload=index,
                 src=nodes[0],
                 dst=nodes[-1],
@@ -144,6 +146,12 @@ def _describe_flows(plan: Plan, index: int, planned: PlannedWorkload) -> list[Fl
 def _merge(ways: list[list[str]]) -> tuple[str, ...]:
     """Return the names at each hop of several ways of equal length, joined where they differ."""
     return tuple("|".join(dict.fromkeys(names)) for names in zip(*ways, strict=True))
+
+
+def _nic_name(topology: Topology, port_id: int) -> str:
+    """Return the host of a NIC, and which NIC it is where the host has several."""
+    host = topology.nodes[topology.port(port_id).node]
+    return host.name if len(host.ports) == 1 else topology.port_name(port_id)
 
 
 def _describe_loads(plan: Plan, index: int, planned: PlannedWorkload) -> list[LinkLoad]:
@@ -228,6 +236,7 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
                 "warmup_iters": planned.workload.warmup_iters,
                 "connections": len(planned.connections),
                 "transfers": len(planned.schedule.nbytes),
+                "nvlink_bytes": planned.nvlink_bytes,
                 "cct_ideal_ns": planned.ideal_cct_ns,
                 "predicted_cct_ratio": planned.predicted_cct_ratio,
                 "wall_duration_ns": expected_wall_ns(plan, planned),

@@ -66,6 +66,7 @@ class Fidelity:
         wall_fabric_wait_p99_ns: 99th percentile of how long a frame waits for the fabric's CPU, wall time.
         softnet_drops_packets: Frames the kernel dropped between two ports.
         steal_fraction: Share of the CPU time that a hypervisor gave to others.
+        wall_pause_lateness_max_ns: How late a pause was obeyed at most, wall time; None where nothing was paused.
     """
 
     verdict: FidelityVerdict
@@ -79,6 +80,36 @@ class Fidelity:
     wall_fabric_wait_p99_ns: int | None = None
     softnet_drops_packets: int | None = None
     steal_fraction: float | None = None
+    wall_pause_lateness_max_ns: int | None = None
+
+
+def jain_index(shares: Sequence[float]) -> float | None:
+    """Return Jain's fairness index, 1 where all shares are equal, 1/n where one has all; None where nobody has any.
+
+    Source:
+        Jain, Chiu, Hawe, "A Quantitative Measure of Fairness", DEC TR-301, 1984.
+    """
+    squares = sum(share * share for share in shares)
+    return sum(shares) ** 2 / (len(shares) * squares) if squares else None
+
+
+@dataclass(frozen=True, slots=True)
+class FlowResult:
+    """One flow of a pattern.
+
+    Attributes:
+        src: Rank that sends.
+        dst: Rank that receives.
+        size_bytes: What it sends.
+        cct_ns: When its last byte had arrived, median of the iterations.
+        together_bytes_per_s: What it delivered per second until the first of the flows ended: its share while all ran.
+    """
+
+    src: int
+    dst: int
+    size_bytes: int
+    cct_ns: int
+    together_bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +132,9 @@ class CollectiveResult:
         datatype: Type of an element.
         fabric: What the fabric counted in this row's measured iterations.
         fidelity: Whether this row can be trusted; None when nothing ran.
+        flows: Each flow of a pattern of flows, in the order of the file; empty for collectives.
+        jain_fraction: Jain's index of what the flows delivered per second while all ran; None without flows.
+        nvlink_bytes: Payload of an iteration that stayed inside hosts. A model of NVLink carried it, no packets.
     """
 
     collective: str
@@ -118,6 +152,9 @@ class CollectiveResult:
     datatype: str = DATATYPE
     fabric: FabricCounts = field(default_factory=FabricCounts)
     fidelity: Fidelity | None = None
+    flows: tuple[FlowResult, ...] = ()
+    jain_fraction: float | None = None
+    nvlink_bytes: int | None = None
 
     @classmethod
     def from_samples(
@@ -135,6 +172,8 @@ class CollectiveResult:
         count: int | None = None,
         fabric: FabricCounts | None = None,
         fidelity: Fidelity | None = None,
+        flows: tuple[FlowResult, ...] = (),
+        nvlink_bytes: int | None = None,
     ) -> Self:
         """Return the result with every figure that follows from the samples; None where there are none.
 
@@ -147,10 +186,12 @@ class CollectiveResult:
             wall_cct_ns: The same by this machine's clock.
             cct_ideal_ns: Completion time over a core that never blocks, if known.
             traffic_factor: busbw / algbw of the algorithm.
-            predicted_cct_ratio: As in the attribute; so are `count`, `fabric` and `fidelity`.
+            predicted_cct_ratio: As in the attribute; so are those below.
             count: See there.
             fabric: See there.
             fidelity: See there.
+            flows: See there.
+            nvlink_bytes: See there.
 
         Source:
             nccl-tests, doc/PERFORMANCE.md (algbw and busbw).
@@ -172,6 +213,9 @@ class CollectiveResult:
             count=count,
             fabric=fabric or FabricCounts(),
             fidelity=fidelity,
+            flows=flows,
+            jain_fraction=jain_index([flow.together_bytes_per_s for flow in flows]),
+            nvlink_bytes=nvlink_bytes,
         )
 
 
@@ -313,6 +357,7 @@ class Result:
                         wall_cct_ns=tuple(row.get("wall_cct_ns", ())),
                         fabric=_load(FabricCounts, row.get("fabric", {})),
                         fidelity=_load_fidelity(row.get("fidelity")),
+                        flows=tuple(_load(FlowResult, flow) for flow in row.get("flows", ())),
                     )
                     for row in fields["results"]
                 ),

@@ -16,12 +16,23 @@ QPN_BASE = 0x100
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One NIC port of a host, as the frames name it."""
+    """A rank and the NIC that it uses, as the frames name it.
+
+    Attributes:
+        rank: The rank.
+        address: IPv4 address of the NIC.
+        mac: MAC address of the NIC.
+        next_hop_mac: MAC address of the leaf's port.
+        nic: Number of the NIC, counted over the fabric; several ranks may share one.
+        host: Number of its host.
+    """
 
     rank: int
     address: int
     mac: str
     next_hop_mac: str
+    nic: int
+    host: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +89,9 @@ def build_connections(
             share the one of their first QP.
         rng: Draws the initial PSNs.
 
+    Raises:
+        ValueError: If both ends of a pair are on one host: that is no way over the network.
+
     Source:
         Linux drivers/infiniband/core, ``rdma_calc_flow_label()`` and ``rdma_flow_label_to_udp_sport()``.
     """
@@ -93,6 +107,8 @@ def build_connections(
         if not source_port_per_qp:
             ports = first_port.setdefault((source, destination), ports)
         local, remote = endpoints[source], endpoints[destination]
+        if local.host == remote.host:
+            raise ValueError(f"ranks {source} and {destination} are both on host{local.host}: QPs join hosts")
         connections.append(
             Connection(
                 QueuePair(requester_qpn, responder_qpn, local, remote, ports[0]),
@@ -103,6 +119,6 @@ def build_connections(
     return connections
 
 
-def ranks_of(connections: list[Connection]) -> npt.NDArray[np.int64]:
-    """Return the requester's rank of each connection."""
-    return np.array([connection.requester.local.rank for connection in connections], np.int64)
+def nics_of(connections: list[Connection]) -> npt.NDArray[np.int64]:
+    """Return the number of the NIC that each connection sends from."""
+    return np.array([connection.requester.local.nic for connection in connections], np.int64)

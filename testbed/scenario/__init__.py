@@ -1,6 +1,7 @@
 """The scenario: file format, defaults, and all mistakes of a file at once."""
 
-from testbed.scenario.expect import Expectation, Verdict, evaluate, parse_expectation
+from testbed.scenario.congestion import CongestionControl
+from testbed.scenario.expect import FLOW_METRIC, Expectation, Verdict, evaluate, parse_expectation
 from testbed.scenario.load import load_scenario
 from testbed.scenario.model import (
     AdmissionScheme,
@@ -9,7 +10,6 @@ from testbed.scenario.model import (
     ClosFabric,
     Collective,
     CollectiveWorkload,
-    CongestionControl,
     FabricKind,
     Flow,
     FlowsWorkload,
@@ -24,6 +24,7 @@ from testbed.scenario.model import (
     Scenario,
     StarFabric,
     Switch,
+    Transport,
     UdpSourcePort,
     Uplink,
     Workload,
@@ -33,6 +34,7 @@ from testbed.scenario.qos import EcnPreset, WatchdogAction
 from testbed.scenario.sweep import expand_sizes
 
 __all__ = [
+    "FLOW_METRIC",
     "AdmissionScheme",
     "Algorithm",
     "Carrier",
@@ -56,6 +58,7 @@ __all__ = [
     "Scenario",
     "StarFabric",
     "Switch",
+    "Transport",
     "UdpSourcePort",
     "Uplink",
     "Verdict",

@@ -82,8 +82,12 @@ METRICS: dict[str, Callable[[str], Fraction]] = {
     "cnp_packets": parse_number,
     "pause_frames": parse_number,
     "paused_fraction_max": parse_fraction,
+    "jain_fraction": parse_fraction,
 }
 """Every metric that may be named, and how its number is read."""
+
+FLOW_METRIC = re.compile(r"flow_([0-9]{1,4})_bytes_per_s", re.ASCII)
+"""What a flow of a pattern delivered per second while all flows ran; the number is its place in the file, from 0."""
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "==": operator.eq,
@@ -111,14 +115,18 @@ def parse_expectation(text: str) -> Expectation:
     if match is None:
         raise ExpectationError('must be a line such as "cct_ratio <= 1.05"', "write: metric, comparison, number")
     metric, symbol, number = match[1], match[2], match[3]
-    if metric not in METRICS:
+    if FLOW_METRIC.fullmatch(metric):
+        read: Callable[[str], Fraction] = parse_byte_rate
+    elif metric in METRICS:
+        read = METRICS[metric]
+    else:
         near = difflib.get_close_matches(metric, METRICS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"metrics: {', '.join(METRICS)}"
         raise ExpectationError("names no metric of the result", hint)
     if symbol not in OPERATORS:
         raise ExpectationError(f"must compare with one of {' '.join(OPERATORS)}")
     try:
-        value = METRICS[metric](number)
+        value = read(number)
     except UnitError as error:
         raise ExpectationError(f"the number {error}") from None
     return Expectation(metric, symbol, float(value), text.strip())

@@ -200,7 +200,7 @@ def fraction(high: Fraction) -> Kind:
     return Kind(parse, units.format_fraction, {"anyOf": forms, "examples": ["1/8", 0.2, "20 %"]})
 
 
-def number(low: int, high: int) -> Kind:
+def number(low: float, high: float) -> Kind:
     """Return the kind of plain numbers from ``low`` to ``high``."""
 
     def parse(value: object) -> float:

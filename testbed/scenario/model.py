@@ -18,7 +18,9 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import BaseModel, Discriminator, Tag, model_validator
 
 from testbed.scenario import kinds
+from testbed.scenario.congestion import CongestionControl, Dcqcn, Timely, congestion_parameters
 from testbed.scenario.expect import Expectation
+from testbed.scenario.nvlink import Nvlink as Nvlink
 from testbed.scenario.qos import Qos
 from testbed.scenario.section import Section as _Section
 from testbed.scenario.section import derived_key as _derived_key
@@ -40,7 +42,7 @@ _FLAG = kinds.flag()
 _UINT32 = kinds.integer(0, 2**32 - 1)
 _PRIORITY = kinds.integer(0, 7)
 _RANK = kinds.integer(0, MAX_HOSTS - 1)
-_NODE = kinds.text(40, r"[A-Za-z0-9:._-]+", 'must be a node or link such as "leaf0" or "leaf0:spine1"')
+_NODE = kinds.text(40, r"[A-Za-z0-9:/._-]+", 'must be a node or link such as "leaf0" or "leaf0:spine1"')
 
 
 class FabricKind(StrEnum):
@@ -107,13 +109,6 @@ class LossRecovery(StrEnum):
     SELECTIVE = "selective"
 
 
-class CongestionControl(StrEnum):
-    """What slows a sender down."""
-
-    NONE = "none"
-    DCQCN = "dcqcn"
-
-
 class AdmissionScheme(StrEnum):
     """What a sender must be granted before it sends."""
 
@@ -148,7 +143,7 @@ class Algorithm(StrEnum):
 
 
 class RankOrder(StrEnum):
-    """Order in which a collective visits the hosts."""
+    """Order in which a collective visits the ranks."""
 
     RAILS = "rails"
     PACKED = "packed"
@@ -213,11 +208,35 @@ class _Fabric(_Section):
     switch: Switch = _key("switch", "The switches.", default={})
     spine_switch: Switch = _derived_key("spine_switch", "The spines, where they differ. Default: as `switch`.")
     nics_per_host: Annotated[int, kinds.integer(1, 16)] = _key(
-        "nics_per_host", "NICs, hence rails, of one host.", default=1
+        "nics_per_host", "NICs, hence rails, of one host, each with a link to the host's leaf.", default=1
     )
     gpus_per_host: Annotated[int, kinds.integer(1, 16)] = _key(
-        "gpus_per_host", "GPUs, hence ranks, of one host.", default=1
+        "gpus_per_host",
+        "GPUs, hence ranks, of one host: a multiple of nics_per_host. Ranks are numbered host by host, and share their "
+        "host's NICs evenly and in order. Those of one host talk over NVLink.",
+        default=1,
     )
+    nvlink: Nvlink = _key("nvlink", "What joins the GPUs of a host: a model, no packets.", default={})
+
+    @property
+    def host_counts(self) -> tuple[int, ...]:
+        """Hosts under each leaf."""
+        raise NotImplementedError
+
+    @property
+    def nhosts(self) -> int:
+        """Hosts of the whole fabric."""
+        return sum(self.host_counts)
+
+    @property
+    def nranks(self) -> int:
+        """Ranks of the whole fabric."""
+        return self.nhosts * self.gpus_per_host
+
+    @property
+    def rank_counts(self) -> tuple[int, ...]:
+        """Ranks under each leaf."""
+        return tuple(hosts * self.gpus_per_host for hosts in self.host_counts)
 
     @model_validator(mode="before")
     @classmethod
@@ -232,7 +251,7 @@ class StarFabric(_Fabric):
     kind: Annotated[FabricKind, kinds.only(_FABRIC_KIND, "star")] = _key(
         "kind", "Shape of the fabric: star.", example="star"
     )
-    hosts_per_leaf: Annotated[int, kinds.integer(2, MAX_HOSTS)] = _key(
+    hosts_per_leaf: Annotated[int, kinds.integer(1, MAX_HOSTS)] = _key(
         "hosts_per_leaf", "Hosts on the one switch.", example=2
     )
 
@@ -240,11 +259,6 @@ class StarFabric(_Fabric):
     def host_counts(self) -> tuple[int, ...]:
         """Hosts under each leaf."""
         return (self.hosts_per_leaf,)
-
-    @property
-    def nhosts(self) -> int:
-        """Hosts of the whole fabric."""
-        return self.hosts_per_leaf
 
 
 class ClosFabric(_Fabric):
@@ -281,11 +295,6 @@ class ClosFabric(_Fabric):
         if isinstance(self.hosts_per_leaf, tuple):
             return self.hosts_per_leaf
         return (self.hosts_per_leaf,) * self.leaves
-
-    @property
-    def nhosts(self) -> int:
-        """Hosts of the whole fabric."""
-        return sum(self.host_counts)
 
 
 def _select_fabric(data: Any) -> str:
@@ -366,7 +375,14 @@ class Transport(_Section):
     congestion_control: Annotated[CongestionControl, kinds.choice(CongestionControl)] = _key(
         "congestion_control", "What slows senders down.", default="none"
     )
+    dcqcn: Dcqcn | None = _key("dcqcn", "Parameters of dcqcn.", default=None)
+    timely: Timely | None = _key("timely", "Parameters of timely.", default=None)
     admission: Admission = _key("admission", "What senders must be granted.", default={})
+
+    @property
+    def congestion_parameters(self) -> dict[str, Any]:
+        """What `testbed.roce.congestion.make` takes as parameters of the congestion control that is chosen."""
+        return congestion_parameters(getattr(self, str(self.congestion_control), None))
 
 
 class _Iterated(_Section):
@@ -423,14 +439,14 @@ class CollectiveWorkload(_Sized):
     )
     algorithm: Annotated[Algorithm, kinds.choice(Algorithm)] = _derived_key(
         "algorithm",
-        "Its schedule. all_reduce: ring, halving_doubling, double_binary_tree; broadcast and reduce: ring, binary_tree; "
-        "all_to_all: direct (all at once), pairwise; reduce_scatter and all_gather: ring; gather, scatter and send_recv: "
-        "direct. Default: the first of these.",
+        "Its schedule. all_reduce: ring, halving_doubling, double_binary_tree, hierarchical (NVLink inside the hosts, a ring "
+        "per GPU between them); broadcast and reduce: ring, binary_tree; all_to_all: direct (all at once), pairwise; "
+        "reduce_scatter and all_gather: ring; gather, scatter and send_recv: direct. Default: the first of these.",
     )
     order: Annotated[RankOrder | tuple[int, ...], _ORDER] = _key(
         "order",
-        "Order in which the algorithm visits the ranks: rails changes the leaf at every hop, packed stays under a leaf "
-        "as long as it can, random is drawn from the scenario's seed, alike for all items; or a list of all ranks.",
+        "Order in which the algorithm visits the ranks: rails changes the leaf at every hop, packed stays in a host and "
+        "under a leaf as long as it can, random is drawn from the scenario's seed, alike for all items; or a list of all ranks.",
         default="rails",
     )
     size_bytes: Annotated[int, _SIZE] = _key(
@@ -452,31 +468,31 @@ def usual_algorithm(collective: object) -> Algorithm:
 
 
 class IncastWorkload(_Sized):
-    """Hosts 1 to fan_in send to host 0, all at once."""
+    """Ranks 1 to fan_in send to rank 0, all at once."""
 
     pattern: Annotated[Pattern, kinds.only(_PATTERN, "incast")] = _key(
-        "pattern", "The pattern: incast; hosts 1 to fan_in send to host 0 at once.", example="incast"
+        "pattern", "The pattern: incast; ranks 1 to fan_in send to rank 0 at once.", example="incast"
     )
     fan_in: Annotated[int, kinds.integer(1, MAX_HOSTS)] = _key("fan_in", "Number of senders.", example=1)
     size_bytes: Annotated[int, _SIZE] = _key("size", "What each sender sends.", example="1 MiB")
 
 
 class PermutationWorkload(_Sized):
-    """Every host sends to one other, and receives from one other."""
+    """Every rank sends to one other, and receives from one other."""
 
     pattern: Annotated[Pattern, kinds.only(_PATTERN, "permutation")] = _key(
         "pattern",
         "The pattern: permutation; who sends to whom is drawn from the scenario's seed, alike for all items.",
         example="permutation",
     )
-    size_bytes: Annotated[int, _SIZE] = _key("size", "What each host sends.", example="1 MiB")
+    size_bytes: Annotated[int, _SIZE] = _key("size", "What each rank sends.", example="1 MiB")
 
 
 class Flow(_Section):
-    """One flow between two hosts."""
+    """One flow between two ranks; with one GPU per host, ranks are hosts."""
 
-    src: Annotated[int, _RANK] = _key("src", "Number of the sending host.", example=0)
-    dst: Annotated[int, _RANK] = _key("dst", "Number of the receiving host.", example=1)
+    src: Annotated[int, _RANK] = _key("src", "The sending rank.", example=0)
+    dst: Annotated[int, _RANK] = _key("dst", "The receiving rank.", example=1)
     size_bytes: Annotated[int, _SIZE] = _key("size", "What it sends.", example="1 MiB")
 
 
@@ -484,7 +500,7 @@ _ONE_FLOW = {"src": 0, "dst": 1, "size": "1 MiB"}
 
 
 class FlowsWorkload(_Iterated):
-    """Flows as listed, started together; two between the same hosts have a connection each."""
+    """Flows as listed, started together; two between the same ranks have a connection each."""
 
     pattern: Annotated[Pattern, kinds.only(_PATTERN, "flows")] = _key("pattern", "The pattern: flows.", example="flows")
     flows: tuple[Flow, ...] = _list_key("flows", "The flows.", required=True, example=[_ONE_FLOW])

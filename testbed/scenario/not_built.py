@@ -48,8 +48,6 @@ def metric(*names: str) -> Callable[[Any], bool]:
 
 NOT_BUILT = (
     NotBuilt("fabric.kind", among("zones"), "three tiers, zones joined by superspines"),
-    NotBuilt("fabric.nics_per_host", other_than(1), "hosts with several NICs"),
-    NotBuilt("fabric.gpus_per_host", other_than(1), "hosts with several GPUs"),
     NotBuilt("transport.carrier", among("rxe"), "the kernel's soft-RoCE as a carrier"),
     NotBuilt("transport.carrier", among("tcp"), "kernel TCP as a carrier"),
     NotBuilt("transport.loss_recovery", among("selective"), "selective retransmission"),
@@ -58,7 +56,6 @@ NOT_BUILT = (
     NotBuilt("transport.admission.channel_buffer", given, "receiver-driven admission"),
     NotBuilt("transport.admission.grants", given, "receiver-driven admission"),
     NotBuilt("transport.admission.priority", given, "receiver-driven admission"),
-    NotBuilt("workload[*].algorithm", among("hierarchical"), "hierarchical collectives"),
     NotBuilt("jobs", filled, "several jobs at once"),
     NotBuilt("faults", filled, "faults while traffic runs"),
 )

@@ -59,7 +59,15 @@ def find_violations(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         scenario: The scenario, with stand-ins where keys are mistaken.
         valid: Tells whether keys may be looked at.
     """
-    for check in (_check_shape, _check_size, _check_buffer, _check_routing, _check_timeout, _check_workload):
+    for check in (
+        _check_shape,
+        _check_size,
+        _check_buffer,
+        _check_routing,
+        _check_timeout,
+        _check_timely,
+        _check_workload,
+    ):
         yield from check(scenario, valid)
 
 
@@ -67,6 +75,8 @@ _KIND: KeyPath = ("fabric", "kind")
 _LEAVES: KeyPath = ("fabric", "leaves")
 _SPINES: KeyPath = ("fabric", "spines")
 _HOSTS: KeyPath = ("fabric", "hosts_per_leaf")
+_NICS: KeyPath = ("fabric", "nics_per_host")
+_GPUS: KeyPath = ("fabric", "gpus_per_host")
 _BUFFER: KeyPath = ("fabric", "switch", "buffer")
 _MTU: KeyPath = ("transport", "mtu")
 
@@ -86,14 +96,25 @@ def _check_shape(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
 
 def _check_size(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     fabric = scenario.fabric
-    if not valid(_KIND, _LEAVES, _HOSTS):
+    if valid(_NICS, _GPUS) and fabric.gpus_per_host % fabric.nics_per_host:
+        rule = (
+            f"must be a multiple of nics_per_host ({fabric.nics_per_host}): the NICs of a host serve as many GPUs each"
+        )
+        yield Violation(_GPUS, rule, f"give `gpus_per_host: {fabric.nics_per_host}`, or more")
+    if not valid(_KIND, _LEAVES, _HOSTS, _NICS, _GPUS):
         return
-    if fabric.nhosts < 2:
-        yield Violation(_HOSTS, "must give at least 2 hosts in total")
+    if fabric.nranks < 2:
+        yield Violation(
+            _HOSTS, "must give at least 2 hosts in total", "one host will do where gpus_per_host is 2 or more"
+        )
     if fabric.nhosts > MAX_HOSTS:
         yield Violation(_HOSTS, f"must give at most {MAX_HOSTS} hosts in total, not {fabric.nhosts}")
-    elif isinstance(fabric, ClosFabric) and valid(_SPINES):
-        nlinks = fabric.nhosts + fabric.leaves * fabric.spines
+    elif fabric.nranks > MAX_HOSTS:
+        yield Violation(_GPUS, f"must give at most {MAX_HOSTS} ranks in total, not {fabric.nranks}")
+    elif not isinstance(fabric, ClosFabric) or valid(_SPINES):
+        nlinks = fabric.nhosts * fabric.nics_per_host
+        if isinstance(fabric, ClosFabric):
+            nlinks += fabric.leaves * fabric.spines
         if nlinks > MAX_LINKS:
             yield Violation(_SPINES, f"must keep the fabric at {MAX_LINKS} links or less, not {nlinks}")
 
@@ -114,6 +135,13 @@ def _check_routing(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         yield Violation(gap, "is required by scheme flowlet", "give a pause longer than what paths differ in delay")
     elif gap_ns == 0:
         yield Violation(gap, "must be above 0", "use `scheme: spray` for a path per packet")
+
+
+def _check_timely(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    timely = scenario.transport.timely
+    path: KeyPath = ("transport", "timely", "t_low")
+    if timely and valid(path, ("transport", "timely", "t_high")) and timely.t_low_ns > timely.t_high_ns:
+        yield Violation(path, f"must be at most t_high ({format_time(timely.t_high_ns)})")
 
 
 def idle_rtt_ns(scenario: Scenario) -> int:
@@ -215,9 +243,9 @@ def _check_collective(scenario: Scenario, item: CollectiveWorkload, path: KeyPat
     fits = item.algorithm in possible
     if not fits and valid(collective, algorithm):
         yield Violation(algorithm, f"must be an algorithm of {item.collective}", f"use {_alternatives(possible)}")
-    if not valid(_KIND, _LEAVES, _HOSTS):
+    if not valid(_KIND, _LEAVES, _HOSTS, _GPUS):
         return
-    nranks = scenario.fabric.nhosts
+    nranks = scenario.fabric.nranks
     if isinstance(item.order, tuple) and valid(order):
         yield from _check_order(item.order, nranks, order)
     if item.collective in _BLOCKWISE and item.size_bytes < nranks and valid(collective, size):
@@ -226,11 +254,12 @@ def _check_collective(scenario: Scenario, item: CollectiveWorkload, path: KeyPat
         rule = f"must have a power of two of ranks, not {nranks}: every rank needs a partner at every step"
         yield Violation(algorithm, rule, "use `algorithm: ring` or `double_binary_tree`, or other hosts")
     if item.collective is Collective.ALL_TO_ALL and valid(collective):
-        yield from _check_connections(nranks * (nranks - 1), collective)
+        # Within a host there are no connections, but for NVLink's.
+        yield from _check_connections(nranks * (nranks - scenario.fabric.gpus_per_host), collective)
 
 
 def _alternatives(algorithms: Sequence[Algorithm]) -> str:
-    names = [str(one) for one in algorithms if one is not Algorithm.HIERARCHICAL]
+    names = [str(one) for one in algorithms]
     return " or ".join(", ".join(f"`{name}`" for name in part) for part in (names[:-1], names[-1:]) if part)
 
 
@@ -241,9 +270,9 @@ def _check_connections(connections: int, path: KeyPath) -> Iterator[Violation]:
 
 def _check_incast(scenario: Scenario, item: IncastWorkload, path: KeyPath, valid: Valid) -> Iterator[Violation]:
     fan_in = (*path, "fan_in")
-    senders = scenario.fabric.nhosts - 1
-    if valid(_KIND, _LEAVES, _HOSTS, fan_in) and item.fan_in > senders:
-        yield Violation(fan_in, f"must be at most {senders}: that many hosts can send to host 0")
+    senders = scenario.fabric.nranks - 1
+    if valid(_KIND, _LEAVES, _HOSTS, _GPUS, fan_in) and item.fan_in > senders:
+        yield Violation(fan_in, f"must be at most {senders}: that many ranks can send to rank 0")
 
 
 def _check_flows(scenario: Scenario, item: FlowsWorkload, path: KeyPath, valid: Valid) -> Iterator[Violation]:
@@ -251,14 +280,14 @@ def _check_flows(scenario: Scenario, item: FlowsWorkload, path: KeyPath, valid: 
     if not item.flows and valid(flows):
         yield Violation(flows, "must have at least one flow", "add {src: 0, dst: 1, size: 1 MiB}")
     yield from _check_connections(len(item.flows), flows)
-    nhosts = scenario.fabric.nhosts
+    nranks = scenario.fabric.nranks
     for index, flow in enumerate(item.flows):
         src, dst = (*flows, index, "src"), (*flows, index, "dst")
-        for end, host in ((src, flow.src), (dst, flow.dst)):
-            if valid(_KIND, _LEAVES, _HOSTS, end) and host >= nhosts:
-                yield Violation(end, f"must be a host from 0 to {nhosts - 1}")
+        for end, rank in ((src, flow.src), (dst, flow.dst)):
+            if valid(_KIND, _LEAVES, _HOSTS, _GPUS, end) and rank >= nranks:
+                yield Violation(end, f"must be a rank from 0 to {nranks - 1}")
         if flow.src == flow.dst and valid(src, dst):
-            yield Violation(dst, "must be another host than src")
+            yield Violation(dst, "must be another rank than src")
 
 
 def _check_order(order: tuple[int, ...], nranks: int, path: KeyPath) -> Iterator[Violation]:

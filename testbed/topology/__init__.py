@@ -14,6 +14,7 @@ from testbed.topology.model import (
     Topology,
     format_address,
 )
+from testbed.topology.ranks import RankMap
 from testbed.topology.star import build_star
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Node",
     "NodeKind",
     "Port",
+    "RankMap",
     "Topology",
     "build_clos",
     "build_star",

@@ -12,6 +12,7 @@ prefix covers a rack.
 from __future__ import annotations
 
 import ipaddress
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -71,7 +72,7 @@ class Node:
     """A host or a switch.
 
     Attributes:
-        index: Position in ``Topology.nodes``: hosts by rank, then leaves, then spines.
+        index: Position in ``Topology.nodes``: hosts by number, then leaves, then spines.
         name: Such as ``host0``, ``leaf0``, ``spine0``, ``switch0``.
         kind: What it does.
         ports: Its port ids, in the order of the interface names: all ``down``, then all ``up``.
@@ -115,8 +116,9 @@ class Link:
     """A cable between two ports.
 
     Attributes:
-        index: Position in ``Topology.links``: host links by rank, then uplinks leaf by leaf.
-        name: Its two nodes from the bottom up, such as ``host0:leaf0`` or ``leaf0:spine1``.
+        index: Position in ``Topology.links``: host links host by host, NIC by NIC, then uplinks leaf by leaf.
+        name: Its two nodes from the bottom up, such as ``host0:leaf0`` or ``leaf0:spine1``; of hosts with several NICs
+            ``host0/eth1:leaf0``.
         a: Port id of the lower end (host, or leaf of an uplink).
         b: Port id of the upper end.
         rate_bits_per_s: Line rate of either direction, in bits per second.
@@ -139,11 +141,15 @@ class NextHop(NamedTuple):
 
 
 class KernelRoute(NamedTuple):
-    """A route for the kernel of a node; several next hops make it multipath, each of weight 1, none unreachable."""
+    """A route for the kernel of a node; several next hops make it multipath, each of weight 1, none unreachable.
+
+    One with a ``source`` is for packets from that address of the node alone.
+    """
 
     prefix: int
     prefix_length: int
     next_hops: tuple[NextHop, ...]
+    source: int | None = None
 
 
 @dataclass(frozen=True)
@@ -151,9 +157,9 @@ class Topology:
     """A fabric: nodes, ports and links, with their names and addresses.
 
     Attributes:
-        nodes: Hosts by rank, then leaves, then spines; ``nodes[i].index == i``.
+        nodes: Hosts by number, then leaves, then spines; ``nodes[i].index == i``.
         ports: ``ports[i].id == i + 1``; link ``k`` has the ports ``2 k + 1`` (its ``a``) and ``2 k + 2`` (its ``b``).
-        links: Host links by rank, then uplinks leaf by leaf; ``links[i].index == i``.
+        links: Host links host by host, NIC by NIC, then uplinks leaf by leaf; ``links[i].index == i``.
         slot_stride: NIC slots reserved per leaf, a power of two.
     """
 
@@ -164,8 +170,13 @@ class Topology:
 
     @cached_property
     def hosts(self) -> tuple[Node, ...]:
-        """The hosts in rank order."""
+        """The hosts in the order of their numbers."""
         return tuple(node for node in self.nodes if node.kind is NodeKind.HOST)
+
+    @cached_property
+    def nics(self) -> tuple[Port, ...]:
+        """The NICs of all hosts, host by host, ``eth0`` first; a NIC's position is its number."""
+        return tuple(self.port(port_id) for host in self.hosts for port_id in host.ports)
 
     @cached_property
     def leaves(self) -> tuple[Node, ...]:
@@ -187,8 +198,7 @@ class Topology:
 
     @cached_property
     def _ports_by_slot(self) -> dict[int, Port]:
-        ports = (self.host_port(rank) for rank in range(len(self.hosts)))
-        return {(port.address - HOST_NETWORK) >> 1: port for port in ports}
+        return {(port.address - HOST_NETWORK) >> 1: port for port in self.nics}
 
     @property
     def slots(self) -> int:
@@ -230,15 +240,18 @@ class Topology:
         """Return the node at the other end of the port's link."""
         return self.nodes[self.port(self.port(port_id).peer).node]
 
-    def host_port(self, rank: int) -> Port:
-        """Return the NIC of the host of that rank.
+    def host_port(self, host: int, nic: int = 0) -> Port:
+        """Return a NIC of the host of that number, by default its first.
 
         Raises:
-            KeyError: If there is no such rank.
+            KeyError: If there is no such host, or it has no such NIC.
         """
-        if not 0 <= rank < len(self.hosts):
-            raise KeyError(f"no rank {rank}: ranks are 0 to {len(self.hosts) - 1}")
-        return self.port(self.hosts[rank].ports[0])
+        if not 0 <= host < len(self.hosts):
+            raise KeyError(f"no host {host}: hosts are 0 to {len(self.hosts) - 1}")
+        ports = self.hosts[host].ports
+        if not 0 <= nic < len(ports):
+            raise KeyError(f"host{host} has no NIC {nic}: its NICs are 0 to {len(ports) - 1}")
+        return self.port(ports[nic])
 
     def is_nic_port(self, port_id: int) -> bool:
         """Return whether the port ends a host link: a NIC, or the leaf's port towards one."""
@@ -299,16 +312,19 @@ class Topology:
     def kernel_routes(self, node: Node) -> list[KernelRoute]:
         """Return the routes of the node's own kernel, which mirror the forwarding tables.
 
-        Hosts send everything to their leaf; a leaf sends all of the fabric but its own block over all spines; a
-        spine knows the block of each leaf. Of its own block a leaf reaches its host links, which are connected
-        routes; the rest is unreachable, or packets for an empty slot would travel up and down until their TTL
+        Hosts send everything to their leaf, over all their NICs; what has the address of one of several NICs leaves by that
+        one, or a reply would take another way than the request came. A leaf sends all of the fabric but its own block
+        over all spines; a spine knows the block of each leaf. Of its own block a leaf reaches its host links, which are
+        connected routes; the rest is unreachable, or packets for an empty slot would travel up and down until their TTL
         ends. Routes to the switches' uplink addresses are left out.
 
         Returns:
-            The routes in order of their prefixes.
+            The routes in order of their prefixes, those with a source behind.
         """
         if node.kind is NodeKind.HOST:
-            return [KernelRoute(0, 0, self._next_hops(self.port(port_id) for port_id in node.ports))]
+            nics = [self.port(port_id) for port_id in node.ports]
+            by_source = [KernelRoute(0, 0, self._next_hops([nic]), nic.address) for nic in nics]
+            return [KernelRoute(0, 0, self._next_hops(nics)), *(by_source if len(nics) > 1 else ())]
         if node.kind is NodeKind.LEAF:
             uplinks = self.uplinks(node)
             if not uplinks:
@@ -364,8 +380,8 @@ def assemble(nodes: Sequence[NodeSpec], cables: Sequence[CableSpec], *, slot_str
     """Return the topology of these nodes and cables, giving every port its id and its MAC address.
 
     Args:
-        nodes: Hosts by rank, then leaves, then spines.
-        cables: Host links by rank, then uplinks leaf by leaf, so that a node's ports come in the order of
+        nodes: Hosts by number, then leaves, then spines.
+        cables: Host links host by host, NIC by NIC, then uplinks leaf by leaf, so that a node's ports come in the order of
             their interface names.
         slot_stride: NIC slots per leaf; a power of two.
 
@@ -384,6 +400,7 @@ def assemble(nodes: Sequence[NodeSpec], cables: Sequence[CableSpec], *, slot_str
             f"at most {MAX_SLOTS} have addresses",
             hint="spread the hosts evenly over the leaves",
         )
+    parallel = Counter((cable.a, cable.b) for cable in cables)
     ports: list[Port] = []
     links: list[Link] = []
     ports_of: list[list[int]] = [[] for _ in nodes]
@@ -397,7 +414,7 @@ def assemble(nodes: Sequence[NodeSpec], cables: Sequence[CableSpec], *, slot_str
             mac = port_mac(port_id, nodes[node].kind)
             ports.append(Port(port_id, node, ifname, mac, address, peer, index, rate_bits_per_s, delay_ns))
             ports_of[node].append(port_id)
-        name = f"{nodes[cable.a].name}:{nodes[cable.b].name}"
+        name = _link_name(nodes, cable, parallel[cable.a, cable.b])
         links.append(Link(index, name, a, b, rate_bits_per_s, delay_ns))
     return Topology(
         nodes=tuple(Node(index, node.name, node.kind, tuple(ports_of[index])) for index, node in enumerate(nodes)),
@@ -405,6 +422,30 @@ def assemble(nodes: Sequence[NodeSpec], cables: Sequence[CableSpec], *, slot_str
         links=tuple(links),
         slot_stride=slot_stride,
     )
+
+
+def build_host_cables(
+    hosts: Sequence[int], leaf: int, first_slot: int, nics_per_host: int, link: LinkSpec
+) -> list[CableSpec]:
+    """Return the links between hosts and their leaf, host by host, NIC by NIC.
+
+    Args:
+        hosts: Indices of the hosts' nodes.
+        leaf: Index of the leaf's node.
+        first_slot: NIC slot of the first NIC; the others follow it.
+        nics_per_host: NICs of each host.
+        link: Rate and delay of every link.
+    """
+    return [
+        CableSpec(host, f"eth{nic}", leaf, f"down{down}", *host_link_addresses(first_slot + down), link)
+        for down, (host, nic) in enumerate((host, nic) for host in hosts for nic in range(nics_per_host))
+    ]
+
+
+def _link_name(nodes: Sequence[NodeSpec], cable: CableSpec, parallel: int) -> str:
+    """Return the name of a link; of several between two nodes it says which port of the lower one it ends at."""
+    lower, upper = nodes[cable.a].name, nodes[cable.b].name
+    return f"{lower}:{upper}" if parallel == 1 else f"{lower}/{cable.a_ifname}:{upper}"
 
 
 def host_link_addresses(slot: int) -> tuple[int, int]:

@@ -12,7 +12,8 @@ import pytest
 from testbed.engine.stream import build_streams
 from testbed.plan.model import PlannedWorkload
 from testbed.roce.queue_pairs import REQUESTER, RESPONDER, qp_index
-from tests.netns.labs import Quiet, assert_drained, plain_carrier, small_fabric
+from testbed.topology import format_address
+from tests.netns.labs import Quiet, assert_drained, plain_carrier, run_in, small_fabric
 
 pytestmark = pytest.mark.root
 
@@ -92,3 +93,59 @@ def test_everything_arrives_once_and_nothing_is_sent_twice(spread: tuple[str, ..
             assert requesters["acked_packets"].tolist() == (ROUNDS * packets).tolist(), what
             assert not fabric.arrays.queues["drop_packets"].any(), what
             assert_drained(fabric)
+
+
+# Two leaves of one host each, four GPUs and two NICs per host: pairs of ranks share a NIC.
+GPU_HOSTS = ("fabric.hosts_per_leaf=1", "fabric.nics_per_host=2", "fabric.gpus_per_host=4")
+GPU_ITEMS = [
+    "collective: all_reduce, algorithm: hierarchical, order: packed, size: 70003",
+    "collective: all_reduce, algorithm: ring, order: packed, size: 40003",
+    "collective: all_reduce, algorithm: ring, order: rails, size: 40003",
+    "collective: all_to_all, algorithm: direct, order: random, size: 40003",
+    "pattern: flows, flows: [{src: 0, dst: 1, size: 20001}, {src: 1, dst: 7, size: 5}, {src: 0, dst: 4, size: 4096}]",
+    "pattern: flows, flows: [{src: 5, dst: 6, size: 20001}]",
+]
+
+
+def test_hosts_with_several_gpus_send_over_their_own_nics_what_leaves_the_host() -> None:
+    items = [f"workload[{index}]={{{item}, iters: 1, warmup_iters: 1}}" for index, item in enumerate(GPU_ITEMS)]
+    settings = ("transport.mtu=1024", "transport.retransmit_timeout=auto", *GPU_HOSTS)
+    with small_fabric(*settings, *items, name="gpus") as fabric, plain_carrier(fabric) as carrier:
+        for index, planned in enumerate(fabric.plan.workloads):
+            what = GPU_ITEMS[index]
+            before = fabric.arrays.queues["enq_bytes"].sum(axis=1)
+            samples = carrier.run(index, Quiet())
+            sent = fabric.arrays.queues["enq_bytes"].sum(axis=1) - before
+            count = len(planned.connections)
+            responders = fabric.arrays.qps[qp_index(0, RESPONDER) : 2 * count : 2]
+            networked = planned.schedule.connection < count
+            payload, nvlink = (int(planned.schedule.nbytes[part].sum()) for part in (networked, ~networked))
+
+            assert len(samples.cct_ns) == 1, what
+            assert samples.nvlink_bytes == (nvlink,), what
+            assert payload + nvlink == planned.schedule.nbytes.sum(), what
+            if count:  # else the QP table holds what the item before left
+                assert responders["rx_payload_bytes"].sum() == ROUNDS * payload, what
+                assert not responders["duplicate_packets"].any(), what
+            senders = {path.ports[0] for path in planned.paths}
+            carried = {nic.id: int(sent[nic.id]) for nic in fabric.plan.topology.nics}
+            receivers = {fabric.plan.topology.port(path.ports[-1]).peer for path in planned.paths}
+            for nic, nbytes in carried.items():  # data, or ACKs for what arrived
+                assert (nbytes > 0) == (nic in senders | receivers), what
+            assert sum(carried.values()) >= ROUNDS * payload, what
+            assert not fabric.arrays.queues["drop_packets"].any(), what
+            assert_drained(fabric)
+
+
+def test_a_host_answers_by_the_nic_that_was_asked() -> None:
+    with small_fabric(*GPU_HOSTS, name="nics") as fabric:
+        topology = fabric.plan.topology
+        for asking in (0, 1):
+            for asked in (0, 1):
+                nics = topology.host_port(0, asking), topology.host_port(1, asked)
+                before = fabric.arrays.queues["enq_packets"].sum(axis=1)
+                done = run_in(fabric, "host0", "ping", "-c", "1", "-I", nics[0].ifname, format_address(nics[1].address))
+                assert done.returncode == 0, done.stdout + done.stderr
+                moved = fabric.arrays.queues["enq_packets"].sum(axis=1) - before
+                for nic in topology.nics:
+                    assert moved[nic.id] == (1 if nic in nics else 0)

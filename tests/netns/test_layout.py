@@ -37,8 +37,9 @@ pytestmark = pytest.mark.root  # bpftool lives in sbin and wants it
 @pytest.fixture(scope="module")
 def types() -> dict[int, dict[str, Any]]:
     """The object's BTF, by type id."""
-    if shutil.which("bpftool") is None:
-        skip_or_fail("needs bpftool")
+    # Ubuntu's is a script that finds nothing to start unless the tools of the very kernel are installed.
+    if shutil.which("bpftool") is None or subprocess.run(["bpftool", "version"], capture_output=True).returncode:
+        skip_or_fail("needs bpftool (on Ubuntu: apt-get install linux-tools-$(uname -r))")
     assert OBJECT_PATH.exists(), "scripts/build-bpf"
     dumped = subprocess.run(
         ["bpftool", "btf", "dump", "-j", "file", str(OBJECT_PATH)], check=True, capture_output=True, text=True

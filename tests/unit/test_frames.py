@@ -33,7 +33,9 @@ def small_rings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def endpoint(rank: int) -> Endpoint:
-    return Endpoint(rank, 0x0A000001 + 2 * rank, f"02:00:00:{rank + 1:02x}:00:00", f"02:00:00:{rank + 65:02x}:ff:ff")
+    return Endpoint(
+        rank, 0x0A000001 + 2 * rank, f"02:00:00:{rank + 1:02x}:00:00", f"02:00:00:{rank + 65:02x}:ff:ff", rank, rank
+    )
 
 
 def connect(schedule: Schedule) -> list[Connection]:

@@ -96,6 +96,37 @@ def test_dealt_transfers_keep_their_sizes_and_go_round() -> None:
         assert dealt.connection[of].tolist() == [2 * connection + number % 2 for number in range(len(of))]
 
 
+@pytest.mark.parametrize("strategy", ["split", "round_robin", "dynamic"])
+def test_what_stays_inside_hosts_has_no_queue_pairs(strategy: str) -> None:
+    overrides = (
+        "fabric.gpus_per_host=4",
+        "fabric.nics_per_host=2",
+        "workload[0]={collective: all_reduce, algorithm: hierarchical, size: 8 MiB}",
+    )
+    (one,) = plan_of(*overrides).workloads
+    (many,) = plan_of(*overrides, "transport.qps_per_connection=3", f"transport.qp_strategy={strategy}").workloads
+    assert len(many.connections) == 3 * len(one.connections)
+    assert many.nvlink_bytes == one.nvlink_bytes > 0
+    assert many.ideal_cct_ns == one.ideal_cct_ns
+    inside = many.intra_host.find_connections(many.schedule)
+    assert not inside[: len(many.connections)].any()
+    assert inside[len(many.connections) :].all()
+    assert many.predicted_cct_ratio >= 1 - 1e-6
+    rng = np.random.default_rng(1)
+    inputs = rng.integers(1, 1 << 30, (len(one.order), 4096))
+    small = plan_of(
+        *overrides[:2],
+        overrides[2].replace("8 MiB", "4096"),
+        "transport.mtu=256",
+        "transport.qps_per_connection=3",
+        f"transport.qp_strategy={strategy}",
+    )
+    (planned,) = small.workloads
+    np.testing.assert_array_equal(
+        execute(planned.schedule, inputs, rng), np.broadcast_to(inputs.sum(axis=0), inputs.shape)
+    )
+
+
 @pytest.mark.parametrize("qps", [0, -1])
 def test_no_queue_pair_is_refused(qps: int) -> None:
     with pytest.raises(ValueError, match="at least 1 queue pair"):

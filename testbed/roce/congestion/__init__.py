@@ -44,14 +44,29 @@ def make(name: str, parameters: Mapping[str, Any], line_rate_bytes_per_s: Floats
         >>> make("dcqcn", {"machine": "paper"}, np.full(4, 50e9)).rate_bytes_per_s
         array([5.e+10, 5.e+10, 5.e+10, 5.e+10])
     """
-    algorithms = find_algorithms()
-    if name not in algorithms:
-        raise ValueError(f"congestion control must be one of {', '.join(algorithms)}, got {name!r}")
+    module = _find(name)
     rates = np.asarray(line_rate_bytes_per_s, np.float64)
     if rates.ndim != 1 or not (rates > 0).all():
         raise ValueError("line rates must be an array of one rate above 0 per QP")
-    module = algorithms[name]
     return module.Algorithm(read_parameters(module.Parameters, parameters, name), rates)
 
 
-__all__ = ["CongestionAlgorithm", "CongestionControl", "Feedback", "find_algorithms", "make"]
+def cnp_interval_ns(name: str, parameters: Mapping[str, Any]) -> int:
+    """Return the time in which a responder sends at most one CNP per QP, emulated; 0 where the algorithm wants none.
+
+    Raises:
+        ValueError: As `make`.
+    """
+    module = _find(name)
+    read = getattr(module, "cnp_interval_ns", None)
+    return int(read(read_parameters(module.Parameters, parameters, name))) if read else 0
+
+
+def _find(name: str) -> CongestionAlgorithm:
+    algorithms = find_algorithms()
+    if name not in algorithms:
+        raise ValueError(f"congestion control must be one of {', '.join(algorithms)}, got {name!r}")
+    return algorithms[name]
+
+
+__all__ = ["CongestionAlgorithm", "CongestionControl", "Feedback", "cnp_interval_ns", "find_algorithms", "make"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from testbed.roce.congestion.dcqcn_firmware import FirmwareReactionPoint
 from testbed.roce.congestion.dcqcn_paper import PaperReactionPoint
-from testbed.roce.congestion.dcqcn_parameters import Machine, Parameters, resolve
+from testbed.roce.congestion.dcqcn_parameters import Machine, Parameters, cnp_interval_ns, resolve
 from testbed.roce.congestion.protocol import CongestionControl, Floats
 
 NAME = "dcqcn"
@@ -16,4 +16,4 @@ def Algorithm(parameters: Parameters, line_rate_bytes_per_s: Floats) -> Congesti
     return machine(resolve(parameters, line_rate_bytes_per_s), line_rate_bytes_per_s)
 
 
-__all__ = ["NAME", "Algorithm", "Parameters"]
+__all__ = ["NAME", "Algorithm", "Parameters", "cnp_interval_ns"]

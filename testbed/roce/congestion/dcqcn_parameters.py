@@ -49,7 +49,7 @@ class Parameters:
 
     Attributes:
         machine: State machine, and whose preset fills in the rest.
-        g: Gain of alpha's moving average, above 0, at most 1.
+        g: Gain of alpha's moving average, 0 to 1.
         cnp_interval_ns: N; the responder sends at most one CNP per QP in it. The reaction point does not use it.
         alpha_timer_ns: K; alpha decays once in it without CNP (``paper``), or is updated once in it (``firmware``).
         rate_timer_ns: T; the rate grows once in it.
@@ -78,10 +78,11 @@ class Parameters:
             raise ValueError(f"dcqcn's machine must be one of {', '.join(Machine)}, got {self.machine!r}")
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
-            if value is not None and not value > 0:
+            if field.name == "g":
+                if value is not None and not 0 <= value <= 1:
+                    raise ValueError(f"dcqcn's g must be from 0 to 1, got {value!r}")
+            elif value is not None and not value > 0:
                 raise ValueError(f"dcqcn's {field.name} must be above 0, got {value!r}")
-        if self.g is not None and self.g > 1:
-            raise ValueError(f"dcqcn's g must be at most 1, got {self.g!r}")
 
 
 PRESETS = {
@@ -120,7 +121,6 @@ class Constants:
     """What a machine runs with; arrays have shape ``(qps,)``, rates are in bytes per second."""
 
     g: float
-    cnp_interval_ns: int
     alpha_timer_ns: float
     rate_timer_ns: float
     fast_recovery: int
@@ -128,6 +128,13 @@ class Constants:
     rai: Floats
     rhai: Floats
     rmin: Floats
+
+
+def cnp_interval_ns(parameters: Parameters) -> int:
+    """Return N, at most one CNP per QP in which is what the responder has to keep."""
+    given = parameters.cnp_interval_ns or PRESETS[Machine(parameters.machine)].cnp_interval_ns
+    assert given is not None, "presets are whole"
+    return given
 
 
 def resolve(parameters: Parameters, line_rate_bytes_per_s: Floats) -> Constants:
@@ -146,7 +153,6 @@ def resolve(parameters: Parameters, line_rate_bytes_per_s: Floats) -> Constants:
 
     return Constants(
         g=float(pick("g")),
-        cnp_interval_ns=pick("cnp_interval_ns"),
         alpha_timer_ns=float(pick("alpha_timer_ns")),
         rate_timer_ns=float(pick("rate_timer_ns")),
         fast_recovery=pick("fast_recovery"),

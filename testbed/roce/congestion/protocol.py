@@ -69,6 +69,8 @@ class CongestionAlgorithm(Protocol):
     Attributes:
         NAME: Its name in ``transport.congestion_control``.
         Parameters: Dataclass of its parameters, every one with a default; fields are named with their units.
+
+    One that acts on CNPs also has a function ``cnp_interval_ns`` of its parameters.
     """
 
     NAME: str
