@@ -26,7 +26,7 @@ class QpDispatcher:
     overtakes waits. In between each goes to the queue pair with the fewest packets outstanding, once one has credit.
 
     The arrays are those of `testbed.engine.stream.PacketStreams`, with room in every queue pair for all that its connection
-    sends; memory that is not written is never there.
+    sends; memory that is not written is never there. `restart` must be called before each iteration, the first included.
 
     Args:
         schedule: The pieces.
@@ -75,7 +75,6 @@ class QpDispatcher:
         self.released_packets = np.zeros(pairs * qps, np.int64)
         self.released_at_ns = np.zeros(pairs * qps)
         self.transfers_of: list[list[int]] = []
-        self.restart()
 
     @property
     def packets(self) -> npt.NDArray[np.int64]:

@@ -76,8 +76,7 @@ def test_every_piece_is_sent_once_and_not_before_its_time(name: str, size: int, 
     dispatcher = QpDispatcher(schedule, qps, MTU)
     streams = build_streams(schedule, MTU)
     for iteration in range(2):  # the second begins like the first
-        if iteration:
-            dispatcher.restart()
+        dispatcher.restart()
         arrived = run(schedule, qps, random.Random(seed + iteration), dispatcher)
         assert sorted(arrived) == list(range(len(schedule)))
         for row in range(len(schedule.connections) * qps):
@@ -103,6 +102,7 @@ def test_every_piece_is_sent_once_and_not_before_its_time(name: str, size: int, 
 def test_queue_pairs_get_what_they_can_carry(speeds: tuple[int, ...]) -> None:
     schedule = cut_into_pieces(one_way(800 * 4 * MTU), 4 * MTU)
     dispatcher = QpDispatcher(schedule, len(speeds), MTU)
+    dispatcher.restart()
     acked = np.zeros(len(speeds), np.int64)
     done = [0] * len(speeds)
     for tick in range(100_000):
@@ -122,6 +122,7 @@ def test_what_overtakes_waits_for_what_is_before_it() -> None:
     second = builder.add(0, 1, offset_bytes=100, nbytes=100)
     builder.add(1, 2, offset_bytes=100, nbytes=100, after=[second])
     dispatcher = QpDispatcher(builder.build(), 2, MTU)
+    dispatcher.restart()
     assert (first, second) == (0, 1)
     assert dispatcher.transfers_of == [[0], [1], [], []]
     dispatcher.record_arrivals([1], [1], lambda row, transfer: 5.0)
