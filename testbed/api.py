@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 _LAB_NAME_LENGTH = 37
 _MAX_LABS_OF_A_SCENARIO = 99
 _SIGNAL_EXIT = 128
+# Steps of a plotted line: more than a picture has pixels; on a page that can be zoomed, as many as a browser draws at ease.
+_IMAGE_STEPS, _PAGE_STEPS = 1200, 4000
 
 
 class RunListener(Protocol):
@@ -124,6 +126,7 @@ def run(
     pcap: Path | None = None,
     pcap_ports: Sequence[str] = (),
     snap_bytes: int | None = None,
+    series: bool = True,
 ) -> Result:
     """Run a scenario's workload and return what was found out. Needs root.
 
@@ -139,6 +142,7 @@ def run(
         pcap_ports: Nodes and ports to capture at, such as ``leaf0/up1``; by default the NICs of all hosts, where each
             frame is seen as it leaves and as it arrives.
         snap_bytes: Bytes captured of each frame, 0 for all; by default all headers.
+        series: Write the time series of the run into ``output`` too, see :mod:`testbed.results.series`.
 
     Raises:
         LabError: There is no lab ``name``, it is in use, or it was built from another fabric.
@@ -160,7 +164,7 @@ def run(
             fabric = stack.enter_context(_attached(plan, name))
             heard.note(f"lab {name}: time dilation {plan.dilation.value:g}")
         capture = None if capturing is None else stack.enter_context(capturing(fabric))
-        result = _run_on(fabric, heard, capture)
+        result = _run_on(fabric, heard, capture, series=output if series else None)
         if output is not None:
             save_result(result, output)
     return result
@@ -404,6 +408,43 @@ def describe_result_graph(file: Path) -> Graph:
     return _graph_of(scenario, measured)
 
 
+def plot_series(folder: Path, output: Path, *, row: int | None = None, iteration: int | None = None) -> None:
+    """Draw the time series of a run.
+
+    Args:
+        folder: Its results; it may have been interrupted.
+        output: The file to write: ``.html``, or ``.svg``, ``.png``, ``.pdf``.
+        row: Row of the results table; by default the last that was run.
+        iteration: A single measured iteration; by default all.
+
+    Raises:
+        TestbedError: There is no series, no such row or iteration, or the file cannot be written.
+        MachineError: What draws is not installed.
+    """
+    from testbed.results.series import QPS_FILE, QUEUES_FILE, read_series
+    from testbed.results.series_html import render_html
+    from testbed.results.series_image import IMAGE_SUFFIXES, save_image
+    from testbed.results.series_plot import build_plot
+
+    is_image = output.suffix.lower() in IMAGE_SUFFIXES
+    drawn = build_plot(
+        read_series(folder / QUEUES_FILE),
+        read_series(folder / QPS_FILE),
+        row=row,
+        iteration=iteration,
+        steps=_IMAGE_STEPS if is_image else _PAGE_STEPS,
+    )
+    try:
+        if is_image:
+            save_image(drawn, output)
+        else:
+            output.write_text(render_html(drawn), encoding="utf-8")
+    except ImportError as error:
+        raise MachineError(f"{error.name} is not installed", hint="pip install 'testbed[plot]'") from None
+    except OSError as error:
+        raise TestbedError(f"{output} cannot be written: {error.strerror}", hint="use --output") from None
+
+
 def destroy(name: str) -> list[str]:
     """Remove a lab. Needs root.
 
@@ -636,7 +677,9 @@ def _planned_capture(
         yield lambda fabric: capture.captured(fabric.state, plan.topology, ports, output, pcap, snap_bytes=snap)
 
 
-def _run_on(fabric: Fabric, listener: RunListener, capture: Capture | None = None) -> Result:
+def _run_on(
+    fabric: Fabric, listener: RunListener, capture: Capture | None = None, *, series: Path | None = None
+) -> Result:
     """Run every workload item, at each of its sizes, over a fabric, one after the other."""
     from testbed.assemble import assemble_result
     from testbed.carriers.engine import engine_carrier
@@ -651,7 +694,7 @@ def _run_on(fabric: Fabric, listener: RunListener, capture: Capture | None = Non
     counters: list[FabricCounters] = []
     fidelities: list[Fidelity] = []
     waiting = "waiting for another run on this machine"
-    with engine_carrier(fabric, lambda: listener.note(waiting)) as (carrier, refused):
+    with engine_carrier(fabric, lambda: listener.note(waiting), series=series) as (carrier, refused):
         before = MachineCounters.read()
         for index, planned in enumerate(plan.workloads):
             listener.note(f"{planned.collective_name} ({planned.algorithm_name}) of {format_size(planned.size_bytes)}")
@@ -677,5 +720,6 @@ def _run_on(fabric: Fabric, listener: RunListener, capture: Capture | None = Non
                 )
             )
             before = after
+        refused = refused + carrier.warnings()
     warnings = [*refused, *(capture.stop().warnings() if capture is not None else ())]
     return assemble_result(plan, samples, counters, fidelities, host=host, warnings=warnings)

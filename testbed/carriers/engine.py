@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
 from testbed.carriers.flow_control import flow_control
 from testbed.carriers.protocol import ProgressListener, WorkloadSamples
+from testbed.carriers.recording import Recording, recording
 from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.intra_host import run_inside_hosts
@@ -21,8 +23,8 @@ from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
 from testbed.measure.samples import MachineSamples
 from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan, PlannedWorkload
-from testbed.roce.congestion import cnp_interval_ns, make
-from testbed.scenario import CongestionControl
+from testbed.roce.congestion import CongestionControl, make
+from testbed.scenario import CongestionControl as ControlName
 
 
 class EngineCarrier:
@@ -34,6 +36,7 @@ class EngineCarrier:
         probe: The fidelity probe.
         clock: Source of time.
         flow: PFC on the fabric; also an attribute.
+        recording: The time series that is written along the run, if any.
     """
 
     def __init__(
@@ -43,12 +46,14 @@ class EngineCarrier:
         probe: ProbeLink,
         clock: MonotonicClock,
         flow: FlowControl | NoFlowControl,
+        recording: Recording | None = None,
     ) -> None:
         self._fabric = fabric
         self.flow = flow
         self._sockets = sockets
         self._probe = probe
         self._clock = clock
+        self._recording = recording
 
     def run(self, workload: int, listener: ProgressListener) -> WorkloadSamples:
         """Run all iterations of a workload.
@@ -60,6 +65,9 @@ class EngineCarrier:
         planned = plan.workloads[workload]
         if not planned.connections:
             return _run_inside_hosts(plan, planned, listener)
+        limit, recorder = rate_limit(plan, workload), self._recording.recorder if self._recording else None
+        if recorder is not None:
+            recorder.begin_workload(workload, len(planned.connections), self.flow.closed, control_of(limit))
         loop = TickLoop(
             engine_setup(plan, workload),
             queues=self._fabric.arrays.queues,
@@ -69,7 +77,8 @@ class EngineCarrier:
             probe=self._probe,
             describe_connection=lambda index: describe_connection(plan, workload, index),
             flow_control=self.flow,
-            rate_limit=rate_limit(plan, workload),
+            rate_limit=limit,
+            recorder=recorder,
         )
         mtu, networked = plan.scenario.transport.mtu_bytes, len(planned.connections)
         schedule = planned.pieces or planned.schedule
@@ -82,7 +91,10 @@ class EngineCarrier:
         results = []
         for number in range(warmups + iters):
             warmup = number < warmups
-            listener.iteration(number if warmup else number - warmups, warmups if warmup else iters, warmup=warmup)
+            shown = number if warmup else number - warmups
+            listener.iteration(shown, warmups if warmup else iters, warmup=warmup)
+            if recorder is not None:
+                recorder.begin_iteration(shown, warmup=warmup)
             result = loop.run_iteration(schedule, streams)
             if not warmup:
                 results.append(result)
@@ -102,6 +114,10 @@ class EngineCarrier:
             ),
             nvlink_bytes=tuple(result.nvlink_bytes for result in results),
         )
+
+    def warnings(self) -> list[str]:
+        """Return what a reader of the time series should know."""
+        return self._recording.warnings() if self._recording else []
 
 
 def _run_inside_hosts(plan: Plan, planned: PlannedWorkload, listener: ProgressListener) -> WorkloadSamples:
@@ -141,7 +157,6 @@ def _run_inside_hosts(plan: Plan, planned: PlannedWorkload, listener: ProgressLi
 def engine_setup(plan: Plan, workload: int) -> EngineSetup:
     """Return what the tick loop needs to know of a planned workload."""
     topology, planned = plan.topology, plan.workloads[workload]
-    transport = plan.scenario.transport
     burst_ns = np.zeros(len(topology.ports) + 1)
     gain = np.zeros(len(topology.ports) + 1)
     for port in topology.ports:
@@ -165,16 +180,14 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
         max_backlog_frames=read_max_backlog(),
         resolution_error_fraction=planned.resolution_error_fraction,
         intra_host=planned.intra_host,
-        wall_cnp_interval_ns=round(
-            cnp_interval_ns(str(transport.congestion_control), transport.congestion_parameters) * plan.dilation.value
-        ),
+        wall_cnp_interval_ns=round(plan.cnp_interval_ns * plan.dilation.value),
     )
 
 
 def rate_limit(plan: Plan, workload: int) -> RateLimit:
     """Return the congestion control of a workload's QPs."""
     transport = plan.scenario.transport
-    if transport.congestion_control is CongestionControl.NONE:
+    if transport.congestion_control is ControlName.NONE:
         return NoRateLimit()
     planned = plan.workloads[workload]
     nics = [plan.topology.nics[connection.requester.local.nic] for connection in planned.connections]
@@ -185,6 +198,11 @@ def rate_limit(plan: Plan, workload: int) -> RateLimit:
         frame_wire_bytes=plan.frame_wire_bytes,
         wall_tick_ns=plan.dilation.wall_tick_ns,
     )
+
+
+def control_of(limit: RateLimit) -> CongestionControl | None:
+    """Return the reaction points behind a limit, if there are any."""
+    return limit.control if isinstance(limit, CongestionLimit) else None
 
 
 def describe_connection(plan: Plan, workload: int, index: int) -> str:
@@ -198,24 +216,32 @@ def describe_connection(plan: Plan, workload: int, index: int) -> str:
 
 @contextlib.contextmanager
 def engine_carrier(
-    fabric: Fabric, waiting: Callable[[], None] = lambda: None
+    fabric: Fabric, waiting: Callable[[], None] = lambda: None, *, series: Path | None = None
 ) -> Iterator[tuple[EngineCarrier, list[str]]]:
     """Open the engine on a fabric for the block.
 
     Args:
         fabric: The fabric.
         waiting: Called when another run has the machine; this one then waits for it.
+        series: Folder for the time series of the run; None for none.
 
     Yields:
         The carrier, and warnings about what the machine refused.
     """
     clock = MonotonicClock()
     engine_cpu, port_cpus = choose_cpus()
+    recorded: contextlib.AbstractContextManager[Recording | None] = contextlib.nullcontext()
+    if series is not None:
+        recorded = recording(fabric, series, control_of(rate_limit(fabric.plan, 0)))
     with (
+        recorded as written,  # first: its process does not inherit the engine's CPU and priority
         fabric.packet_sockets() as sockets,
         contextlib.closing(ProbeLink(fabric.probe_cpu, clock.now_ns)) as probe,
         tuned_host(port_cpus, waiting) as host_warnings,
         engine_thread(engine_cpu) as warnings,
         flow_control(fabric, clock.now_ns()) as flow,
     ):
-        yield EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock, flow), host_warnings + warnings
+        yield (
+            EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock, flow, written),
+            host_warnings + warnings,
+        )

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from testbed.cli import doctor, frames, graph, lab, run, scenario
+from testbed.cli import doctor, frames, graph, lab, plot, run, scenario
 from testbed.cli.signals import end_on_signals
 from testbed.cli.text import print_error
 from testbed.errors import TestbedError
@@ -30,6 +30,7 @@ app.command("paths")(scenario.paths)
 app.command("graph")(graph.graph)
 app.command("schema")(scenario.schema)
 app.command("run")(run.run)
+app.command("plot")(plot.plot)
 app.command("deploy")(lab.deploy)
 app.command("inspect")(lab.inspect)
 app.command("exec")(lab.execute)

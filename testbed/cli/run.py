@@ -124,7 +124,7 @@ def run(
             "--output",
             metavar="DIR",
             envvar="TESTBED_OUTPUT",
-            help="Folder for result.json and scenario.yaml. [default: results/NAME-DATE-TIME]",
+            help="Folder for result.json, scenario.yaml and the time series. [default: results/NAME-DATE-TIME]",
             show_default=False,
         ),
     ] = None,
@@ -142,6 +142,14 @@ def run(
     ] = None,
     pcap_ports: PcapPorts = None,
     snap_length: SnapLength = None,
+    series: Annotated[
+        bool,
+        typer.Option(
+            "--series/--no-series",
+            envvar="TESTBED_SERIES",
+            help="Write the time series of queues and QPs into the results folder, for `testbed plot`.",
+        ),
+    ] = True,
     require: Annotated[
         Required,
         typer.Option("--require", envvar="TESTBED_REQUIRE", help="Exit with 4 when the verdict is worse than this."),
@@ -169,6 +177,7 @@ def run(
         pcap=pcap,
         pcap_ports=pcap_ports or (),
         snap_bytes=snap_length,
+        series=series,
     )
     if output_format is OutputFormat.JSON:
         sys.stdout.write(render_json(result))

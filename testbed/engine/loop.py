@@ -19,6 +19,7 @@ from testbed.engine.nic import NicPacer, share_budget
 from testbed.engine.observer import ShapingObserver
 from testbed.engine.progress import Progress
 from testbed.engine.rate_limit import NoRateLimit, RateLimit
+from testbed.engine.recorder import NoRecorder, Recorder
 from testbed.engine.stream import PacketStreams, build_streams
 from testbed.errors import RunError
 from testbed.measure.samples import MachineSamples
@@ -162,6 +163,7 @@ class TickLoop:
         describe_connection: Names a connection for error messages.
         flow_control: PFC of the fabric.
         rate_limit: What congestion control lets each QP send.
+        recorder: Shown the fabric once a tick.
     """
 
     def __init__(
@@ -176,10 +178,12 @@ class TickLoop:
         describe_connection: Callable[[int], str],
         flow_control: FlowControl | NoFlowControl | None = None,
         rate_limit: RateLimit | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._setup = setup
         self._flow = flow_control or NoFlowControl(len(queues))
         self._limit: RateLimit = rate_limit or NoRateLimit()
+        self._recorder: Recorder = recorder or NoRecorder()
         self._clock = clock
         self._probe = probe
         self._sockets = list(sockets)
@@ -263,7 +267,7 @@ class TickLoop:
         else:
             progress = Progress(schedule, streams, intra_host.release)
         writer, pacer, clock = self._writer, self._pacer, self._clock
-        flow, limit = self._flow, self._limit
+        flow, limit, recorder = self._flow, self._limit, self._recorder
         writer.restart(schedule, streams, self._psn_offset)
         nic, nic_port = self._nic, self._setup.nic_port
         nics, count = len(nic_port), len(nic)
@@ -287,6 +291,7 @@ class TickLoop:
         high_water = offset.copy()
         seen_messages = self._message_offset.copy()
         retries = np.zeros(count, np.int64)
+        transmitted = np.zeros(count, np.int64)
         retransmitted = 0
         rewound = False  # once a QP went back, sent packets may be sent before
         credit_bytes = self._credit_frames * self._frame_wire_bytes
@@ -307,18 +312,18 @@ class TickLoop:
         intra_host.begin(begin)
         nic_released_at = np.full(nics, float(begin))
         paused_before = flow.paused_until(begin)
-        last_message = self._message_offset + np.array(
-            [len(transfers) for transfers in streams.transfers_of[:count]], np.int64
-        )
+        last_message = self._message_offset + streams.messages
         last_transfer = [int(transfers[-1]) if len(transfers) else -1 for transfers in streams.transfers_of[:count]]
         end_ns = np.full(count, float(begin))
         payload_before = self._rx_payload_bytes.copy()
         together_ns, together_bytes = 0, np.zeros(count, np.int64)
         flow.lateness_ns.clear()
         ticks = 0
+        recorder.start(begin)
         while True:
             now = clock.now_ns()
             lateness = now - due
+            recorder.sample(now, transmitted)
             flow.tick(now)
 
             self._arrivals.next_snapshot[0] = self._rx_messages
@@ -438,6 +443,7 @@ class TickLoop:
                 if rewound:
                     retransmitted += int(np.maximum(np.minimum(taken, high_water - sent), 0).sum())
                 sent += taken
+                transmitted += taken
                 np.maximum(high_water, sent, out=high_water)
             else:
                 pacer.rest()
@@ -461,6 +467,7 @@ class TickLoop:
         gate_lateness_ns = np.array(flow.lateness_ns, np.int64)
         waits_ns = self._probe.waits_ns()
         unaccounted_bytes = self._settle(streams)
+        recorder.finish(clock.now_ns(), transmitted)
         self._psn_offset += streams.packets
         self._message_offset += streams.messages
         machine = MachineSamples(

@@ -15,8 +15,7 @@ from fractions import Fraction
 
 from testbed.errors import PlanError
 from testbed.plan.dilation import TimeDilation
-from testbed.roce.congestion.dcqcn import Parameters, cnp_interval_ns
-from testbed.roce.congestion.protocol import read_parameters
+from testbed.roce.congestion import cnp_interval_ns
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
 from testbed.scenario import CongestionControl, EcnPreset, Scenario, Switch, Transport
 from testbed.topology import Node, NodeKind, Port, Topology
@@ -114,9 +113,7 @@ def marking_of(scenario: Scenario, port: Port) -> Marking | None:
 
 def notification_interval_ns(transport: Transport) -> int:
     """Return the time in which a responder sends at most one CNP per QP; 0 where nobody listens to CNPs."""
-    if transport.congestion_control is not CongestionControl.DCQCN:
-        return 0
-    return cnp_interval_ns(read_parameters(Parameters, transport.congestion_parameters, "dcqcn"))
+    return cnp_interval_ns(str(transport.congestion_control), transport.congestion_parameters)
 
 
 def switch_of(scenario: Scenario, node: Node) -> Switch:

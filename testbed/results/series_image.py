@@ -1,0 +1,66 @@
+"""A run's time series as a still picture: SVG, PNG or PDF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from testbed.results.series_html import COLOURS
+from testbed.results.series_plot import Panel, SeriesPlot
+
+IMAGE_SUFFIXES = (".svg", ".png", ".pdf")
+_WIDTH_INCHES, _PANEL_INCHES = 11.0, 2.3
+_LEGEND_ROWS = 12
+
+
+def save_image(plot: SeriesPlot, path: Path) -> None:
+    """Draw into a file; its suffix tells the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: The file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure((_WIDTH_INCHES, _PANEL_INCHES * len(plot.panels) + 0.6), layout="constrained")
+    figure.suptitle(plot.title, fontsize=10)
+    axes = figure.subplots(len(plot.panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, panel in zip(axes, plot.panels, strict=True):
+        _draw(axis, panel)
+    axes[-1].set_xlim(plot.begin_us, plot.end_us)
+    axes[-1].set_xlabel("emulated time (µs)")
+    figure.savefig(path, dpi=120)
+
+
+def _draw(axis: object, panel: Panel) -> None:
+    from matplotlib.axes import Axes
+
+    assert isinstance(axis, Axes)
+    axis.set_title(panel.title, fontsize=9, loc="left")
+    axis.set_ylabel(panel.unit)
+    axis.grid(alpha=0.3)
+    for line in panel.lines:
+        colour = COLOURS[line.colour % len(COLOURS)]
+        label = None if line.dashed else line.name
+        style = ("dotted", 0.8) if line.dashed else ("solid", 1.0)
+        axis.plot(line.end_us, line.values, drawstyle="steps-pre", color=colour, label=label, ls=style[0], lw=style[1])
+    for threshold in panel.thresholds:
+        axis.axhline(threshold.value, color="#444", ls="dashed", lw=0.8)
+        axis.annotate(
+            threshold.name,
+            (1.0, threshold.value),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=7,
+        )
+    for place_on_axis, bars in enumerate(panel.bars):
+        spans = list(zip(bars.begin_us.tolist(), bars.length_us.tolist(), strict=True))
+        axis.broken_barh(spans, (place_on_axis - 0.35, 0.7), color="#d62728", lw=0)
+    if panel.bars:
+        axis.set_yticks(range(len(panel.bars)), [bars.name for bars in panel.bars], fontsize=7)
+        axis.invert_yaxis()
+    else:
+        axis.set_ylim(bottom=0)
+    if any(not line.dashed for line in panel.lines):
+        columns = -(-len(panel.lines) // (2 * _LEGEND_ROWS))
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=columns, frameon=False)

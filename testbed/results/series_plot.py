@@ -1,0 +1,295 @@
+"""A run's time series as a picture: what is drawn, as values; `series_html` and `series_image` draw it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from testbed.errors import TestbedError
+from testbed.results.series import read_header
+from testbed.units import format_size
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Floats = npt.NDArray[np.float64]
+_MOST_PORTS, _MOST_FLOWS = 8, 16
+LIMIT_SUFFIX = ", limit"
+# A rate is a mean over at least so many frames of the fastest link: fewer show the frames, not the rate.
+_RATE_FRAMES = 32
+_EVENTS = {
+    "ECN marks": ("queues", "marked_packets"),
+    "CNPs received": ("qps", "cnps_packets"),
+    "PFC frames received": ("queues", "pause_frames"),
+    "drops": ("queues", "drop_packets"),
+    "lost on links": ("queues", "lost_packets"),
+    "NAKs received": ("qps", "naks_packets"),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Line:
+    """A line of steps.
+
+    Attributes:
+        name: In the legend.
+        end_us: Where each step ends, emulated µs, ascending; it begins where the one before ends.
+        values: Of each step, in the panel's unit; nan where there is none.
+        colour: Index of its colour.
+        dashed: Whether it is a limit and no measurement.
+    """
+
+    name: str
+    end_us: Floats
+    values: Floats
+    colour: int
+    dashed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """A horizontal line, in the panel's unit."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bars:
+    """Stretches of time of one thing: beginnings and lengths, emulated µs."""
+
+    name: str
+    begin_us: Floats
+    length_us: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One of several diagrams over the same time: lines over a unit, or rows of bars.
+
+    Attributes:
+        title: What it shows.
+        unit: Of its values; empty for bars.
+        lines: Its lines.
+        thresholds: Its horizontal lines.
+        bars: Its rows of bars.
+    """
+
+    title: str
+    unit: str
+    lines: tuple[Line, ...] = ()
+    thresholds: tuple[Threshold, ...] = ()
+    bars: tuple[Bars, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesPlot:
+    """Diagrams one above the other, from ``begin_us`` to ``end_us``."""
+
+    title: str
+    begin_us: float
+    end_us: float
+    panels: tuple[Panel, ...]
+
+
+def build_plot(
+    queues: pa.Table, qps: pa.Table, *, row: int | None = None, iteration: int | None = None, steps: int
+) -> SeriesPlot:
+    """Return what to draw of a run.
+
+    Args:
+        queues: Series of the ports.
+        qps: Series of the QPs.
+        row: Row of the results; the last one that was run by default.
+        iteration: Measured iteration; all of them by default, or the warm-ups where nothing was measured.
+        steps: Most steps of a line.
+
+    Raises:
+        TestbedError: There are no samples of that row and iteration.
+    """
+    header = read_header(queues.schema)
+    shown_queues, shown_qps = _columns_of(queues), _columns_of(qps)
+    row = int(shown_queues["row"].max(initial=0)) if row is None else row
+    for table in (shown_queues, shown_qps):
+        _keep(table, table["row"] == row)
+    if not shown_queues["warmup"].all():
+        for table in (shown_queues, shown_qps):
+            _keep(table, ~table["warmup"])
+    if iteration is not None:
+        for table in (shown_queues, shown_qps):
+            _keep(table, table["iteration"] == iteration)
+    if not len(shown_queues["time_ns"]):
+        rows, iterations = len(header["rows"]), f", iteration {iteration}" if iteration is not None else ""
+        raise TestbedError(f"the series has no samples of row {row}{iterations}", hint=f"rows go from 0 to {rows - 1}")
+    grid = _Grid(shown_queues, shown_qps, steps)
+    fastest = max(port["rate_bits_per_s"] for port in header["ports"])
+    rates = grid.coarsened(_RATE_FRAMES * header["frame_wire_bytes"] * 8e9 / fastest)
+    ports = [port for port in header["ports"] if not port["is_host"]]
+    panels = [
+        _depth_panel(shown_queues, grid, ports),
+        _ingress_panel(shown_queues, grid, ports),
+        _rate_panel(shown_qps, rates, header),
+        _pause_panel(shown_queues),
+        _event_panel(shown_queues, shown_qps, rates),
+    ]
+    what = header["rows"][row]
+    title = (
+        f"{header['scenario_name']}: {what['collective']} of {format_size(what['size_bytes'])}, {what['nranks']} ranks, "
+        f"time dilation {header['time_dilation']:g}, seed {header['seed']}"
+    )
+    return SeriesPlot(title, grid.edges_us[0], grid.edges_us[-1], tuple(panel for panel in panels if panel is not None))
+
+
+Columns = dict[str, npt.NDArray[Any]]
+
+
+def _columns_of(table: pa.Table) -> Columns:
+    def values(column: Any) -> npt.NDArray[Any]:
+        found: npt.NDArray[Any] = column.combine_chunks().to_numpy(zero_copy_only=False)
+        return found
+
+    return {name: values(table[name]) for name in table.column_names}
+
+
+def _keep(table: Columns, which: npt.NDArray[np.bool_]) -> None:
+    for name in table:
+        table[name] = table[name][which]
+
+
+class _Grid:
+    """Steps of time that each take some samples together."""
+
+    def __init__(self, queues: Columns, qps: Columns, steps: int) -> None:
+        ends = [table["time_ns"] for table in (queues, qps)]
+        begins = [table["time_ns"] - table["interval_ns"] for table in (queues, qps)]
+        self._ticks = np.unique(np.concatenate([*ends, *begins]))
+        self._thin(-(-(len(self._ticks) - 1) // steps))
+
+    def _thin(self, every: int) -> None:
+        self._every = every
+        self._edges = np.append(self._ticks[:-1:every], self._ticks[-1])
+        self.edges_us = self._edges / 1e3
+        self.end_us = self.edges_us[1:]
+        self.length_ns = np.diff(self._edges).astype(np.float64)
+
+    def coarsened(self, shortest_ns: float) -> _Grid:
+        """Return the grid with steps of that length at least, if it has shorter ones."""
+        grid = object.__new__(_Grid)
+        grid._ticks = self._ticks
+        tick_ns = float(np.median(np.diff(self._ticks)))
+        grid._thin(max(self._every, int(-(-shortest_ns // tick_ns))))
+        return grid
+
+    def _places(self, table: Columns) -> npt.NDArray[np.intp]:
+        return np.searchsorted(self._edges, table["time_ns"]) - 1
+
+    def sums(self, table: Columns, name: str) -> Floats:
+        """Return the sum of a column in every step."""
+        return np.bincount(self._places(table), weights=table[name], minlength=len(self.end_us)).astype(np.float64)
+
+    def most(self, table: Columns, name: str) -> Floats:
+        """Return the greatest value of a column in every step, 0 where it has none."""
+        found = np.zeros(len(self.end_us))
+        np.maximum.at(found, self._places(table), table[name])
+        return found
+
+    def last(self, table: Columns, name: str) -> Floats:
+        """Return the last value of a column up to the end of every step, nan before the first."""
+        order = np.searchsorted(table["time_ns"], self._edges[1:], side="right") - 1
+        return np.where(order >= 0, np.append(table[name], np.nan)[order], np.nan)
+
+
+def _groups(table: Columns, name: str) -> Iterator[tuple[Any, Columns]]:
+    """Yield the rows of each value of a column."""
+    for value in np.unique(table[name]):
+        which = table[name] == value
+        yield value, {key: column[which] for key, column in table.items()}
+
+
+def _port_lines(queues: Columns, grid: _Grid, ports: list[dict[str, Any]], name: str) -> tuple[tuple[Line, ...], str]:
+    """Return the lines of the ports with the greatest values of a column of bytes, in KiB, and what the title says of them."""
+    names = [port["name"] for port in ports]
+    peaks = {port: int(rows[name].max()) for port, rows in _groups(queues, "port") if port in names}
+    found = sorted((port for port in peaks if peaks[port]), key=lambda port: -peaks[port])
+    drawn = [port for port in names if port in found[:_MOST_PORTS]]
+    rows_of = dict(_groups(queues, "port"))
+    lines = [Line(port, grid.end_us, grid.most(rows_of[port], name) / 1024, index) for index, port in enumerate(drawn)]
+    return tuple(lines), _of_most(len(drawn), len(found))
+
+
+def _thresholds(ports: list[dict[str, Any]], lines: tuple[Line, ...], keys: dict[str, str]) -> tuple[Threshold, ...]:
+    """Return the thresholds of the ports that are drawn, each value once, in KiB."""
+    drawn = {line.name for line in lines}
+    found = {
+        (title, port[key]): None
+        for port in ports
+        if port["name"] in drawn
+        for title, key in keys.items()
+        if port[key] is not None
+    }
+    return tuple(Threshold(title, value / 1024) for title, value in found)
+
+
+def _depth_panel(queues: Columns, grid: _Grid, ports: list[dict[str, Any]]) -> Panel:
+    lines, which = _port_lines(queues, grid, ports, "depth_bytes")
+    limits = _thresholds(ports, lines, {"Kmin": "kmin_bytes", "Kmax": "kmax_bytes"})
+    return Panel("Depth of egress queues" + which, "KiB", lines, limits)
+
+
+def _ingress_panel(queues: Columns, grid: _Grid, ports: list[dict[str, Any]]) -> Panel | None:
+    lines, which = _port_lines(queues, grid, ports, "ingress_used_bytes")
+    if not lines:
+        return None
+    limits = _thresholds(ports, lines, {"XOFF": "xoff_bytes"})
+    return Panel("Held for ingress ports" + which, "KiB", lines, limits)
+
+
+def _rate_panel(qps: Columns, grid: _Grid, header: dict[str, Any]) -> Panel:
+    wire_bits = 8 * header["frame_wire_bytes"]
+    flows = sorted(_groups(qps, "qpn"), key=lambda one: -int(one[1]["sent_packets"].sum()))
+    found = sorted(flows[:_MOST_FLOWS], key=lambda one: int(one[0]))
+    pairs = [(int(rows["src_rank"][0]), int(rows["dst_rank"][0])) for _, rows in found]
+    lines = []
+    for index, ((qpn, rows), (src, dst)) in enumerate(zip(found, pairs, strict=True)):
+        name = f"{src} to {dst}" + (f", QP {qpn:#x}" if pairs.count((src, dst)) > 1 else "")
+        lines.append(Line(name, grid.end_us, grid.sums(rows, "sent_packets") * wire_bits / grid.length_ns, index))
+        if "rate_limit_bytes_per_s" in rows:
+            limit = grid.last(rows, "rate_limit_bytes_per_s") * 8 / 1e9
+            lines.append(Line(name + LIMIT_SUFFIX, grid.end_us, limit, index, dashed=True))
+    mean_us = float(np.median(grid.length_ns)) / 1e3
+    title = f"Rate of flows, means of {mean_us:.3g} µs" + _of_most(len(found), len(flows))
+    return Panel(title, "Gbit/s", tuple(lines))
+
+
+def _of_most(drawn: int, there_are: int) -> str:
+    return f", the {drawn} largest of {there_are}" if drawn < there_are else ""
+
+
+def _pause_panel(queues: Columns) -> Panel | None:
+    bars = []
+    for port, rows in _groups(queues, "port"):
+        paused = rows["paused"]
+        if paused.any():
+            end, begin = rows["time_ns"][paused], (rows["time_ns"] - rows["interval_ns"])[paused]
+            starts = np.append(True, begin[1:] != end[:-1])
+            first, last = begin[starts], end[np.append(starts[1:], True)]
+            bars.append(Bars(port, first / 1e3, (last - first) / 1e3))
+    if not bars:
+        return None
+    longest = sorted(bars, key=lambda bar: -float(bar.length_us.sum()))[:_MOST_FLOWS]
+    drawn = tuple(bar for bar in bars if bar in longest)
+    return Panel("Paused by PFC" + _of_most(len(drawn), len(bars)), "", bars=drawn)
+
+
+def _event_panel(queues: Columns, qps: Columns, grid: _Grid) -> Panel | None:
+    tables = {"queues": queues, "qps": qps}
+    lines = [
+        Line(title, grid.end_us, grid.sums(tables[table], column) * 1e3 / grid.length_ns, index)
+        for index, (title, (table, column)) in enumerate(_EVENTS.items())
+        if tables[table][column].any()
+    ]
+    return Panel("Marks, CNPs, PFC, losses: whole fabric", "packets/µs", tuple(lines)) if lines else None
