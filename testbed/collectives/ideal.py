@@ -6,6 +6,7 @@ core's capacity is never in it, so CCT / ideal CCT is what the fabric did to the
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -145,32 +146,34 @@ def ideal_arrivals_ns(
         rate_bytes_per_ns=(rates / 8e9).tolist(),
     )
     if intra_host is None or not (inside := intra_host.find_connections(schedule)).any():
-        return _follow_dependencies(schedule, [network] * len(schedule.connections), network.arrivals())
+        return _follow_dependencies(schedule, [network] * len(schedule.connections), network.arrivals)
     hosts = IntraHostModel(schedule, intra_host)
     carriers = [hosts if one else network for one in inside.tolist()]
-    return _follow_dependencies(schedule, carriers, _merged_arrivals(network, hosts))
+    return _follow_dependencies(schedule, carriers, functools.partial(_merged_arrivals, network, hosts))
 
 
-def _merged_arrivals(network: FluidPorts, hosts: IntraHostModel) -> Iterator[tuple[float, int]]:
-    """Yield the arrivals of both in order of time; what they release may come to either."""
+def _merged_arrivals(network: FluidPorts, hosts: IntraHostModel, until_ns: float) -> Iterator[tuple[float, int]]:
+    """Yield the arrivals of both up to a time, in order; what they release may come to either."""
     while True:
         carrier, other = (network, hosts) if network.next_ns <= hosts.next_ns else (hosts, network)
-        if carrier.next_ns == math.inf:
+        if carrier.next_ns == math.inf or carrier.next_ns > until_ns:
             return
-        for arrival in carrier.arrivals(other.next_ns):
+        for arrival in carrier.arrivals(min(other.next_ns, until_ns)):
             yield arrival
             break  # it may have released something in the other
 
 
 def _follow_dependencies(
-    schedule: Schedule, carriers: Sequence[FluidPorts | IntraHostModel], arrivals: Iterator[tuple[float, int]]
+    schedule: Schedule,
+    carriers: Sequence[FluidPorts | IntraHostModel],
+    arrivals: Callable[[float], Iterator[tuple[float, int]]],
 ) -> npt.NDArray[np.float64]:
-    """Release every transfer as soon as all it waits for has arrived, and return the arrival times.
+    """Release every transfer as soon as all it waits for has arrived and its connection may send; return the arrival times.
 
     Args:
         schedule: What is sent.
         carriers: What carries each connection.
-        arrivals: Yields all their arrivals in order of time.
+        arrivals: Yields all their arrivals up to a time, in order.
     """
     count, connections = len(schedule), len(schedule.connections)
     missing: list[int] = np.diff(schedule.dep_offsets).tolist()
@@ -185,25 +188,32 @@ def _follow_dependencies(
     followers = np.bincount(schedule.deps, minlength=count)
     first_follower: list[int] = [0, *np.cumsum(followers).tolist()]
 
+    start: list[float] = schedule.start_ns.tolist()
+
     def release(connection: int, now: float) -> None:
+        if now < start[connection]:
+            return
         at = head[connection]
         while at < end[connection] and missing[queue[at]] == 0:
             carriers[connection].release(queue[at], now)
             at += 1
         head[connection] = at
 
-    for connection in range(connections):
-        release(connection, 0.0)
     arrival_ns = [0.0] * count
     arrived = 0
-    for now, transfer in arrivals:
-        arrived += 1
-        arrival_ns[transfer] = now
-        for at in range(first_follower[transfer], first_follower[transfer + 1]):
-            dependant = follower[at]
-            missing[dependant] -= 1
-            if missing[dependant] == 0:
-                release(connection_of[dependant], now)
+    moments = sorted({0.0, *start})
+    for moment, following in zip(moments, [*moments[1:], math.inf], strict=True):
+        for connection in range(connections):
+            if start[connection] == moment or moment == 0.0:
+                release(connection, moment)
+        for now, transfer in arrivals(following):
+            arrived += 1
+            arrival_ns[transfer] = now
+            for at in range(first_follower[transfer], first_follower[transfer + 1]):
+                dependant = follower[at]
+                missing[dependant] -= 1
+                if missing[dependant] == 0:
+                    release(connection_of[dependant], now)
     assert arrived == count, "a schedule is in topological order"
     return np.array(arrival_ns, np.float64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
@@ -23,11 +24,12 @@ class Pattern(StrEnum):
 
 
 class Flow(NamedTuple):
-    """Bytes from one rank to another, over a connection of their own."""
+    """Bytes from one rank to another, over a connection of their own, sent from ``start_ns`` on."""
 
     src: int
     dst: int
     nbytes: int
+    start_ns: int = 0
 
 
 def incast_flows(fan_in: int, size_bytes: int) -> list[Flow]:
@@ -57,7 +59,7 @@ def permutation_flows(nranks: int, size_bytes: int, rng: np.random.Generator) ->
 def build_flows(
     nranks: int, flows: Sequence[Flow], slices: int = SLICES_PER_CHUNK, min_slice_bytes: int = 1
 ) -> Schedule:
-    """Return the schedule of flows that start together.
+    """Return the schedule of flows, which start together unless they say otherwise.
 
     A flow is cut into ``slices`` messages, or into fewer that have at least ``min_slice_bytes``. What a rank sends lies one
     after the other in its send buffer, in the order of the flows; so does what it receives in its receive buffer.
@@ -96,7 +98,7 @@ def build_flows(
                 dst_offset_bytes=into + offset - begin,
                 channel=number,
             )
-    return builder.build()
+    return dataclasses.replace(builder.build(), start_ns=np.array([flow.start_ns for flow in flows], np.int64))
 
 
 def busiest_nic_bytes(flows: Sequence[Flow]) -> int:

@@ -87,6 +87,7 @@ class Schedule:
             write a receive buffer, as in nccl-tests' out-of-place columns.
         dst_offset_bytes: First byte within the receiver's buffer, to which the RETH points, shape ``(transfers,)``,
             int64; None stands for `offset_bytes` and is replaced by it.
+        start_ns: Time before which each connection sends nothing, emulated, shape ``(connections,)``, int64; None stands for 0.
 
     Raises:
         ValueError: If the arrays contradict each other, leave the buffer, or could not be executed in order.
@@ -105,10 +106,13 @@ class Schedule:
     connections: tuple[tuple[int, int], ...]
     in_place: bool = True
     dst_offset_bytes: npt.NDArray[np.int64] = None  # type: ignore[assignment]  # never None once constructed
+    start_ns: npt.NDArray[np.int64] = None  # type: ignore[assignment]  # never None once constructed
 
     def __post_init__(self) -> None:
         if self.dst_offset_bytes is None:
             object.__setattr__(self, "dst_offset_bytes", self.offset_bytes)
+        if self.start_ns is None:
+            object.__setattr__(self, "start_ns", np.zeros(len(self.connections), np.int64))
         self._check()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -133,7 +137,9 @@ class Schedule:
         number = np.empty(len(order), np.int32)
         number[order] = np.arange(len(order), dtype=np.int32)
         connections = tuple(self.connections[index] for index in order)
-        return dataclasses.replace(self, connection=number[self.connection], connections=connections)
+        return dataclasses.replace(
+            self, connection=number[self.connection], connections=connections, start_ns=self.start_ns[order]
+        )
 
     def sent_bytes(self) -> npt.NDArray[np.int64]:
         """Return the payload bytes that each rank sends, shape ``(nranks,)``, int64."""
@@ -162,6 +168,8 @@ class Schedule:
             raise ValueError("a schedule's arrays must have one entry per transfer")
         if self.dep_offsets[0] != 0 or self.dep_offsets[-1] != len(self.deps):
             raise ValueError("dep_offsets must begin at 0 and end at the number of deps")
+        if self.start_ns.shape != (len(self.connections),) or (self.start_ns < 0).any():
+            raise ValueError("start_ns must have a time from 0 on for every connection")
         deps_of_each = np.diff(self.dep_offsets)
         if (deps_of_each < 0).any():
             raise ValueError("dep_offsets must not decrease")

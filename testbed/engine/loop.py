@@ -277,7 +277,7 @@ class TickLoop:
         self._probe.restart()
         # Packet counts are absolute, as in the QP table: this iteration's first packet is number `offset`.
         offset = self._psn_offset
-        released = progress.released_packets + offset
+        released = offset.copy()
         wire_before = streams.wire_bytes_before
         wire_at_end = streams.wire_bytes_at_end
         ns_per_byte = (1e9 / self._setup.wall_port_rate_bytes_per_s[nic_port])[nic].tolist()
@@ -318,6 +318,9 @@ class TickLoop:
         payload_before = self._rx_payload_bytes.copy()
         together_ns, together_bytes = 0, np.zeros(count, np.int64)
         flow.lateness_ns.clear()
+        starts_ns = begin + np.rint(schedule.start_ns[:count] * self._setup.time_dilation).astype(np.int64)
+        may_send = np.zeros(count, bool)
+        waiting, refresh = True, False
         ticks = 0
         recorder.start(begin)
         while True:
@@ -345,14 +348,24 @@ class TickLoop:
                     if not together_ns:
                         together_ns = now
                         together_bytes = self._rx_payload_bytes - payload_before
-                np.add(progress.released_packets, offset, out=released)
+                refresh = True
                 moved_ns = now
             if intra_host.busy:
                 last_arrival_ns = max(last_arrival_ns, round(intra_host.advance(now + tick_ns, progress)))
-                np.add(progress.released_packets, offset, out=released)
+                refresh = True
                 moved_ns = now
             if not progress.pending_transfers:
                 break
+
+            if waiting:
+                started = starts_ns <= now + tick_ns
+                begun = started & ~may_send
+                if begun.any():
+                    np.maximum(progress.released_at_ns, starts_ns, out=progress.released_at_ns, where=begun)
+                    may_send, refresh, moved_ns, waiting = started, True, now, not started.all()
+            if refresh:
+                np.add(np.where(may_send, progress.released_packets, 0), offset, out=released)
+                refresh = False
 
             self._feedback.next_snapshot[:] = self._feedback_fields
             acked, naks, nak_position, cnps = self._feedback.advance(now)

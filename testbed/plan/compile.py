@@ -247,7 +247,7 @@ def _pattern(item: IncastWorkload | PermutationWorkload | FlowsWorkload, scenari
         flows = permutation_flows(nranks, item.size_bytes, rng)
         total = item.size_bytes
     else:
-        flows = [Flow(flow.src, flow.dst, flow.size_bytes) for flow in item.flows]
+        flows = [Flow(flow.src, flow.dst, flow.size_bytes, flow.start_ns) for flow in item.flows]
         total = sum(flow.nbytes for flow in flows)
     ranks = tuple(sorted({rank for flow in flows for rank in (flow.src, flow.dst)}))
     schedule = build_flows(nranks, flows, min_slice_bytes=scenario.transport.mtu_bytes)

@@ -494,13 +494,16 @@ class Flow(_Section):
     src: Annotated[int, _RANK] = _key("src", "The sending rank.", example=0)
     dst: Annotated[int, _RANK] = _key("dst", "The receiving rank.", example=1)
     size_bytes: Annotated[int, _SIZE] = _key("size", "What it sends.", example="1 MiB")
+    start_ns: Annotated[int, _TIME] = _key(
+        "start", "When it starts, from the beginning of an iteration.", default="0 ns"
+    )
 
 
 _ONE_FLOW = {"src": 0, "dst": 1, "size": "1 MiB"}
 
 
 class FlowsWorkload(_Iterated):
-    """Flows as listed, started together; two between the same ranks have a connection each."""
+    """Flows as listed; two between the same ranks have a connection each."""
 
     pattern: Annotated[Pattern, kinds.only(_PATTERN, "flows")] = _key("pattern", "The pattern: flows.", example="flows")
     flows: tuple[Flow, ...] = _list_key("flows", "The flows.", required=True, example=[_ONE_FLOW])

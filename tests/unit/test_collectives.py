@@ -423,7 +423,7 @@ def check_flows(nranks: int, flows: list[Flow], slices: int, min_slice_bytes: in
     outputs = execute(schedule, inputs, rng)
     sent: dict[int, int] = {}
     received: dict[int, list[np.ndarray]] = {rank: [] for rank in range(nranks)}  # type: ignore[type-arg]
-    for src, dst, nbytes in flows:
+    for src, dst, nbytes, _ in flows:
         begin = sent.get(src, 0)
         received[dst].append(inputs[src, begin : begin + nbytes])
         sent[src] = begin + nbytes
@@ -450,7 +450,7 @@ def test_flows_carry_what_they_say(data: st.DataObject, slices: int, min_slice_b
 
 def test_incast_goes_to_rank_0() -> None:
     flows = incast_flows(3, 100)
-    assert flows == [(1, 0, 100), (2, 0, 100), (3, 0, 100)]
+    assert flows == [Flow(1, 0, 100), Flow(2, 0, 100), Flow(3, 0, 100)]
     schedule = check_flows(6, flows, 8, 1)
     assert schedule.size_bytes == 300
     assert busiest_nic_bytes(flows) == 300
