@@ -163,6 +163,7 @@ def _spread(
         deps=np.array(deps, np.int64),
         connections=pairs,
         in_place=schedule.in_place,
+        start_ns=np.repeat(schedule.start_ns, np.diff(first_row)),
         dst_offset_bytes=schedule.dst_offset_bytes[owner] + begin,
     )
 

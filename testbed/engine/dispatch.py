@@ -35,6 +35,7 @@ class QpDispatcher:
         networked: Connections, the first ones, that have queue pairs; by default all. The others stay inside hosts.
 
     Attributes:
+        qps: Queue pairs per connection.
         released_packets: How far each queue pair may send, shape ``(queue pairs,)``.
         released_at_ns: When it was last allowed to go further, likewise.
         pending_transfers: Transfers that have not arrived.
@@ -46,7 +47,7 @@ class QpDispatcher:
 
     def __init__(self, schedule: Schedule, qps: int, mtu: int, networked: int | None = None) -> None:
         pairs = self._networked = len(schedule.connections) if networked is None else networked
-        self._qps = qps
+        self.qps = qps
         self._pieces: PacketStreams = build_streams(
             schedule, mtu, pairs
         )  # a connection's transfers, one after the other
@@ -94,7 +95,7 @@ class QpDispatcher:
         """
         self._release_inside = release_inside
         self._ended: list[tuple[int, float]] = []
-        pairs, rows, count = len(self._of_pair), self._networked * self._qps, len(self._waiting_at_start)
+        pairs, rows, count = len(self._of_pair), self._networked * self.qps, len(self._waiting_at_start)
         self._waiting = list(self._waiting_at_start)
         self.pending_transfers = count
         self.wire_bytes_at_end = [0] * count
@@ -124,7 +125,7 @@ class QpDispatcher:
                 time_ns = self._landed_ns[transfer] = arrived_at_ns(row, transfer)
                 latest = max(latest, time_ns)
             self._seen[row] = arrived
-            self._take_in_order(row // self._qps)
+            self._take_in_order(row // self.qps)
         return latest
 
     def record_inside(self, transfer: int, time_ns: float) -> None:
@@ -150,7 +151,7 @@ class QpDispatcher:
         """
         fed: dict[int, None] = {}
         for pair in sorted(self._open):
-            rows = range(pair * self._qps, (pair + 1) * self._qps)
+            rows = range(pair * self.qps, (pair + 1) * self.qps)
             outstanding = {row: int(self.released_packets[row] - acked_packets[row]) for row in rows}
             since_ns = self._fresh_ns.get(pair, now_ns)
             while self._dispatched[pair] < self._released[pair]:
@@ -202,7 +203,7 @@ class QpDispatcher:
                 if not self._waiting[dependent]:
                     self._release(self._pair_of[dependent], self._arrived_at_ns[pair])
         if queue and pair < self._networked:
-            rows = range(pair * self._qps, (pair + 1) * self._qps)
+            rows = range(pair * self.qps, (pair + 1) * self.qps)
             self._ended += [(row, self._arrived_at_ns[pair]) for row in rows]
 
     def _release(self, pair: int, time_ns: float) -> None:

@@ -318,7 +318,9 @@ class TickLoop:
         payload_before = self._rx_payload_bytes.copy()
         together_ns, together_bytes = 0, np.zeros(count, np.int64)
         flow.lateness_ns.clear()
-        starts_ns = begin + np.rint(schedule.start_ns[:count] * self._setup.time_dilation).astype(np.int64)
+        # The QPs of a connection begin together.
+        of_qps = schedule.start_ns if dispatcher is None else np.repeat(schedule.start_ns, dispatcher.qps)
+        starts_ns = begin + np.rint(of_qps[:count] * self._setup.time_dilation).astype(np.int64)
         may_send = np.zeros(count, bool)
         waiting, refresh = True, False
         ticks = 0
@@ -379,7 +381,7 @@ class TickLoop:
                 if rewound:
                     np.maximum(sent, acked_before, out=sent)
             if dispatcher is not None and (fed := dispatcher.dispatch(acked_before - offset, now)):
-                np.add(progress.released_packets, offset, out=released)
+                np.add(np.where(may_send, progress.released_packets, 0), offset, out=released)
                 writer.extend(fed, sent - offset)
             refused = naks > self._nak_seen
             if refused.any():

@@ -97,6 +97,19 @@ def test_dealt_transfers_keep_their_sizes_and_go_round() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["split", "round_robin", "dynamic"])
+def test_queue_pairs_of_a_late_flow_are_late(strategy: str) -> None:
+    flows = "{src: 0, dst: 5, size: 1 MiB}, {src: 1, dst: 6, size: 1 MiB, start: 7 us}"
+    (planned,) = plan_of(
+        f"workload[0]={{pattern: flows, flows: [{flows}]}}",
+        "transport.qps_per_connection=3",
+        f"transport.qp_strategy={strategy}",
+    ).workloads
+    assert planned.schedule.start_ns.tolist() == [0, 0, 0, 7000, 7000, 7000]
+    if planned.pieces is not None:
+        assert planned.pieces.start_ns.tolist() == [0, 7000]
+
+
+@pytest.mark.parametrize("strategy", ["split", "round_robin", "dynamic"])
 def test_what_stays_inside_hosts_has_no_queue_pairs(strategy: str) -> None:
     overrides = (
         "fabric.gpus_per_host=4",
