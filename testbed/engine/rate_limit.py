@@ -82,6 +82,9 @@ class CongestionLimit:
         self._tick_ns = wall_tick_ns
         self.free_at_ns = np.zeros(count)
         self._begun = False
+        self._last_ns = 0
+        self._held_back = np.zeros(count, bool)
+        self._allowed = np.zeros(count, np.int64)
         self._cnps_seen = np.zeros(count, np.int64)
         self._acked_seen = np.zeros(count, np.int64)
         self._sent_bytes = np.zeros(count, np.int64)
@@ -123,10 +126,14 @@ class CongestionLimit:
 
     def allowed(self, now_ns: int, wants: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return how many of the frames each QP wants to send it may begin before the next tick."""
-        # What a QP did not use, for want of data or of its NIC's turn, is kept for a tick and no longer.
-        np.maximum(self.free_at_ns, now_ns - self._tick_ns, out=self.free_at_ns)
+        # What a QP did not use, for want of data or of its NIC's turn, is kept for a tick and no longer. One that this limit
+        # holds back makes up for a late tick.
+        np.maximum(self.free_at_ns, self._last_ns - self._tick_ns, out=self.free_at_ns, where=~self._held_back)
+        self._last_ns = now_ns
         frames = (now_ns + self._tick_ns - self.free_at_ns) * self._frames_per_ns() + 1.0
-        return np.minimum(wants, np.maximum(frames, 0.0).astype(np.int64))
+        self._allowed = np.minimum(wants, np.maximum(frames, 0.0).astype(np.int64))
+        self._held_back = self._allowed < wants
+        return self._allowed
 
     def charge(
         self,
@@ -138,6 +145,7 @@ class CongestionLimit:
         """Charge what was sent: wire bytes, and the number of the next packet before and after."""
         self.free_at_ns += wire_bytes / (self._frames_per_ns() * self._frame_bytes)
         self._sent_bytes += wire_bytes
+        self._held_back &= after - before == self._allowed
         np.maximum(self._outstanding, after, out=self._outstanding)
         # An ACK comes for every ACK_EVERY_PACKETS-th packet: the last of those that has just left is timed.
         asking = after // ACK_EVERY_PACKETS * ACK_EVERY_PACKETS - 1
