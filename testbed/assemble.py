@@ -119,18 +119,20 @@ def flow_results(planned: PlannedWorkload, sample: WorkloadSamples) -> tuple[Flo
     """Return the flows of a pattern, in the order in which the scenario lists them."""
     if isinstance(planned.workload, CollectiveWorkload) or not len(sample.end_ns):
         return ()
-    sent = np.bincount(planned.schedule.connection, planned.schedule.nbytes, len(planned.connections))
-    order = planned.flow_order or range(len(planned.connections))
+    sent = np.bincount(planned.messages.connection, planned.messages.nbytes, len(planned.messages.connections))
+    qps = planned.qps_per_connection
+    networked = len(planned.connections) // qps
+    order = planned.flow_order or range(networked)
     return tuple(
         FlowResult(
-            src=planned.connections[index].requester.local.rank,
-            dst=planned.connections[index].requester.remote.rank,
+            src=planned.messages.connections[index][0],
+            dst=planned.messages.connections[index][1],
             size_bytes=int(sent[index]),
-            cct_ns=round(float(sample.end_ns[index])),
-            together_bytes_per_s=float(sample.together_bytes_per_s[index]),
+            cct_ns=round(float(sample.end_ns[qps * index : qps * (index + 1)].max())),
+            together_bytes_per_s=float(sample.together_bytes_per_s[qps * index : qps * (index + 1)].sum()),
         )
         for index in order
-        if index < len(planned.connections)  # what stays inside a host has none
+        if index < networked  # what stays inside a host has none
     )
 
 

@@ -318,16 +318,12 @@ static __always_inline int receive_other(struct __sk_buff *skb, const struct tb_
 	return TC_ACT_SHOT;
 }
 
-struct flow_words {
-	__u32 ports;
-	__u32 dest_qp;
-};
+#include "selectors.h"
 
 SEC("tc")
 int switch_ingress(struct __sk_buff *skb)
 {
 	__u32 id = skb->ifindex - config.ifindex_base;
-	struct flow_words flow = {};
 	struct tb_port *port, *egress_port;
 	struct tb_ingress *ingress;
 	struct tb_group *group;
@@ -335,7 +331,7 @@ int switch_ingress(struct __sk_buff *skb)
 	struct tb_node *node;
 	struct ethhdr *eth;
 	struct iphdr *ip;
-	__u32 len = skb->len, priority, hash, slot, key, fields, egress_id, *member;
+	__u32 len = skb->len, priority, slot, key, egress_id;
 	__s32 *group_index;
 	void *data, *end;
 
@@ -368,36 +364,7 @@ int switch_ingress(struct __sk_buff *skb)
 	if (!group || !group->members)
 		goto no_route;
 
-	key = group->first_member;
-	if (group->members > 1) {
-		fields = group->hash_fields;
-		if (ip->protocol == IPPROTO_UDP || ip->protocol == IPPROTO_TCP) {
-			struct udphdr *l4 = (void *)(ip + 1);
-
-			if ((void *)(l4 + 1) <= end && !(ip->frag_off & bpf_htons(0x3fff))) {
-				flow.ports = (fields & 8 ? (__u32)bpf_ntohs(l4->source) << 16 : 0) |
-					     (fields & 16 ? bpf_ntohs(l4->dest) : 0);
-				if ((fields & 32) && ip->protocol == IPPROTO_UDP &&
-				    l4->dest == bpf_htons(TB_ROCE_PORT)) {
-					struct bth *bth = (void *)(l4 + 1);
-
-					if ((void *)(bth + 1) <= end)
-						flow.dest_qp = bpf_ntohl(bth->dest_qp) & 0xffffff;
-				}
-			}
-		}
-		hash = mix(group->seed + 0x9e3779b9);
-		hash = mix(hash ^ (fields & 1 ? bpf_ntohl(ip->saddr) : 0));
-		hash = mix(hash ^ (fields & 2 ? bpf_ntohl(ip->daddr) : 0));
-		hash = mix(hash ^ flow.ports);
-		hash = mix(hash ^ (fields & 4 ? ip->protocol : 0));
-		hash = mix(hash ^ flow.dest_qp);
-		key += ((__u64)hash * group->members) >> 32;
-	}
-	member = bpf_map_lookup_elem(&tb_members, &key);
-	if (!member)
-		goto no_route;
-	egress_id = *member;
+	egress_id = select_egress(group, key, port->node, ip, end, priority);
 	egress_port = port_of(egress_id);
 	queue = queue_of(egress_id, priority);
 	ingress = ingress_of(id, priority);

@@ -36,6 +36,7 @@
 enum tb_port_flags {
 	TB_PORT_HOST = 1,      /* the port belongs to a host */
 	TB_PORT_PEER_HOST = 2, /* the other end belongs to a host */
+	TB_PORT_DOWN = 256,    /* its link is down: adaptive routing passes it over */
 };
 
 struct tb_config {             /* .rodata.config, fixed at load */
@@ -109,11 +110,45 @@ struct tb_node {               /* nodes[index] */
 	__u64 reserved[4];
 };
 
+enum tb_selector {
+	TB_SELECT_HASH = 0,
+	TB_SELECT_ROUND_ROBIN = 1,
+	TB_SELECT_RANDOM = 2,
+	TB_SELECT_LEAST_DEPTH = 3,
+	TB_SELECT_FLOWLET = 4,
+};
+
+/* A member is a port id and, for TB_SELECT_LEAST_DEPTH, its weight; elsewhere a port of weight 2 stands twice. */
+#define TB_MEMBER_PORT(member) ((member) & 0xffff)
+#define TB_MEMBER_WEIGHT(member) ((member) >> 16)
+#define TB_MAX_CHOICES 64 /* members that TB_SELECT_LEAST_DEPTH can look at */
+#define TB_FLOWLETS 65536 /* rows of the flowlet table, a power of two */
+
 struct tb_group {              /* groups[index], loader */
 	__u32 first_member;        /* into members[] */
 	__u32 members;
 	__u32 hash_fields;         /* HashField bits */
 	__u32 seed;
+	__u32 selector;            /* enum tb_selector */
+	__u32 overrides;           /* whether exact-match entries are to be looked up first */
+	__u64 gap_ns;              /* TB_SELECT_FLOWLET, wall */
+};
+
+struct tb_group_state {        /* group_states[index], switch */
+	__u64 turn;                /* packets that took turns so far */
+	__u64 zero;                /* nobody writes it */
+};
+
+struct tb_flowlet {            /* flowlets[], switch */
+	__u64 last_ns;             /* CLOCK_MONOTONIC of the flow's last packet, 0: never seen */
+	__u64 number;              /* pauses longer than the gap so far */
+};
+
+struct tb_override_key {       /* overrides{}, loader */
+	__u32 node;
+	__u32 src_address;
+	__u32 dst_address;
+	__u32 flow;                /* destination QP of RoCEv2, else the UDP or TCP source port, else 0 */
 };
 
 struct tb_qp {                 /* qps[qpn - qpn_base]; three cache lines */

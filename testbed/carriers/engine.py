@@ -11,6 +11,7 @@ import numpy as np
 from testbed.carriers.flow_control import flow_control
 from testbed.carriers.protocol import ProgressListener, WorkloadSamples
 from testbed.carriers.recording import Recording, recording
+from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.intra_host import run_inside_hosts
 from testbed.engine.loop import EngineSetup, TickLoop
@@ -79,7 +80,13 @@ class EngineCarrier:
             rate_limit=limit,
             recorder=recorder,
         )
-        streams = build_streams(planned.schedule, plan.scenario.transport.mtu_bytes, len(planned.connections))
+        mtu, networked = plan.scenario.transport.mtu_bytes, len(planned.connections)
+        schedule = planned.pieces or planned.schedule
+        streams = (
+            QpDispatcher(schedule, planned.qps_per_connection, mtu, networked // planned.qps_per_connection)
+            if planned.pieces is not None
+            else build_streams(schedule, mtu, networked)
+        )
         warmups, iters = planned.workload.warmup_iters, planned.workload.iters
         results = []
         for number in range(warmups + iters):
@@ -88,7 +95,7 @@ class EngineCarrier:
             listener.iteration(shown, warmups if warmup else iters, warmup=warmup)
             if recorder is not None:
                 recorder.begin_iteration(shown, warmup=warmup)
-            result = loop.run_iteration(planned.schedule, streams)
+            result = loop.run_iteration(schedule, streams)
             if not warmup:
                 results.append(result)
         return WorkloadSamples(

@@ -12,6 +12,7 @@ from testbed.cli.options import Format, OutputFormat, ScenarioFile, Set, read_ov
 
 if TYPE_CHECKING:
     from testbed.plan.model import Plan
+    from testbed.plan.report import FlowPath
 
 
 def validate(
@@ -65,7 +66,7 @@ def paths(file: ScenarioFile, overrides: Set = None, output_format: Format = Out
     if output_format is OutputFormat.JSON:
         print(render_json(report))
         return
-    flows = [(flow.name, flow.udp_source_port, " > ".join(flow.path)) for flow in report.flows]
+    flows = [(flow.name, flow.udp_source_port, _render_path(flow)) for flow in report.flows]
     links = [
         (load.name, load.flows, f"{load.load_fraction:.2f}")
         for load in sorted(report.links, key=lambda load: -load.load_fraction)
@@ -75,6 +76,17 @@ def paths(file: ScenarioFile, overrides: Set = None, output_format: Format = Out
     for collision in report.collisions:
         print(f"collision at {collision.port}: {', '.join(collision.flows)}")
     print(f"predicted completion time over ideal: {report.predicted_cct_ratio:.3f}")
+
+
+_MAX_NAMES = 4
+
+
+def _render_path(flow: FlowPath) -> str:
+    hops = (hop if hop.count("|") < _MAX_NAMES else f"{hop.count('|') + 1} nodes" for hop in flow.path)
+    path = " > ".join(hops)
+    if flow.spread > 1:
+        return f"{path} (each packet over one of {flow.spread} paths)"
+    return f"{path} (until it pauses)" if flow.may_change else path
 
 
 def schema() -> None:

@@ -25,6 +25,7 @@ from testbed.collectives.patterns import (
     incast_flows,
     permutation_flows,
 )
+from testbed.collectives.qp_scaling import cut_into_pieces, deal_over_qps, split_over_qps
 from testbed.collectives.reduce import BinaryTreeReduce, RingReduce
 from testbed.collectives.ring import RingAllReduce
 from testbed.collectives.ring_all_gather import RingAllGather
@@ -94,6 +95,8 @@ __all__ = [
     "TransferOp",
     "build_flows",
     "busiest_nic_bytes",
+    "cut_into_pieces",
+    "deal_over_qps",
     "find_algorithm",
     "ideal_arrivals_ns",
     "ideal_cct_ns",
@@ -101,5 +104,6 @@ __all__ = [
     "largest_frame_wire_bytes",
     "permutation_flows",
     "ring_order",
+    "split_over_qps",
     "wire_bytes",
 ]

@@ -8,13 +8,14 @@ differs (``roce/icrc.py``). Frames of another length (the odd end of a message) 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from testbed.collectives import Schedule
+from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.stream import PacketStreams
 from testbed.kernel.packet_socket import FrameRing
 from testbed.roce.icrc import IcrcPatcher, compute_icrc, delta_table
@@ -97,7 +98,9 @@ class FrameWriter:
         self._end = np.zeros(count, np.int64)
         self._limit = np.zeros(count, np.int64)
 
-    def restart(self, schedule: Schedule, streams: PacketStreams, psn_offsets: npt.NDArray[np.int64]) -> None:
+    def restart(
+        self, schedule: Schedule, streams: PacketStreams | QpDispatcher, psn_offsets: npt.NDArray[np.int64]
+    ) -> None:
         """Begin an iteration and write the first frames of every connection.
 
         Args:
@@ -131,6 +134,19 @@ class FrameWriter:
                 if position < _REFILLS_AT_ONCE or left[connection] <= margin:
                     self._fill(connection, int(self._end[connection]))
 
+    def extend(self, connections: Iterable[int], sent: npt.NDArray[np.int64]) -> None:
+        """Write the frames of connections that were given more packets, as far as their rings have room.
+
+        Args:
+            connections: Those whose ``packets`` have grown.
+            sent: Next packet of every connection, shape ``(connections,)``.
+        """
+        for connection in connections:
+            while (end := int(self._end[connection])) < self._limit[connection]:
+                if end - end % self.block + self.block > sent[connection] + self._depth:
+                    break
+                self._fill(connection, end)
+
     def rewind(self, connections: npt.NDArray[np.int64], sent: npt.NDArray[np.int64]) -> None:
         """Write again what has left the ring, after ``sent`` of these connections went back."""
         for connection in connections.tolist():
@@ -156,7 +172,8 @@ class FrameWriter:
 
     def _fill(self, connection: int, start: int) -> None:
         """Write a block of frames of a connection into its ring."""
-        stop = min(start + self.block, int(self._limit[connection]))
+        # A block ends where blocks of the ring do: what was written last may have ended before, at the limit of that time.
+        stop = min(start - start % self.block + self.block, int(self._limit[connection]))
         if stop <= start:
             return
         streams, ring = self._streams, self.ring

@@ -11,6 +11,7 @@ import math
 
 from testbed.collectives import IntraHostLinks, Schedule
 from testbed.collectives.intra_host import IntraHostModel
+from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.progress import Progress
 from testbed.engine.stream import PacketStreams, build_streams
 
@@ -51,7 +52,7 @@ class IntraHostTransfers:
         """Return whether anything is under way."""
         return self._model is not None and self._model.next_ns < math.inf
 
-    def advance(self, until_wall_ns: float, progress: Progress) -> float:
+    def advance(self, until_wall_ns: float, progress: Progress | QpDispatcher) -> float:
         """Hand all that arrives up to a time to ``progress``; return the latest arrival, 0 when there was none."""
         latest = 0.0
         if self._model is not None:

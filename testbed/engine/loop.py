@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from testbed.collectives import IntraHostLinks, Schedule
 from testbed.engine.delay_line import DelayLine
+from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.frames import FrameWriter
 from testbed.engine.intra_host import IntraHostTransfers
@@ -244,19 +245,27 @@ class TickLoop:
                 row["cnp_interval_ns"] = self._setup.wall_cnp_interval_ns
         qps["active"][: 2 * len(connections)] = 1
 
-    def run_iteration(self, schedule: Schedule, streams: PacketStreams | None = None) -> IterationResult:
+    def run_iteration(self, schedule: Schedule, streams: PacketStreams | QpDispatcher | None = None) -> IterationResult:
         """Run a schedule once, from the release of its first transfers to its last arrival.
 
         Args:
             schedule: What to send; its first connections are the setup's.
-            streams: ``build_streams(schedule, mtu, len(setup.connections))``, if the caller has it.
+            streams: ``build_streams(schedule, mtu, len(setup.connections))``, if the caller has it; a dispatcher of the schedule
+                where it is decided as the run goes what each QP sends. The schedule's connections are then pairs of ranks, the
+                setup's the QPs.
 
         Raises:
             RunError: A QP ran out of retries, or nothing moves any more.
         """
         streams = streams or build_streams(schedule, self._setup.mtu, len(self._nic))
         intra_host = IntraHostTransfers(schedule, self._setup.intra_host, self._setup.time_dilation)
-        progress = Progress(schedule, streams, intra_host.release)
+        dispatcher: QpDispatcher | None = None
+        progress: Progress | QpDispatcher
+        if isinstance(streams, QpDispatcher):
+            dispatcher = progress = streams
+            dispatcher.restart(intra_host.release)
+        else:
+            progress = Progress(schedule, streams, intra_host.release)
         writer, pacer, clock = self._writer, self._pacer, self._clock
         flow, limit, recorder = self._flow, self._limit, self._recorder
         writer.restart(schedule, streams, self._psn_offset)
@@ -270,8 +279,7 @@ class TickLoop:
         offset = self._psn_offset
         released = offset.copy()
         wire_before = streams.wire_bytes_before
-        ends = streams.message_end_packet + streams.first_packet[np.minimum(schedule.connection, count)]
-        wire_at_end = wire_before[ends].tolist()
+        wire_at_end = streams.wire_bytes_at_end
         ns_per_byte = (1e9 / self._setup.wall_port_rate_bytes_per_s[nic_port])[nic].tolist()
         line = self._arrivals
 
@@ -310,7 +318,9 @@ class TickLoop:
         payload_before = self._rx_payload_bytes.copy()
         together_ns, together_bytes = 0, np.zeros(count, np.int64)
         flow.lateness_ns.clear()
-        starts_ns = begin + np.rint(schedule.start_ns[:count] * self._setup.time_dilation).astype(np.int64)
+        # The QPs of a connection begin together.
+        of_qps = schedule.start_ns if dispatcher is None else np.repeat(schedule.start_ns, dispatcher.qps)
+        starts_ns = begin + np.rint(of_qps[:count] * self._setup.time_dilation).astype(np.int64)
         may_send = np.zeros(count, bool)
         waiting, refresh = True, False
         ticks = 0
@@ -330,8 +340,13 @@ class TickLoop:
                 latest = progress.record_arrivals(moved.tolist(), messages, arrived_at_ns)
                 last_arrival_ns = max(last_arrival_ns, round(latest))
                 seen_messages[moved] = arrivals[moved]
-                for connection in moved[seen_messages[moved] >= last_message[moved]].tolist():
-                    end_ns[connection] = arrived_at_ns(connection, last_transfer[connection])
+                if dispatcher is not None:
+                    ended = dispatcher.take_ended()
+                else:
+                    done = moved[seen_messages[moved] >= last_message[moved]].tolist()
+                    ended = [(connection, arrived_at_ns(connection, last_transfer[connection])) for connection in done]
+                for connection, ended_ns in ended:
+                    end_ns[connection] = ended_ns
                     if not together_ns:
                         together_ns = now
                         together_bytes = self._rx_payload_bytes - payload_before
@@ -365,6 +380,9 @@ class TickLoop:
                 retries[advanced] = 0
                 if rewound:
                     np.maximum(sent, acked_before, out=sent)
+            if dispatcher is not None and (fed := dispatcher.dispatch(acked_before - offset, now)):
+                np.add(np.where(may_send, progress.released_packets, 0), offset, out=released)
+                writer.extend(fed, sent - offset)
             refused = naks > self._nak_seen
             if refused.any():
                 self._nak_seen[refused] = naks[refused]
@@ -579,7 +597,7 @@ class TickLoop:
                 position += frames
         return taken
 
-    def _settle(self, streams: PacketStreams) -> int:
+    def _settle(self, streams: PacketStreams | QpDispatcher) -> int:
         """Wait until every packet is acknowledged and nothing moves in the data queues any more.
 
         What is still under way when the last transfer arrives is ACKs and, after a loss, duplicates.

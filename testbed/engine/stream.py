@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,16 @@ class PacketStreams:
     wire_bytes_before: npt.NDArray[np.int64]
     message_end_packet: npt.NDArray[np.int64]
     transfers_of: tuple[npt.NDArray[np.int64], ...]
+
+    @cached_property
+    def wire_bytes_at_end(self) -> list[int]:
+        """Return the wire bytes before the end of each transfer, in the count of ``wire_bytes_before``."""
+        # What stays inside hosts has no packets: it is given the place behind all.
+        connection_of = np.full(len(self.message_end_packet), len(self.packets), np.int64)
+        for connection, transfers in enumerate(self.transfers_of[: len(self.packets)]):
+            connection_of[transfers] = connection
+        ends: list[int] = self.wire_bytes_before[self.message_end_packet + self.first_packet[connection_of]].tolist()
+        return ends
 
     @property
     def packets(self) -> npt.NDArray[np.int64]:

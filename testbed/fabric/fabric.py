@@ -25,6 +25,7 @@ from testbed.kernel.scheduling import choose_cpus
 from testbed.plan.model import Plan
 from testbed.plan.qos import switch_of
 from testbed.roce.queue_pairs import QPN_BASE
+from testbed.routing import Group, Selector
 from testbed.topology import HOST_NETWORK, NodeKind
 
 # Rows of the QP table: enough for 8 QPs between all pairs of 32 hosts, or a ring of 1024 with 4.
@@ -36,6 +37,16 @@ _STUCK_S = 1.0
 # What a killed run leaves behind drains in less.
 _BUSY_S = 30.0
 _DRAIN_LOOK_S = 0.01
+
+
+# enum tb_selector in bpf/fabric.h
+SELECTOR_NUMBERS = {
+    Selector.HASH: 0,
+    Selector.ROUND_ROBIN: 1,
+    Selector.RANDOM: 2,
+    Selector.LEAST_DEPTH: 3,
+    Selector.FLOWLET: 4,
+}
 
 
 class Fabric:
@@ -150,6 +161,7 @@ class Fabric:
         try:
             arrays = layout.MappedArrays(loaded.maps, entries)
             _fill_tables(plan, arrays)
+            layout.write_overrides(loaded.maps[layout.OVERRIDES], plan.tables.overrides.items())
             _, port_cpus = choose_cpus()
             state.details = {
                 "maps": {name: bpf.read_id(fd) for name, fd in loaded.maps.items()},
@@ -328,9 +340,19 @@ def _map_entries(plan: Plan) -> dict[str, int]:
         "tb_nodes": len(topology.nodes),
         "tb_fib": len(topology.nodes) * topology.slots,
         "tb_groups": len(tables.groups),
+        "tb_group_states": len(tables.groups),
+        "tb_flowlets": layout.FLOWLETS if any(group.gap_ns for group in tables.groups) else 1,
         "tb_members": sum(len(group.members) for group in tables.groups),
+        layout.OVERRIDES: len(tables.overrides),
         "tb_qps": _QP_ROWS,
     }
+
+
+def pack_members(group: Group) -> list[int]:
+    """Return a group's members as the eBPF program reads them: with weights where depths are compared, else as they are."""
+    if group.selector is Selector.LEAST_DEPTH:
+        return [port | weight << 16 for port, weight in group.weights().items()]
+    return list(group.members)
 
 
 def _fill_tables(plan: Plan, arrays: layout.MappedArrays) -> None:
@@ -351,12 +373,21 @@ def _fill_tables(plan: Plan, arrays: layout.MappedArrays) -> None:
             arrays.nodes["limit_bytes"][node.index] = plan.buffer_bytes(node.index)
             arrays.nodes["shared_bytes"][node.index] = plan.shared_bytes(node.index)
     _fill_qos(plan, arrays)
+    overridden = {key.node for key in tables.overrides}
     first = 0
     for index, group in enumerate(tables.groups):
-        count = len(group.members)
-        arrays.members[first : first + count] = group.members
-        arrays.groups[index] = (first, count, int(group.hash_fields), group.seed & 0xFFFFFFFF)
-        first += count
+        members = pack_members(group)
+        arrays.members[first : first + len(members)] = members
+        arrays.groups[index] = (
+            first,
+            len(members),
+            int(group.hash_fields),
+            group.seed & 0xFFFFFFFF,
+            SELECTOR_NUMBERS[group.selector],
+            topology.port(group.members[0]).node in overridden,
+            round(group.gap_ns * plan.dilation.value),
+        )
+        first += len(members)
     arrays.fib[:] = tables.fib.reshape(-1)
 
 

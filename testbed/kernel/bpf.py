@@ -46,6 +46,7 @@ def _load_libbpf() -> ctypes.CDLL:
             ("bpf_map__set_initial_value", ctypes.c_int, [pointer, pointer, ctypes.c_size_t]),
             ("bpf_map__fd", ctypes.c_int, [pointer]),
             ("bpf_program__fd", ctypes.c_int, [pointer]),
+            ("bpf_map_update_elem", ctypes.c_int, [ctypes.c_int, pointer, pointer, ctypes.c_uint64]),
             ("bpf_map_get_fd_by_id", ctypes.c_int, [ctypes.c_uint32]),
             ("bpf_prog_get_fd_by_id", ctypes.c_int, [ctypes.c_uint32]),
         ):
@@ -161,6 +162,16 @@ def open_map(map_id: int) -> int:
     if fd < 0:
         raise KernelError(f"bpftool map show id {map_id}", ctypes.get_errno())
     return int(fd)
+
+
+def write_map(fd: int, key: bytes, value: bytes) -> None:
+    """Write an entry of a map, new or old.
+
+    Raises:
+        KernelError: The map is full (E2BIG), or may not be written.
+    """
+    if _load_libbpf().bpf_map_update_elem(fd, key, value, 0) < 0:
+        raise KernelError("bpftool map update", ctypes.get_errno())
 
 
 def map_array(fd: int, nbytes: int) -> mmap.mmap:

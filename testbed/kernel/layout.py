@@ -5,12 +5,13 @@ from __future__ import annotations
 import mmap
 import struct
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from testbed.kernel.bpf import map_array
+from testbed.kernel.bpf import map_array, write_map
 
 PRIORITIES = 8
 FABRIC_PROGRAMS = ("switch_ingress", "host_egress", "host_ingress")
@@ -71,7 +72,25 @@ NODE = np.dtype(
         ("reserved", "u8", 4),
     ]
 )
-GROUP = np.dtype([("first_member", "u4"), ("members", "u4"), ("hash_fields", "u4"), ("seed", "u4")])
+GROUP = np.dtype(
+    [
+        ("first_member", "u4"),
+        ("members", "u4"),
+        ("hash_fields", "u4"),
+        ("seed", "u4"),
+        ("selector", "u4"),
+        ("overrides", "u4"),
+        ("gap_ns", "u8"),
+    ]
+)
+GROUP_STATE = np.dtype([("turn", "u8"), ("zero", "u8")])
+FLOWLET = np.dtype([("last_ns", "u8"), ("number", "u8")])
+# Rows of the flowlet table (TB_FLOWLETS), members that "least depth" can look at (TB_MAX_CHOICES).
+FLOWLETS = 65536
+MAX_CHOICES = 64
+OVERRIDES = "tb_overrides"
+_OVERRIDE_KEY = struct.Struct("=4I")
+_OVERRIDE_VALUE = struct.Struct("=I")
 QP = np.dtype(
     [
         ("peer_qpn", "u4"),
@@ -111,6 +130,8 @@ MAPS: dict[str, Any] = {
     "tb_nodes": NODE,
     "tb_fib": np.dtype("i4"),
     "tb_groups": GROUP,
+    "tb_group_states": GROUP_STATE,
+    "tb_flowlets": FLOWLET,
     "tb_members": np.dtype("u4"),
     "tb_qps": QP,
 }
@@ -128,6 +149,17 @@ def pack_crc_table() -> bytes:
     # With init and final XOR undone, the table entry of byte b is the CRC register after b from a zero register.
     entries = [zlib.crc32(bytes([byte]), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)]
     return struct.pack("=256I", *entries)
+
+
+def write_overrides(descriptor: int, entries: Iterable[tuple[tuple[int, int, int, int], int]]) -> None:
+    """Write exact-match entries into the map of that descriptor.
+
+    Args:
+        descriptor: Of the map ``tb_overrides``.
+        entries: Node, source address, destination address and flow of each, and its egress port id.
+    """
+    for key, port in entries:
+        write_map(descriptor, _OVERRIDE_KEY.pack(*key), _OVERRIDE_VALUE.pack(port))
 
 
 class MappedArrays:
@@ -154,5 +186,7 @@ class MappedArrays:
         self.nodes = arrays["tb_nodes"]
         self.fib = arrays["tb_fib"]
         self.groups = arrays["tb_groups"]
+        self.group_states = arrays["tb_group_states"]
+        self.flowlets = arrays["tb_flowlets"]
         self.members = arrays["tb_members"]
         self.qps = arrays["tb_qps"]

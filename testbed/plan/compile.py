@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,12 +14,15 @@ from testbed.collectives import (
     Schedule,
     build_flows,
     busiest_nic_bytes,
+    cut_into_pieces,
+    deal_over_qps,
     find_algorithm,
     ideal_cct_ns,
     incast_flows,
     largest_frame_wire_bytes,
     permutation_flows,
     ring_order,
+    split_over_qps,
 )
 from testbed.errors import PlanError
 from testbed.plan.dilation import choose_dilation, choose_tick_ns
@@ -28,18 +32,30 @@ from testbed.plan.predict import predict_cct_ratio
 from testbed.plan.qos import notification_interval_ns, response_ns
 from testbed.roce.queue_pairs import Connection, Endpoint, build_connections
 from testbed.roce.wire import IP_PROTOCOL_UDP, LINK_OVERHEAD_BYTES, ROCE_UDP_PORT, Opcode, frame_bytes
-from testbed.routing import FlowKey, ForwardingTables, Path, routing_scheme, trace_path
+from testbed.routing import (
+    Demand,
+    FlowKey,
+    ForwardingTables,
+    Path,
+    Route,
+    RoutingSettings,
+    routing_scheme,
+    trace_path,
+    trace_routes,
+)
 from testbed.scenario import (
     CollectiveWorkload,
     FlowsWorkload,
     IncastWorkload,
     PermutationWorkload,
+    QpStrategy,
     Scenario,
     StarFabric,
     UdpSourcePort,
     Workload,
     expand_sizes,
 )
+from testbed.scenario.rules import MAX_CONNECTIONS
 from testbed.topology import LinkSpec, RankMap, Topology, build_clos, build_star
 
 # Retransmission timeout "auto": several loop times beside what the deepest queue of the path can add.
@@ -50,6 +66,10 @@ _TIMEOUT_QUEUES = 2
 _ORDER_STREAM, _PERMUTATION_STREAM = 1, 2
 
 
+# What a queue pair is given at a time under `qp_strategy: dynamic`; NCCLX's default.
+DYNAMIC_PIECE_BYTES = 512 * 1024
+
+
 class _Traffic(NamedTuple):
     """A workload item as a schedule, the ranks that take part, busbw / algbw, and where each flow's connection is."""
 
@@ -57,6 +77,15 @@ class _Traffic(NamedTuple):
     order: tuple[int, ...]
     traffic_factor: float
     flow_order: tuple[int, ...] = ()
+
+
+class _Sent(NamedTuple):
+    """A workload item as it is sent: over which queue pairs."""
+
+    traffic: _Traffic
+    schedule: Schedule
+    pieces: Schedule | None
+    connections: tuple[Connection, ...]
 
 
 def build_topology(scenario: Scenario) -> Topology:
@@ -113,15 +142,24 @@ def compile_plan(
         PlanError: No fabric can be planned from it.
     """
     topology = build_topology(scenario)
-    scheme = routing_scheme(str(scenario.routing.scheme))
-    tables = scheme.build_tables(topology, hash_seed=scenario.routing.hash_seed)
-    workloads = tuple(
-        _plan_workload(index, one_size, scenario, topology, tables)
+    items = [
+        (index, one_size, _spread_over_qps(_build_traffic(one_size, scenario), scenario, topology))
         for index, item in enumerate(scenario.workload)
         for one_size in expand_sizes(item)
-    )
-    if not workloads:
+    ]
+    if not items:
         raise PlanError("the workload is empty")
+    tables = routing_scheme(str(scenario.routing.scheme)).build_tables(
+        topology,
+        hash_seed=scenario.routing.hash_seed,
+        settings=RoutingSettings(
+            flowlet_gap_ns=scenario.routing.flowlet_gap_ns or 0,
+            spray_order=str(scenario.routing.spray_order),
+            adaptive_scope=str(scenario.routing.adaptive_scope),
+            traffic=tuple(_demands(sent, topology) for _, _, sent in items),
+        ),
+    )
+    workloads = tuple(_plan_workload(index, item, sent, scenario, topology, tables) for index, item, sent in items)
 
     frame_bits = 8 * (frame_bytes(Opcode.WRITE_MIDDLE, scenario.transport.mtu_bytes) + LINK_OVERHEAD_BYTES)
     offered, hops, most_senders = 0.0, 1.0, 1
@@ -134,6 +172,7 @@ def compile_plan(
     # Connections of one NIC differ in their paths; the shortest way in use sets the smallest time.
     delays = [path.delay_ns for planned in workloads for path in planned.paths if path.delay_ns > 0]
     times = [(min(delays), "one-way path delay")] if delays else []
+    times += [(group.gap_ns, "flowlet gap") for group in tables.groups if group.gap_ns]
     if scenario.qos.pfc.enabled:
         pauses = [(2 * port.delay_ns + response_ns(port.rate_bits_per_s)) for port in topology.ports]
         times.append((int(min(pauses)), "response to a pause"))
@@ -215,21 +254,62 @@ def _pattern(item: IncastWorkload | PermutationWorkload | FlowsWorkload, scenari
     return _Traffic(schedule, ranks, busiest_nic_bytes(flows) / total)
 
 
-def _plan_workload(
-    index: int, item: Workload, scenario: Scenario, topology: Topology, tables: ForwardingTables
-) -> PlannedWorkload:
-    mtu = scenario.transport.mtu_bytes
-    schedule, order, traffic_factor, flow_order = _build_traffic(item, scenario)
-    intra_host = build_intra_host_links(scenario)
-    networked = int(np.count_nonzero(~intra_host.find_connections(schedule)))
+def _spread_over_qps(traffic: _Traffic, scenario: Scenario, topology: Topology) -> _Sent:
+    """Return a workload item with every connection's transfers spread over its queue pairs.
+
+    Raises:
+        PlanError: There are more queue pairs than a fabric's table holds.
+    """
+    transport = scenario.transport
+    schedule, qps = traffic.schedule, transport.qps_per_connection
+    # Connections inside hosts come last and have no queue pairs.
+    networked = int(np.count_nonzero(~build_intra_host_links(scenario).find_connections(schedule)))
+    count = networked * qps
+    if count > MAX_CONNECTIONS:
+        raise PlanError(
+            f"transport.qps_per_connection: {networked} connections with {qps} queue pairs each need "
+            f"{count}, at most {MAX_CONNECTIONS} fit",
+            hint="use fewer queue pairs per connection, or fewer hosts",
+        )
+    pieces = None
+    if qps > 1 and transport.qp_strategy is QpStrategy.DYNAMIC:
+        pieces = cut_into_pieces(schedule, DYNAMIC_PIECE_BYTES, networked)
+        schedule = deal_over_qps(pieces, qps, networked)
+    elif qps > 1 and transport.qp_strategy is QpStrategy.ROUND_ROBIN:
+        schedule = deal_over_qps(schedule, qps, networked)
+    elif qps > 1:
+        schedule = split_over_qps(schedule, qps, transport.mtu_bytes, networked)
     connections = build_connections(
-        list(schedule.connections[:networked]),
+        list(schedule.connections[:count]),
         build_endpoints(topology, build_rank_map(scenario)),
-        source_port_per_qp=scenario.transport.udp_source_port is UdpSourcePort.PER_QP,
+        source_port_per_qp=transport.udp_source_port is UdpSourcePort.PER_QP,
         rng=np.random.default_rng(scenario.seed),
     )
+    return _Sent(traffic, schedule, pieces, tuple(connections))
+
+
+def _demands(sent: _Sent, topology: Topology) -> tuple[Demand, ...]:
+    """Return the traffic matrix of a workload item, an entry per queue pair that carries something."""
+    carried = np.zeros(len(sent.schedule.connections), np.int64)
+    np.add.at(carried, sent.schedule.connection, sent.schedule.nbytes)
+    return tuple(
+        Demand(topology.nics[connection.requester.local.nic].id, flow_of(connection), nbytes)
+        for connection, nbytes in zip(sent.connections, carried.tolist(), strict=False)
+        if nbytes
+    )
+
+
+def _plan_workload(
+    index: int, item: Workload, sent: _Sent, scenario: Scenario, topology: Topology, tables: ForwardingTables
+) -> PlannedWorkload:
+    mtu = scenario.transport.mtu_bytes
+    traffic, schedule, pieces, connections = sent
     paths = tuple(trace_connection(connection, topology, tables) for connection in connections)
-    wire = _largest_frame(schedule, networked, mtu)
+    routes, possible_routes = (
+        tuple(trace_connection_routes(connection, topology, tables, over_time=over_time) for connection in connections)
+        for over_time in (False, True)
+    )
+    wire = _largest_frame(schedule, len(connections), mtu)
     frame_ns = [[8e9 * wire / topology.port(port).rate_bits_per_s for port in path.ports] for path in paths]
     one_way = np.array(
         [round(path.delay_ns + sum(times)) for path, times in zip(paths, frame_ns, strict=True)], np.int64
@@ -237,19 +317,50 @@ def _plan_workload(
     planned = PlannedWorkload(
         item=index,
         workload=item,
-        order=order,
+        order=traffic.order,
+        messages=traffic.schedule,
         schedule=schedule,
-        connections=tuple(connections),
+        pieces=pieces,
+        connections=connections,
         paths=paths,
+        routes=routes,
+        possible_routes=possible_routes,
         one_way_ns=one_way,
         ideal_cct_ns=0.0,
-        intra_host=intra_host,
-        predicted_cct_ratio=predict_cct_ratio(topology, schedule, paths, intra_host.rate_bits_per_s),
-        traffic_factor=traffic_factor,
+        intra_host=build_intra_host_links(scenario),
+        predicted_cct_ratio=_predict(sent, routes, scenario, topology),
+        traffic_factor=traffic.traffic_factor,
         resolution_error_fraction=0.0,
-        flow_order=flow_order,
+        flow_order=traffic.flow_order,
+        qps_per_connection=scenario.transport.qps_per_connection,
     )
     return replace(planned, ideal_cct_ns=_ideal_cct_ns(planned, topology, scenario, 0))
+
+
+def _predict(sent: _Sent, routes: Sequence[Sequence[Route]], scenario: Scenario, topology: Topology) -> float:
+    """Return the expected CCT over ideal, from the ways of every queue pair's packets."""
+    transport = scenario.transport
+    nvlink = scenario.fabric.nvlink.rate_bits_per_s
+    if transport.qp_strategy is QpStrategy.ROUND_ROBIN:
+        return predict_cct_ratio(topology, sent.schedule, routes, nvlink)
+    # A transfer that is striped, or goes piece by piece, uses all queue pairs of its connection at once.
+    qps = transport.qps_per_connection
+    carried = np.zeros(len(sent.schedule.connections), np.int64)
+    np.add.at(carried, sent.schedule.connection, sent.schedule.nbytes)
+    together: list[list[Route]] = []
+    for first in range(0, len(routes), qps):
+        total = int(carried[first : first + qps].sum())
+        together.append(
+            [
+                Route(route.path, route.share * int(carried[qp]) / total)
+                for qp in range(first, first + qps)
+                for route in routes[qp]
+                if carried[qp]
+            ]
+        )
+    return predict_cct_ratio(
+        topology, sent.traffic.schedule, together, nvlink, shares_follow_rates=sent.pieces is not None
+    )
 
 
 def _largest_frame(schedule: Schedule, networked: int, mtu: int) -> int:
@@ -259,16 +370,22 @@ def _largest_frame(schedule: Schedule, networked: int, mtu: int) -> int:
 
 
 def _ideal_cct_ns(planned: PlannedWorkload, topology: Topology, scenario: Scenario, extra_ns: int) -> float:
-    """Return the completion time over a non-blocking core with ``extra_ns`` more latency on every path."""
-    mtu, schedule = scenario.transport.mtu_bytes, planned.schedule
-    wire = _largest_frame(schedule, len(planned.connections), mtu)
+    """Return the completion time over a non-blocking core with ``extra_ns`` more latency on every path.
+
+    It is that of the messages: how many queue pairs carry them does not change what the NICs can do.
+    """
+    mtu, messages = scenario.transport.mtu_bytes, planned.messages
+    wire = _largest_frame(planned.schedule, len(planned.connections), mtu)
     # The first frame time is part of the NIC's own time.
     first_frame_ns = [round(8e9 * wire / topology.port(path.ports[0]).rate_bits_per_s) for path in planned.paths]
-    latency_ns = np.zeros(len(schedule.connections), np.int64)
-    latency_ns[: len(planned.connections)] = planned.one_way_ns - np.array(first_frame_ns, np.int64) + extra_ns
+    of_qps = planned.one_way_ns - np.array(first_frame_ns, np.int64) + extra_ns
+    latency_ns = np.zeros(len(messages.connections), np.int64)
+    if len(of_qps):  # a message is there when its last piece is
+        of_messages = of_qps.reshape(-1, planned.qps_per_connection).max(axis=1)
+        latency_ns[: len(of_messages)] = of_messages
     ranks = build_rank_map(scenario)
     return ideal_cct_ns(
-        schedule,
+        messages,
         nic_rate_bits_per_s=np.array([nic.rate_bits_per_s for nic in topology.nics]),
         latency_ns=latency_ns,
         mtu=mtu,
@@ -293,6 +410,14 @@ def flow_of(connection: Connection) -> FlowKey:
 def trace_connection(connection: Connection, topology: Topology, tables: ForwardingTables) -> Path:
     """Return the path of a connection's data."""
     return trace_path(topology, tables, topology.nics[connection.requester.local.nic].id, flow_of(connection))
+
+
+def trace_connection_routes(
+    connection: Connection, topology: Topology, tables: ForwardingTables, *, over_time: bool = False
+) -> tuple[Route, ...]:
+    """Return all ways of a connection's packets; ``over_time`` as for `testbed.routing.trace_routes`."""
+    nic = topology.nics[connection.requester.local.nic]
+    return trace_routes(topology, tables, nic.id, flow_of(connection), over_time=over_time)
 
 
 def _retransmit_timeout_ns(scenario: Scenario, topology: Topology, workloads: tuple[PlannedWorkload, ...]) -> int:

@@ -40,7 +40,8 @@ def find_warnings(plan: Plan) -> tuple[str, ...]:
 
 def _find_buffer_warnings(plan: Plan, planned: PlannedWorkload) -> list[str]:
     """Return a warning if a workload can overflow a switch, without flow control."""
-    sharing = Counter(port for path in planned.paths for port in path.ports[1:])  # a NIC paces its own flows
+    # A NIC paces its own flows, so those of one NIC do not collide.
+    sharing = Counter(port for _, port in _senders_by_port(planned))
     if max(sharing.values(), default=1) == 1:
         return []
     unbidden = planned.schedule.unbidden_bytes()[: len(planned.paths)].tolist()
@@ -59,9 +60,15 @@ def _find_buffer_warnings(plan: Plan, planned: PlannedWorkload) -> list[str]:
     if buffer >= planned.size_bytes:
         return []
     return [
-        f"{max(sharing.values())} flows share a link and a switch buffers {buffer} bytes, less than the "
+        f"flows of {max(sharing.values())} hosts share a link and a switch buffers {buffer} bytes, less than the "
         f"{planned.size_bytes} that can pile up there: without PFC this can drop"
     ]
+
+
+def _senders_by_port(planned: PlannedWorkload) -> set[tuple[int, int]]:
+    """Return which NIC's data may leave by which switch port, as pairs of port ids."""
+    paths = (route.path for routes in planned.possible_routes for route in routes)
+    return {(path.ports[0], port) for path in paths for port in path.ports[1:]}
 
 
 def _find_model_warnings(planned: PlannedWorkload) -> list[str]:
@@ -85,12 +92,13 @@ def _largest_pile(plan: Plan, planned: PlannedWorkload, unbidden: Sequence[int])
     topology = plan.topology
     busy = Counter(path.ports[0] for path, nbytes in zip(planned.paths, unbidden, strict=True) if nbytes)
     arriving, carried = Counter[int](), Counter[int]()
-    for path, nbytes in zip(planned.paths, unbidden, strict=True):
+    for path, routes, nbytes in zip(planned.paths, planned.routes, unbidden, strict=True):
         if nbytes:
             rate = topology.port(path.ports[0]).rate_bits_per_s // busy[path.ports[0]]
-            for port_id in path.ports[1:]:
-                arriving[port_id] += rate
-                carried[port_id] += nbytes
+            for route in routes:
+                for port_id in route.path.ports[1:]:
+                    arriving[port_id] += round(rate * route.share)
+                    carried[port_id] += round(nbytes * route.share)
     piles = Counter[str]()
     for port_id, rate in sorted(arriving.items()):
         port = topology.port(port_id)

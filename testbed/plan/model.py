@@ -37,7 +37,7 @@ from testbed.plan.qos import (
 )
 from testbed.roce.queue_pairs import Connection
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
-from testbed.routing import ForwardingTables, Path
+from testbed.routing import ForwardingTables, Path, Route
 from testbed.scenario import CollectiveWorkload, FlowsWorkload, Scenario, Workload
 from testbed.topology import NodeKind, Topology
 
@@ -70,10 +70,17 @@ class PlannedWorkload:
         item: Index of the item in the scenario; the sizes of a sweep share it.
         workload: The item, at this size alone.
         order: Ranks that take part, in the order of the collective.
-        schedule: Its transfers.
+        messages: What the collective asks for: its transfers before they are spread over queue pairs. Its ideal completion
+            time is the item's.
+        schedule: The transfers as they are sent, with a connection per queue pair. With `pieces`, as they would be sent if all
+            queue pairs were alike.
+        pieces: What is given to the queue pairs of each connection of `messages` as they have credit; None where `schedule`
+            says beforehand what each of them sends.
         connections: A QP pair for each of the schedule's first connections, those between hosts. The others join ranks of
             one host and have none.
-        paths: The path of each QP pair's data.
+        paths: The path of each QP pair's data; one of several where switches spread its packets.
+        routes: All ways of each QP pair's packets, as long as it does not pause.
+        possible_routes: The same with those that it may change to after a pause (flowlets).
         one_way_ns: Propagation and one frame time per hop of each path, shape ``(paths,)``.
         intra_host: What carries the schedule's other connections.
         ideal_cct_ns: Completion time over a non-blocking core.
@@ -81,15 +88,20 @@ class PlannedWorkload:
         traffic_factor: busbw / algbw: the bytes that the busiest NIC must carry each way per byte of `size_bytes`.
         resolution_error_fraction: What a tick more of latency adds to the ideal completion time: how coarse the engine's
             reaction is for this workload.
-        flow_order: Index of each flow's connection, in the order in which the scenario lists the flows.
+        flow_order: Index of each flow's connection in `messages`, in the order in which the scenario lists the flows.
+        qps_per_connection: QP pairs that each connection of `messages` between hosts has; those of one follow each other.
     """
 
     item: int
     workload: Workload
     order: tuple[int, ...]
+    messages: Schedule
     schedule: Schedule
+    pieces: Schedule | None
     connections: tuple[Connection, ...]
     paths: tuple[Path, ...]
+    routes: tuple[tuple[Route, ...], ...]
+    possible_routes: tuple[tuple[Route, ...], ...]
     one_way_ns: npt.NDArray[np.int64]
     intra_host: IntraHostLinks
     ideal_cct_ns: float
@@ -97,6 +109,7 @@ class PlannedWorkload:
     traffic_factor: float
     resolution_error_fraction: float
     flow_order: tuple[int, ...] = ()
+    qps_per_connection: int = 1
 
     @property
     def collective_name(self) -> str:
@@ -199,7 +212,7 @@ class Plan:
         crossed: set[int] = set()
         for planned in self.workloads:
             feeders: dict[int, int] = {}
-            for path in planned.paths:
+            for path in (route.path for routes in planned.possible_routes for route in routes):
                 nic = path.ports[0]
                 for port in path.ports:
                     crossed.add(port)

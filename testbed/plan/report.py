@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,11 @@ class FlowPath:
         qpn: QP of the sender.
         dst_qpn: QP of the receiver.
         udp_source_port: Source port of its frames.
-        path: Names of the nodes visited, both hosts included.
-        ports: The port it leaves each node by, such as ``leaf0/up1``.
+        path: Names of the nodes visited, both hosts included; where a switch spreads the flow's packets, all that it spreads
+            them to, such as ``spine0|spine1``.
+        ports: The port it leaves each node by, such as ``leaf0/up1`` or ``leaf0/up0|leaf0/up1``.
+        spread: Over how many paths switches spread its packets; 1 for a flow that keeps its path.
+        may_change: Whether it may take another path after a pause (flowlets); ``path`` is then the first.
     """
 
     name: str
@@ -37,6 +41,8 @@ class FlowPath:
     udp_source_port: int
     path: tuple[str, ...]
     ports: tuple[str, ...]
+    spread: int = 1
+    may_change: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +52,7 @@ class LinkLoad:
     Attributes:
         name: Its two ports, such as ``leaf0/up1>spine1/down0``.
         workload: Index of the workload item.
-        flows: Number of flows that cross it.
+        flows: Number of flows that cross it, whole or in part.
         load_fraction: What they offer when every NIC sends at line rate, over the link's rate; above 1 they must slow down.
     """
 
@@ -101,7 +107,8 @@ def describe_paths(plan: Plan) -> PathReport:
         described = _describe_flows(plan, index, planned)
         flows += described
         links += _describe_loads(plan, index, planned)
-        paths = {flow.name: path for flow, path in zip(described, planned.paths, strict=True)}
+        # What is spread packet by packet meets everything and collides with nothing.
+        paths = {flow.name: path for flow, path in zip(described, planned.paths, strict=True) if flow.spread == 1}
         collisions += [
             PathCollision(collision.port_name, index, collision.flows)
             for collision in find_collisions(plan.topology, paths)
@@ -113,13 +120,14 @@ def describe_paths(plan: Plan) -> PathReport:
 def _describe_flows(plan: Plan, index: int, planned: PlannedWorkload) -> list[FlowPath]:
     topology = plan.topology
     flows = []
-    for connection, path in zip(planned.connections, planned.paths, strict=True):
+    for connection, routes, possible in zip(planned.connections, planned.routes, planned.possible_routes, strict=True):
         end = connection.requester
-        nodes = tuple(topology.nodes[node].name for node in path.nodes)
-        last = topology.port(path.ports[-1]).peer
+        nodes = _merge([[topology.nodes[node].name for node in route.path.nodes] for route in routes])
+        ports = routes[0].path.ports
+        last = topology.port(ports[-1]).peer
         flows.append(
             FlowPath(
-                name=f"{_nic_name(topology, path.ports[0])}>{_nic_name(topology, last)}#{end.qpn:#x}",
+                name=f"{_nic_name(topology, ports[0])}>{_nic_name(topology, last)}#{end.qpn:#x}",
                 workload=index,
                 src=nodes[0],
                 dst=nodes[-1],
@@ -127,10 +135,17 @@ def _describe_flows(plan: Plan, index: int, planned: PlannedWorkload) -> list[Fl
                 dst_qpn=end.peer_qpn,
                 udp_source_port=end.udp_source_port,
                 path=nodes,
-                ports=tuple(topology.port_name(port) for port in path.ports),
+                ports=_merge([[topology.port_name(port) for port in route.path.ports] for route in routes]),
+                spread=len(routes),
+                may_change=len(possible) > len(routes),
             )
         )
     return flows
+
+
+def _merge(ways: list[list[str]]) -> tuple[str, ...]:
+    """Return the names at each hop of several ways of equal length, joined where they differ."""
+    return tuple("|".join(dict.fromkeys(names)) for names in zip(*ways, strict=True))
 
 
 def _nic_name(topology: Topology, port_id: int) -> str:
@@ -141,15 +156,18 @@ def _nic_name(topology: Topology, port_id: int) -> str:
 
 def _describe_loads(plan: Plan, index: int, planned: PlannedWorkload) -> list[LinkLoad]:
     topology = plan.topology
-    flows = link_loads(topology, planned.paths)
+    used = [{port for route in routes for port in route.path.ports} for routes in planned.routes]
+    flows = Counter(port for ports in used for port in ports)
     # The flows of a NIC share its rate.
-    weights = [topology.port(path.ports[0]).rate_bits_per_s / int(flows[path.ports[0]]) for path in planned.paths]
-    offered = link_loads(topology, planned.paths, weights)
+    nics = [path.ports[0] for path in planned.paths]
+    ways = [(route, nic) for routes, nic in zip(planned.routes, nics, strict=True) for route in routes]
+    weights = [route.share * topology.port(nic).rate_bits_per_s / flows[nic] for route, nic in ways]
+    offered = link_loads(topology, [route.path for route, _ in ways], weights)
     return [
         LinkLoad(
             name=f"{topology.port_name(port.id)}>{topology.port_name(port.peer)}",
             workload=index,
-            flows=int(flows[port.id]),
+            flows=flows[port.id],
             load_fraction=round(float(offered[port.id]) / port.rate_bits_per_s, 9),
         )
         for port in topology.ports

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from testbed.errors import PlanError
+from testbed.routing.adaptive import Adaptive
+from testbed.routing.e_ecmp import EnhancedEcmp
 from testbed.routing.ecmp import Ecmp
+from testbed.routing.flowlet import Flowlet
 from testbed.routing.hashing import FlowKey
 from testbed.routing.paths import Collision, Path, find_collisions, link_loads, trace_path
 from testbed.routing.pinning import Pinning
 from testbed.routing.predict import completion_time, max_min_rates, nic_port_rates, port_rates, predicted_cct_ratio
-from testbed.routing.protocol import RoutingScheme
-from testbed.routing.tables import NO_GROUP, ForwardingTables, Group, HashField, Selector
+from testbed.routing.protocol import Demand, RoutingScheme, RoutingSettings
+from testbed.routing.routes import Route, single_route, trace_routes
+from testbed.routing.spray import Spray
+from testbed.routing.tables import NO_GROUP, ForwardingTables, Group, HashField, OverrideKey, Selector
+from testbed.routing.te import TrafficEngineering
 
 __all__ = [
     "NO_GROUP",
     "ROUTING_SCHEMES",
     "Collision",
+    "Demand",
     "FlowKey",
     "ForwardingTables",
     "Group",
     "HashField",
+    "OverrideKey",
     "Path",
+    "Route",
     "RoutingScheme",
+    "RoutingSettings",
     "Selector",
     "completion_time",
     "find_collisions",
@@ -30,12 +40,19 @@ __all__ = [
     "port_rates",
     "predicted_cct_ratio",
     "routing_scheme",
+    "single_route",
     "trace_path",
+    "trace_routes",
 ]
 
 ROUTING_SCHEMES: dict[str, RoutingScheme] = {
     "ecmp": Ecmp(),
+    "e-ecmp": EnhancedEcmp(),
     "pinning": Pinning(),
+    "te": TrafficEngineering(),
+    "flowlet": Flowlet(),
+    "spray": Spray(),
+    "adaptive": Adaptive(),
 }
 """Every routing scheme by the name that scenarios use."""
 

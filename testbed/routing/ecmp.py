@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from testbed.routing.protocol import NO_SETTINGS, RoutingSettings
 from testbed.routing.tables import (
     ForwardingTables,
     Group,
     HashField,
     Selector,
     TablesBuilder,
-    filled_slots,
     route_downwards,
+    route_upwards,
+    weighted_uplinks,
 )
 from testbed.topology import Topology
 
@@ -18,25 +20,30 @@ class Ecmp:
     """Hashes each flow's five-tuple over all uplinks of its leaf.
 
     RoCEv2's destination port is constant, so all entropy is in the addresses and the UDP source port: few,
-    large flows collide. All leaves share the seed ``hash_seed``; spines have one way down and do not hash.
+    large flows collide. All leaves share the seed ``hash_seed``; spines have one way down and do not hash. Where paths
+    differ in capacity they get as much of the hash's range (weighted ECMP).
 
     Source:
-        RFC 2992 (hashing keeps a flow on one path); Gangidi et al., SIGCOMM 2024 (why it was rejected).
+        RFC 2992 (hashing keeps a flow on one path); Gangidi et al., SIGCOMM 2024 (why it was rejected); Zhou et al.,
+        "WCMP: Weighted Cost Multipathing for Improved Fairness in Data Centers", EuroSys 2014 (the weights).
     """
 
     name = "ecmp"
 
-    def build_tables(self, topology: Topology, *, hash_seed: int) -> ForwardingTables:
+    def build_tables(
+        self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS
+    ) -> ForwardingTables:
         """Return the tables: one group of all uplinks per leaf for everything outside its rack."""
-        builder = TablesBuilder(topology)
-        route_downwards(builder, topology)
-        for leaf in topology.leaves:
-            uplinks = tuple(port.id for port in topology.uplinks(leaf))
-            if not uplinks:
-                continue
-            group = Group(Selector.HASH, HashField.FIVE_TUPLE, hash_seed, uplinks)
-            for other in topology.leaves:
-                if other is not leaf:
-                    for slot in filled_slots(topology, other):
-                        builder.route(leaf.index, slot, group)
-        return builder.build()
+        return hashed_tables(topology, HashField.FIVE_TUPLE, hash_seed)
+
+
+def hashed_tables(topology: Topology, hash_fields: HashField, seed: int) -> ForwardingTables:
+    """Return tables whose leaves hash ``hash_fields`` over their uplinks, all with one seed."""
+    builder = TablesBuilder(topology)
+    route_downwards(builder, topology)
+    route_upwards(
+        builder,
+        topology,
+        lambda leaf, other: Group(Selector.HASH, hash_fields, seed, weighted_uplinks(topology, leaf, other)),
+    )
+    return builder.build()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from testbed.routing.tables import Group, HashField
+from testbed.routing.tables import Group, HashField, OverrideKey
 
 _WORD = 0xFFFF_FFFF
 _SEED_OFFSET = 0x9E37_79B9  # 2**32 / golden ratio: seeds 0 and 1 start far apart
@@ -49,9 +49,9 @@ def hash_flow(flow: FlowKey, *, hash_fields: HashField, seed: int) -> int:
     src_address, dst_address, src_port, dst_port, protocol, dst_qp = (
         value if field in hash_fields else 0 for value, field in zip(flow, _FIELDS, strict=True)
     )
-    h = _mix((seed + _SEED_OFFSET) & _WORD)
+    h = mix((seed + _SEED_OFFSET) & _WORD)
     for word in (src_address, dst_address, src_port << 16 | dst_port, protocol, dst_qp):
-        h = _mix(h ^ word)
+        h = mix(h ^ word)
     return h
 
 
@@ -69,14 +69,32 @@ def hash_flows(flows: npt.NDArray[np.uint32], *, hash_fields: HashField, seed: i
     selected = np.array([field in hash_fields for field in _FIELDS], dtype=np.uint32)
     columns = flows.astype(np.uint32, copy=False).T * selected[:, np.newaxis]
     src_address, dst_address, src_port, dst_port, protocol, dst_qp = columns
-    h = np.full(len(flows), _mix((seed + _SEED_OFFSET) & _WORD), dtype=np.uint32)
+    h = np.full(len(flows), mix((seed + _SEED_OFFSET) & _WORD), dtype=np.uint32)
     for word in (src_address, dst_address, src_port << np.uint32(16) | dst_port, protocol, dst_qp):
         h = _mix_array(h ^ word)
     return h
 
 
+def tier_seed(hash_seed: int, tier: int) -> int:
+    """Return the seed of a tier's hash, another for every tier: 0 for leaves, 1 for the switches above them.
+
+    With one seed for all, the switches that a tier's hash has chosen see only flows of like hashes and send them all to the
+    same members: polarisation.
+
+    Source:
+        Cisco and Arista call the per-switch seed that cures it "universal ID" and "hash seed"; the derivation is ours.
+    """
+    return hash_seed if tier == 0 else mix((hash_seed ^ mix(tier)) & _WORD)
+
+
+def override_key(node: int, flow: FlowKey) -> OverrideKey:
+    """Return what an exact-match entry of a switch must name to catch a flow."""
+    entropy = flow.dst_qp or flow.src_port
+    return OverrideKey(node, flow.src_address, flow.dst_address, entropy)
+
+
 def select_member(group: Group, flow: FlowKey) -> int:
-    """Return the egress port id that a flow takes."""
+    """Return the egress port id that a flow takes by its hash; under flowlet switching, until it first pauses."""
     h = hash_flow(flow, hash_fields=group.hash_fields, seed=group.seed)
     return group.members[h * len(group.members) >> 32]
 
@@ -107,7 +125,8 @@ _FIELDS = (
 """The bit of each field of ``FlowKey``, in its order."""
 
 
-def _mix(h: int) -> int:
+def mix(h: int) -> int:
+    """Return the 32-bit finaliser of MurmurHash3."""
     h ^= h >> 16
     h = h * 0x85EB_CA6B & _WORD
     h ^= h >> 13

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.errors import PlanError
-from testbed.routing.hashing import FlowKey, select_member
+from testbed.routing.hashing import FlowKey, override_key, select_member
 from testbed.routing.tables import ForwardingTables
 from testbed.topology import HOST_NETWORK, NodeKind, Port, Topology, format_address
 
@@ -54,6 +54,9 @@ class Collision:
 def trace_path(topology: Topology, tables: ForwardingTables, src_port_id: int, flow: FlowKey) -> Path:
     """Return the path of a flow, deciding at each switch as the eBPF program does.
 
+    Where a switch spreads the packets of a flow this is one path of several (see `testbed.routing.routes`), and under flowlet
+    switching the path until the flow first pauses.
+
     Args:
         topology: The fabric.
         tables: Its forwarding tables.
@@ -90,7 +93,7 @@ def trace_path(topology: Topology, tables: ForwardingTables, src_port_id: int, f
         group = tables.group_at(node.index, slot)
         if group is None:
             raise PlanError(f"{node.name} has no route from {where}")
-        port = topology.port(select_member(group, flow))
+        port = topology.port(tables.overrides.get(override_key(node.index, flow)) or select_member(group, flow))
         ports.append(port.id)
         delay_ns += port.delay_ns
     if node.index != destination.node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from testbed.routing.protocol import NO_SETTINGS, RoutingSettings
 from testbed.routing.tables import (
     ForwardingTables,
     TablesBuilder,
@@ -25,7 +26,9 @@ class Pinning:
 
     name = "pinning"
 
-    def build_tables(self, topology: Topology, *, hash_seed: int) -> ForwardingTables:
+    def build_tables(
+        self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS
+    ) -> ForwardingTables:
         """Return the tables: one uplink per leaf and destination outside its rack."""
         builder = TablesBuilder(topology)
         route_downwards(builder, topology)

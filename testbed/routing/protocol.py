@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
+from testbed.routing.hashing import FlowKey
 from testbed.routing.tables import ForwardingTables
 from testbed.topology import Topology
+
+
+class Demand(NamedTuple):
+    """What one flow will carry: an entry of the traffic matrix.
+
+    Attributes:
+        src_port: Port id of the NIC that sends.
+        flow: Header fields of its packets.
+        nbytes: Payload bytes.
+    """
+
+    src_port: int
+    flow: FlowKey
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingSettings:
+    """What else a scheme may go by, beside topology and seed.
+
+    Attributes:
+        flowlet_gap_ns: Pause after which a flow may change its path, emulated; 0 where the scenario gives none.
+        spray_order: ``round_robin`` or ``random``: which uplink a sprayed packet takes.
+        adaptive_scope: What adaptive routing goes by: ``local`` for queues alone, ``capacity`` for queues over what their
+            paths can carry.
+        traffic: The traffic matrix of every item of the workload; items run one after the other.
+    """
+
+    flowlet_gap_ns: int = 0
+    spray_order: str = "round_robin"
+    adaptive_scope: str = "local"
+    traffic: tuple[tuple[Demand, ...], ...] = ()
+
+
+NO_SETTINGS = RoutingSettings()
 
 
 class RoutingScheme(Protocol):
@@ -19,12 +56,15 @@ class RoutingScheme(Protocol):
     def name(self) -> str:
         """The name scenarios choose it by."""
 
-    def build_tables(self, topology: Topology, *, hash_seed: int) -> ForwardingTables:
+    def build_tables(
+        self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS
+    ) -> ForwardingTables:
         """Return the forwarding tables of the whole fabric.
 
         Args:
             topology: The fabric.
             hash_seed: Seed of the leaf tier's hash, 0 to 2**32 - 1. All switches of a tier share a seed, as
                 real fleets configure them; a scheme that hashes at another tier must derive another seed for
-                it, or the second choice repeats the first (polarisation).
+                it (`testbed.routing.hashing.tier_seed`), or the second choice repeats the first (polarisation).
+            settings: What else it may go by; most schemes need none of it.
         """

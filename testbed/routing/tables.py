@@ -6,8 +6,12 @@ picks one of its members, the egress port. Identical groups are stored once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import IntFlag, StrEnum
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +38,20 @@ class Selector(StrEnum):
     """How a group picks the member a packet takes."""
 
     HASH = "hash"
+    """By the flow's hash: a flow keeps its path."""
+    ROUND_ROBIN = "round_robin"
+    """Packet by packet, in turn."""
+    RANDOM = "random"
+    """Packet by packet, at random."""
+    LEAST_DEPTH = "least_depth"
+    """Packet by packet, to the live port with the shortest queue for its weight; equals in turn."""
+    FLOWLET = "flowlet"
+    """By the flow's hash, and anew after every pause of the flow that is longer than the gap."""
+
+    @property
+    def is_per_packet(self) -> bool:
+        """Whether packets of one flow may take different members one after the other."""
+        return self in (Selector.ROUND_ROBIN, Selector.RANDOM, Selector.LEAST_DEPTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +63,51 @@ class Group:
         hash_fields: The fields that the hash reads; the others count as 0.
         seed: Seed of the hash, 0 to 2**32 - 1.
         members: Egress port ids; a port of weight 2 stands twice.
+        gap_ns: Pause after which a flow may change its member, emulated ns; for `Selector.FLOWLET` alone.
 
     Raises:
-        ValueError: If there are no members or the seed does not fit 32 bits.
+        ValueError: If there are no members, the seed does not fit 32 bits, or the gap does not suit the selector.
     """
 
     selector: Selector
     hash_fields: HashField
     seed: int
     members: tuple[int, ...]
+    gap_ns: int = 0
 
     def __post_init__(self) -> None:
         if not self.members:
             raise ValueError("a group needs at least one member")
         if not 0 <= self.seed <= 0xFFFF_FFFF:
             raise ValueError(f"a hash seed must lie in 0 to 2**32 - 1, got {self.seed}")
+        if (self.gap_ns > 0) != (self.selector is Selector.FLOWLET):
+            raise ValueError(f"a gap belongs to the selector {Selector.FLOWLET}, and must be above 0 there")
+
+    def weights(self) -> dict[int, int]:
+        """Return how often each port stands among the members, by port id, in order of first appearance."""
+        counts: dict[int, int] = {}
+        for port in self.members:
+            counts[port] = counts.get(port, 0) + 1
+        return counts
+
+
+class OverrideKey(NamedTuple):
+    """What an exact-match entry matches.
+
+    Attributes:
+        node: Index of the switch.
+        src_address: IPv4 source address.
+        dst_address: IPv4 destination address.
+        flow: Destination QP of RoCEv2 packets, the source port of other UDP and of TCP, else 0.
+    """
+
+    node: int
+    src_address: int
+    dst_address: int
+    flow: int
+
+
+_NO_OVERRIDES: Mapping[OverrideKey, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,16 +118,19 @@ class ForwardingTables:
         groups: All groups, each once.
         fib: Shape ``(nodes, slots)``, int32, read-only: index into ``groups`` of what node ``i`` does with
             packets for NIC slot ``j``, or ``NO_GROUP`` (on hosts' rows, and for empty slots).
+        overrides: Egress port id of the flows that an exact-match entry takes away from their group.
     """
 
     groups: tuple[Group, ...]
     fib: npt.NDArray[np.int32]
+    overrides: Mapping[OverrideKey, int] = field(default_factory=lambda: _NO_OVERRIDES)
 
     def __eq__(self, other: object) -> bool:
-        """Return whether both hold the same groups in the same order and the same ``fib``."""
+        """Return whether both hold the same groups in the same order, the same ``fib`` and the same overrides."""
         if not isinstance(other, ForwardingTables):
             return NotImplemented
-        return self.groups == other.groups and np.array_equal(self.fib, other.fib)
+        same = self.groups == other.groups and dict(self.overrides) == dict(other.overrides)
+        return same and np.array_equal(self.fib, other.fib)
 
     __hash__ = None  # type: ignore[assignment]  # an array is inside
 
@@ -97,16 +148,25 @@ class ForwardingTables:
 class TablesBuilder:
     """Collects routes and stores each distinct group once, in order of first use.
 
+    Args:
+        topology: The fabric.
+        begin_with: Tables to add to; None for none.
+
     Example:
         >>> builder = TablesBuilder(topology)  # doctest: +SKIP
         >>> builder.route(leaf, slots, single_member(port_id))  # doctest: +SKIP
         >>> tables = builder.build()  # doctest: +SKIP
     """
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, begin_with: ForwardingTables | None = None) -> None:
         self._topology = topology
         self._groups: dict[Group, int] = {}
         self._fib = np.full((len(topology.nodes), topology.slots), NO_GROUP, dtype=np.int32)
+        self._overrides: dict[OverrideKey, int] = {}
+        if begin_with is not None:
+            self._groups = {group: index for index, group in enumerate(begin_with.groups)}
+            self._fib = begin_with.fib.copy()
+            self._overrides = dict(begin_with.overrides)
 
     def route(self, node: int, slot: int, group: Group) -> None:
         """Let a switch use a group for a slot, in place of what it used before.
@@ -123,19 +183,30 @@ class TablesBuilder:
         # A group's members all belong to one node, so a known group needs a look at one member only.
         members = group.members if index is None else group.members[:1]
         for port_id in members:
-            if self._topology.port(port_id).node != node:
-                raise ValueError(
-                    f"{self._topology.port_name(port_id)} is not a port of {self._topology.nodes[node].name}"
-                )
+            self._check_owner(node, port_id)
         if index is None:
             index = self._groups[group] = len(self._groups)
         self._fib[node, slot] = index
+
+    def override(self, key: OverrideKey, port_id: int) -> None:
+        """Let a switch send one flow to a port, whatever the flow's group says.
+
+        Raises:
+            ValueError: If the port is not one of the switch's.
+        """
+        self._check_owner(key.node, port_id)
+        self._overrides[key] = port_id
 
     def build(self) -> ForwardingTables:
         """Return the tables; routes that were replaced leave their groups behind."""
         fib = self._fib.copy()
         fib.setflags(write=False)
-        return ForwardingTables(groups=tuple(self._groups), fib=fib)
+        overrides = MappingProxyType(dict(self._overrides))
+        return ForwardingTables(groups=tuple(self._groups), fib=fib, overrides=overrides)
+
+    def _check_owner(self, node: int, port_id: int) -> None:
+        if self._topology.port(port_id).node != node:
+            raise ValueError(f"{self._topology.port_name(port_id)} is not a port of {self._topology.nodes[node].name}")
 
 
 def single_member(port_id: int) -> Group:
@@ -157,6 +228,52 @@ def route_downwards(builder: TablesBuilder, topology: Topology) -> None:
             group = single_member(port.id)
             for slot in filled_slots(topology, topology.peer_node(port.id)):
                 builder.route(spine.index, slot, group)
+
+
+def route_upwards(builder: TablesBuilder, topology: Topology, group_of: Callable[[Node, Node], Group | None]) -> None:
+    """Let every leaf use one group for all of another leaf's hosts.
+
+    Args:
+        builder: Where to add the routes.
+        topology: The fabric.
+        group_of: The group of a leaf for another leaf; None leaves those without a route. Not asked in a fabric of one leaf.
+    """
+    for leaf in topology.leaves:
+        for other in topology.leaves:
+            group = group_of(leaf, other) if other is not leaf else None
+            if group is not None:
+                for slot in filled_slots(topology, other):
+                    builder.route(leaf.index, slot, group)
+
+
+def weighted_uplinks(topology: Topology, leaf: Node, other: Node) -> tuple[int, ...]:
+    """Return a leaf's uplinks as members of a group, each as often as its path to another leaf has capacity.
+
+    The capacity of a path is that of its slower link, up or down. Paths that are all alike stand once each; the weights of
+    others are their capacities over the greatest common divisor, see `small_weights`.
+    """
+    downward = {
+        topology.peer_node(up.id).index: topology.port(up.peer).rate_bits_per_s for up in topology.uplinks(other)
+    }
+    uplinks = [port for port in topology.uplinks(leaf) if topology.peer_node(port.id).index in downward]
+    weights = small_weights(
+        [min(port.rate_bits_per_s, downward[topology.peer_node(port.id).index]) for port in uplinks]
+    )
+    return tuple(port.id for port, weight in zip(uplinks, weights, strict=True) for _ in range(weight))
+
+
+_MAX_WEIGHT = 64
+
+
+def small_weights(capacities: list[int]) -> list[int]:
+    """Return small integers in the proportion of capacities, exact where that needs none above 64, else within 1/64."""
+    if not capacities:
+        return []
+    divisor = math.gcd(*capacities)
+    exact = [capacity // divisor for capacity in capacities]
+    if max(exact) <= _MAX_WEIGHT:
+        return exact
+    return [max(1, round(_MAX_WEIGHT * capacity / max(capacities))) for capacity in capacities]
 
 
 def filled_slots(topology: Topology, leaf: Node) -> list[int]:

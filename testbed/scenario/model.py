@@ -65,6 +65,20 @@ class RoutingScheme(StrEnum):
     ADAPTIVE = "adaptive"
 
 
+class SprayOrder(StrEnum):
+    """Which uplink a sprayed packet takes."""
+
+    ROUND_ROBIN = "round_robin"
+    RANDOM = "random"
+
+
+class AdaptiveScope(StrEnum):
+    """What adaptive routing goes by."""
+
+    LOCAL = "local"
+    CAPACITY = "capacity"
+
+
 class Carrier(StrEnum):
     """What carries the bytes."""
 
@@ -298,14 +312,25 @@ class Routing(_Section):
 
     scheme: Annotated[RoutingScheme, kinds.choice(RoutingScheme)] = _key(
         "scheme",
-        "Routing scheme: ecmp hashes the five-tuple, pinning gives each destination slice one uplink.",
+        "Routing scheme: ecmp hashes the five-tuple, e-ecmp the destination QP too, pinning gives each destination slice one "
+        "uplink, te places each flow by the traffic matrix, flowlet hashes anew after a pause, spray and adaptive choose for "
+        "each packet.",
         default="ecmp",
     )
     hash_seed: Annotated[int, _UINT32] = _derived_key(
         "hash_seed", "Seed of the switches' hash. Default: the scenario's seed."
     )
     flowlet_gap_ns: Annotated[int | None, _TIME] = _key(
-        "flowlet_gap", "Idle time after which a flow may change its path.", default=None
+        "flowlet_gap", "Idle time after which a flow may change its path; scheme flowlet needs it.", default=None
+    )
+    spray_order: Annotated[SprayOrder, kinds.choice(SprayOrder)] = _key(
+        "spray_order", "Which uplink a packet takes under scheme spray.", default="round_robin"
+    )
+    adaptive_scope: Annotated[AdaptiveScope, kinds.choice(AdaptiveScope)] = _key(
+        "adaptive_scope",
+        "What scheme adaptive compares: local the queues of the switch's own ports, capacity these queues over what the "
+        "paths behind them can carry.",
+        default="local",
     )
 
 

@@ -48,17 +48,8 @@ def metric(*names: str) -> Callable[[Any], bool]:
 
 NOT_BUILT = (
     NotBuilt("fabric.kind", among("zones"), "three tiers, zones joined by superspines"),
-    NotBuilt("routing.scheme", among("e-ecmp"), "hashing of the destination QP"),
-    NotBuilt("routing.scheme", among("te"), "the traffic engineering controller"),
-    NotBuilt("routing.scheme", among("flowlet"), "flowlet switching"),
-    NotBuilt("routing.scheme", among("spray"), "per-packet spraying"),
-    NotBuilt("routing.scheme", among("adaptive"), "adaptive routing by queue depth"),
-    NotBuilt("routing.flowlet_gap", given, "flowlet switching"),
     NotBuilt("transport.carrier", among("rxe"), "the kernel's soft-RoCE as a carrier"),
     NotBuilt("transport.carrier", among("tcp"), "kernel TCP as a carrier"),
-    NotBuilt("transport.qps_per_connection", other_than(1), "several queue pairs per connection"),
-    NotBuilt("transport.qp_strategy", among("round_robin"), "spreading messages round robin over queue pairs"),
-    NotBuilt("transport.qp_strategy", among("dynamic"), "spreading messages over queue pairs by credit"),
     NotBuilt("transport.loss_recovery", among("selective"), "selective retransmission"),
     NotBuilt("transport.admission.scheme", among("cts"), "receiver-driven admission"),
     NotBuilt("transport.admission.channels", given, "receiver-driven admission"),

@@ -21,6 +21,7 @@ from testbed.scenario.model import (
     FlowsWorkload,
     IncastWorkload,
     PermutationWorkload,
+    RoutingScheme,
     Scenario,
 )
 from testbed.scenario.sweep import MAX_SIZES, count_sizes
@@ -58,7 +59,15 @@ def find_violations(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         scenario: The scenario, with stand-ins where keys are mistaken.
         valid: Tells whether keys may be looked at.
     """
-    for check in (_check_shape, _check_size, _check_buffer, _check_timeout, _check_timely, _check_workload):
+    for check in (
+        _check_shape,
+        _check_size,
+        _check_buffer,
+        _check_routing,
+        _check_timeout,
+        _check_timely,
+        _check_workload,
+    ):
         yield from check(scenario, valid)
 
 
@@ -115,6 +124,17 @@ def _check_buffer(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     if valid(_BUFFER, _MTU) and scenario.fabric.switch.buffer_bytes < frame_bytes:
         rule = f"must hold at least one frame of {format_size(frame_bytes)} (mtu {scenario.transport.mtu_bytes})"
         yield Violation(_BUFFER, rule, "enlarge the buffer, or lower transport.mtu")
+
+
+def _check_routing(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    scheme, gap = ("routing", "scheme"), ("routing", "flowlet_gap")
+    gap_ns = scenario.routing.flowlet_gap_ns
+    if not valid(scheme, gap) or scenario.routing.scheme is not RoutingScheme.FLOWLET:
+        return
+    if gap_ns is None:
+        yield Violation(gap, "is required by scheme flowlet", "give a pause longer than what paths differ in delay")
+    elif gap_ns == 0:
+        yield Violation(gap, "must be above 0", "use `scheme: spray` for a path per packet")
 
 
 def _check_timely(scenario: Scenario, valid: Valid) -> Iterator[Violation]:

@@ -48,10 +48,20 @@ def payload_bytes(planned: PlannedWorkload) -> npt.NDArray[np.int64]:
     return totals
 
 
-def test_everything_arrives_once_and_nothing_is_sent_twice() -> None:
+@pytest.mark.parametrize(
+    "spread",
+    [
+        (),
+        ("transport.qps_per_connection=5", "transport.qp_strategy=split"),
+        ("transport.qps_per_connection=3", "transport.qp_strategy=round_robin"),
+        ("transport.qps_per_connection=3", "transport.qp_strategy=dynamic"),
+    ],
+    ids=["one QP", "split", "round robin", "dynamic"],
+)
+def test_everything_arrives_once_and_nothing_is_sent_twice(spread: tuple[str, ...]) -> None:
     """One lab for all items: they run one after the other over the same QP table, as in a run."""
     items = [f"workload[{index}]={{{item}, iters: 1, warmup_iters: 1}}" for index, item in enumerate(ITEMS)]
-    settings = ("transport.mtu=1024", "transport.retransmit_timeout=auto")
+    settings = ("transport.mtu=1024", "transport.retransmit_timeout=auto", "routing.scheme=e-ecmp", *spread)
     with small_fabric(*settings, *items, name="collectives") as fabric, plain_carrier(fabric) as carrier:
         for index, planned in enumerate(fabric.plan.workloads):
             what = ITEMS[index]
@@ -59,6 +69,17 @@ def test_everything_arrives_once_and_nothing_is_sent_twice() -> None:
             count = len(planned.connections)
             responders = fabric.arrays.qps[qp_index(0, RESPONDER) : 2 * count : 2]
             requesters = fabric.arrays.qps[qp_index(0, REQUESTER) : 2 * count : 2]
+            if planned.pieces is not None:
+                # Which queue pair sent what was decided on the way: what matters is that each connection's bytes are there.
+                assert samples.retransmitted_packets == 0, what
+                received = responders["rx_payload_bytes"].reshape(len(planned.messages.connections), -1).sum(axis=1)
+                asked = np.zeros(len(received), np.int64)
+                np.add.at(asked, planned.messages.connection, planned.messages.nbytes)
+                assert received.tolist() == (ROUNDS * asked).tolist(), what
+                assert int(responders["rx_messages"].sum()) == ROUNDS * len(planned.pieces), what
+                assert responders["rx_packets"].tolist() == requesters["acked_packets"].tolist(), what
+                assert_drained(fabric)
+                continue
             packets = build_streams(planned.schedule, fabric.plan.scenario.transport.mtu_bytes).packets
             messages = np.bincount(planned.schedule.connection, minlength=count)
 
@@ -128,3 +149,25 @@ def test_a_host_answers_by_the_nic_that_was_asked() -> None:
                 moved = fabric.arrays.queues["enq_packets"].sum(axis=1) - before
                 for nic in topology.nics:
                     assert moved[nic.id] == (1 if nic in nics else 0)
+
+
+@pytest.mark.parametrize("strategy", ["split", "round_robin", "dynamic"])
+def test_queue_pairs_carry_what_leaves_the_host_and_nvlink_the_rest(strategy: str) -> None:
+    items = [f"workload[{index}]={{{item}, iters: 1, warmup_iters: 1}}" for index, item in enumerate(GPU_ITEMS[:5])]
+    spread = ("transport.qps_per_connection=3", f"transport.qp_strategy={strategy}", "routing.scheme=e-ecmp")
+    settings = ("transport.mtu=1024", "transport.retransmit_timeout=auto", *GPU_HOSTS, *spread)
+    with small_fabric(*settings, *items, name="gpuqps") as fabric, plain_carrier(fabric) as carrier:
+        for index, planned in enumerate(fabric.plan.workloads):
+            what = GPU_ITEMS[index]
+            samples = carrier.run(index, Quiet())
+            count = len(planned.connections)
+            assert count % 3 == 0
+            responders = fabric.arrays.qps[qp_index(0, RESPONDER) : 2 * count : 2]
+            received = responders["rx_payload_bytes"].reshape(count // 3, 3).sum(axis=1)
+            asked = np.zeros(len(planned.messages.connections), np.int64)
+            np.add.at(asked, planned.messages.connection, planned.messages.nbytes)
+            assert received.tolist() == (ROUNDS * asked[: count // 3]).tolist(), what
+            assert samples.nvlink_bytes == (int(asked[count // 3 :].sum()),), what
+            assert samples.retransmitted_packets == 0, what
+            assert (samples.end_ns[asked[: count // 3].repeat(3) > 0] > 0).any(), what
+            assert_drained(fabric)

@@ -117,7 +117,7 @@ def count_kernel_forwards(fabric: Fabric) -> int:
 
 
 @pytest.mark.parametrize("hosts", ["fabric.hosts_per_leaf=2", UNEVEN], ids=["2x2x2", "uneven"])
-@pytest.mark.parametrize("scheme", ["ecmp", "pinning"])
+@pytest.mark.parametrize("scheme", ["ecmp", "e-ecmp", "pinning"])
 def test_random_packets_take_the_ports_that_the_twin_names(scheme: str, hosts: str) -> None:
     frames = 12_000
     rng = np.random.default_rng(7)

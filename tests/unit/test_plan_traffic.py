@@ -13,6 +13,7 @@ from testbed.plan.compile import compile_plan
 from testbed.plan.model import Plan, PlannedWorkload
 from testbed.plan.predict import predict_cct_ratio
 from testbed.plan.report import describe_plan
+from testbed.routing import single_route
 from testbed.scenario import load_scenario
 
 SCENARIO = """
@@ -150,7 +151,7 @@ def test_connections_that_take_turns_do_not_collide(takes_turns: bool, ratio: fl
     path_of = dict(zip(plan.workloads[0].schedule.connections, plan.workloads[0].paths, strict=True))
     paths = [path_of[pair] for pair in schedule.connections]
     # The uplink carries twice what a NIC does either way; only at once does that take longer.
-    assert predict_cct_ratio(plan.topology, schedule, paths) == pytest.approx(ratio)
+    assert predict_cct_ratio(plan.topology, schedule, [single_route(path) for path in paths]) == pytest.approx(ratio)
 
 
 def test_incast_that_overflows_the_buffer_is_warned_of() -> None:

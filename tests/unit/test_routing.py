@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.errors import PlanError
-from testbed.routing import ROUTING_SCHEMES, FlowKey, Group, HashField, Selector, routing_scheme
+from testbed.routing import (
+    ROUTING_SCHEMES,
+    FlowKey,
+    ForwardingTables,
+    Group,
+    HashField,
+    RoutingSettings,
+    Selector,
+    routing_scheme,
+)
 from testbed.routing.hashing import hash_flow, hash_flows, select_member, select_members
 from testbed.routing.tables import NO_GROUP, TablesBuilder, single_member
 from testbed.topology import LinkSpec, NodeKind, Topology, build_clos, build_star
@@ -21,6 +30,10 @@ UINT32 = st.integers(0, 2**32 - 1)
 
 def clos(*hosts_per_leaf: int, spines: int) -> Topology:
     return build_clos(hosts_per_leaf=hosts_per_leaf, spines=spines, host_link=LINK, uplink=LINK)
+
+
+def build_tables(name: str, topology: Topology, seed: int) -> ForwardingTables:
+    return routing_scheme(name).build_tables(topology, hash_seed=seed, settings=RoutingSettings(flowlet_gap_ns=1000))
 
 
 @st.composite
@@ -36,7 +49,7 @@ def topologies(draw: st.DrawFn) -> Topology:
 @settings(max_examples=30)
 @given(topology=topologies(), seed=UINT32)
 def test_every_switch_routes_every_nic_through_its_own_ports(name: str, topology: Topology, seed: int) -> None:
-    tables = routing_scheme(name).build_tables(topology, hash_seed=seed)
+    tables = build_tables(name, topology, seed)
     assert tables.fib.dtype == np.int32
     assert tables.fib.shape == (len(topology.nodes), topology.slots)
     for node in topology.nodes:
@@ -61,8 +74,8 @@ def test_every_switch_routes_every_nic_through_its_own_ports(name: str, topology
 @pytest.mark.parametrize("name", sorted(ROUTING_SCHEMES))
 def test_equal_arguments_give_equal_tables_without_repeated_groups(name: str) -> None:
     topology = clos(4, 3, 4, spines=4)
-    tables = routing_scheme(name).build_tables(topology, hash_seed=7)
-    assert tables == routing_scheme(name).build_tables(topology, hash_seed=7)
+    tables = build_tables(name, topology, 7)
+    assert tables == build_tables(name, topology, 7)
     assert len(set(tables.groups)) == len(tables.groups)
     assert set(np.unique(tables.fib)) == {NO_GROUP, *range(len(tables.groups))}
 
@@ -101,7 +114,7 @@ def test_pinning_ignores_the_seed_and_ecmp_does_not() -> None:
 
 @pytest.mark.parametrize("name", sorted(ROUTING_SCHEMES))
 def test_star_needs_one_group_per_host(name: str) -> None:
-    tables = routing_scheme(name).build_tables(build_star(hosts=5, host_link=LINK), hash_seed=1)
+    tables = build_tables(name, build_star(hosts=5, host_link=LINK), 1)
     assert [len(group.members) for group in tables.groups] == [1] * 5
 
 
@@ -129,7 +142,7 @@ def test_group_without_members_or_with_a_wide_seed_is_refused(seed: int, members
 def test_unknown_scheme_names_the_known_ones() -> None:
     with pytest.raises(PlanError, match='"ecpm"') as caught:
         routing_scheme("ecpm")
-    assert caught.value.hint == "use one of ecmp, pinning"
+    assert caught.value.hint == f"use one of {', '.join(sorted(ROUTING_SCHEMES))}"
 
 
 @pytest.mark.parametrize("name", sorted(ROUTING_SCHEMES))

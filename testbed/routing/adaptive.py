@@ -1,0 +1,66 @@
+"""Adaptive routing: every packet takes the uplink with the shortest queue."""
+
+from __future__ import annotations
+
+from testbed.errors import PlanError
+from testbed.routing.protocol import NO_SETTINGS, RoutingSettings
+from testbed.routing.tables import (
+    ForwardingTables,
+    Group,
+    HashField,
+    Selector,
+    TablesBuilder,
+    route_downwards,
+    route_upwards,
+    weighted_uplinks,
+)
+from testbed.topology import Topology
+
+MAX_UPLINKS = 64
+"""Queues that the switch program compares for a packet (``TB_MAX_CHOICES`` in bpf/fabric.h)."""
+
+
+class Adaptive:
+    """Sends each packet to the uplink, of those whose link is up, with the shortest queue; equals take turns.
+
+    What it sees is its own switch (``local``). Where paths differ in what they can carry further down, that fills the
+    narrow ones: a switch that is told of it (``capacity``) compares queues over capacities instead. Packets of a flow
+    overtake each other, as with `spray`.
+
+    Source:
+        Ghorbani et al., "DRILL: Micro Load Balancing for Low-latency Data Center Networks", SIGCOMM 2017 (queues of the
+        switch itself); Alizadeh et al., "CONGA", SIGCOMM 2014 (why local decisions fail in asymmetric fabrics).
+    """
+
+    name = "adaptive"
+
+    def build_tables(
+        self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS
+    ) -> ForwardingTables:
+        """Return the tables: one group of all uplinks per leaf, whose selector compares queues.
+
+        Raises:
+            PlanError: A leaf has more uplinks than a switch compares.
+        """
+        builder = TablesBuilder(topology)
+        route_downwards(builder, topology)
+        for leaf in topology.leaves:
+            if len(topology.uplinks(leaf)) > MAX_UPLINKS:
+                raise PlanError(
+                    f"{leaf.name} has {len(topology.uplinks(leaf))} uplinks, adaptive routing compares at most {MAX_UPLINKS}",
+                    hint="use fewer spines, or `routing.scheme: spray`",
+                )
+        knows_capacity = settings.adaptive_scope == "capacity"
+        route_upwards(
+            builder,
+            topology,
+            lambda leaf, other: Group(
+                Selector.LEAST_DEPTH,
+                HashField(0),
+                hash_seed,
+                weighted_uplinks(topology, leaf, other)
+                if knows_capacity
+                else tuple(port.id for port in topology.uplinks(leaf)),
+            ),
+        )
+        return builder.build()
