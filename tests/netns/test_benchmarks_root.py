@@ -53,7 +53,10 @@ def test_hosts_finds_what_a_fabric_carries(capsys: pytest.CaptureFixture[str]) -
 def test_time_of_others_is_told_from_that_of_children() -> None:
     spin = "import time; end = time.monotonic() + 20\nwhile time.monotonic() < end: pass"
     # A process whose parent is gone is not ours: started through one that ends at once.
-    start = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {spin!r}], stdout=2).pid)"
+    start = (
+        "import subprocess, sys; null = subprocess.DEVNULL; "
+        f"print(subprocess.Popen([sys.executable, '-c', {spin!r}], stdout=null, stderr=null).pid)"
+    )
     child = subprocess.Popen([sys.executable, "-c", spin])
     other = int(subprocess.run([sys.executable, "-c", start], check=True, capture_output=True, text=True).stdout)
     try:
