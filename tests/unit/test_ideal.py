@@ -360,7 +360,9 @@ def test_wrong_rates_and_latencies_are_refused() -> None:
 
 def test_flows_that_start_later_arrive_later() -> None:
     flows = [Flow(0, 2, 4096 * 100), Flow(1, 2, 4096 * 100, start_ns=1_000_000), Flow(0, 1, 4096, start_ns=5_000_000)]
-    arrivals = ideal_arrivals_ns(build_flows(3, flows, slices=1), nic_rate_bits_per_s=8e9, latency_ns=0, mtu=4096)
+    arrivals = ideal_arrivals_ns(
+        build_flows(3, flows, slices=1), nic_rate_bits_per_s=8e9, latency_ns=np.zeros(3), mtu=4096
+    )
     wire = wire_bytes([4096 * 100, 4096], 4096)
     # 1 byte per ns: the second flow finds the receiver free, the third its sender.
     assert arrivals[0] == pytest.approx(wire[0])
