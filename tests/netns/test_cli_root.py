@@ -15,6 +15,7 @@ import pytest
 
 import testbed as api
 from testbed.errors import LabError
+from testbed.results.series import QUEUES_FILE
 from tests.conftest import TEST_LAB_PREFIX, list_test_labs, list_test_namespaces
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("host_unchanged")]
@@ -241,7 +242,9 @@ def test_run_beside_a_lab_of_its_own_name_takes_another(small: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_during_a_run_leaves_nothing(small: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_signal_during_a_run_leaves_what_it_saw_and_no_lab(
+    small: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     folder = tmp_path / "out"
     arguments = command("run", small, "--iters", "50", "--output", folder)
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
@@ -254,7 +257,9 @@ def test_signal_during_a_run_leaves_nothing(small: Path, tmp_path: Path, number:
     assert process.returncode == code
     assert rest.splitlines()[-1] == f"ended by {number.name}"
     assert "Traceback" not in rest
-    assert not folder.exists()
+    # What was seen until then stays, and can be drawn; there is no result, for the run did not end.
+    assert (folder / QUEUES_FILE).exists()
+    assert not (folder / "result.json").exists()
     assert list_test_labs() == []
 
 

@@ -120,7 +120,7 @@ MALFORMED: dict[str, Callable[[bytes], bytes]] = {
     **{f"cut to {nbytes} bytes": lambda frame, n=nbytes: cut(frame, n) for nbytes in (34, 41, 42, 50, 53, 54, 57)},
     **{
         f"opcode {opcode:#04x}": lambda frame, o=opcode: patched(frame, opcode=(42, bytes([o])))
-        for opcode in (0x00, 0x04, 0x09, 0x0B, 0x0C, 0x0D, 0x12, 0x64, 0x81, 0xFF)
+        for opcode in (0x00, 0x04, 0x09, 0x0B, 0x0C, 0x0D, 0x12, 0x64, 0x80, 0xFF)
     },
     "length beyond the frame": lambda frame: patched(frame, total=(16, struct.pack("!H", len(frame)))),
     "length below the headers": lambda frame: patched(frame, total=(16, struct.pack("!H", 40))),
@@ -189,6 +189,18 @@ def test_frame_for_a_qp_of_another_host_changes_none(bench: Bench) -> None:
         bench.send(good_frame(bench.connection, dest_qp=qpn))
     settle(bench)
     np.testing.assert_array_equal(bench.qps(), before)
+
+
+def test_cnp_is_counted_by_its_own_qp_and_changes_nothing_else(bench: Bench) -> None:
+    before = bench.qps()
+    index = bench.fabric.plan.workloads[0].connections.index(bench.connection)
+    row = qp_index(index, RESPONDER)
+    bench.send(patched(good_frame(bench.connection), opcode=(42, b"\x81")))
+    settle(bench)
+    after = bench.qps()
+    assert after["cnps_packets"][row] == before["cnps_packets"][row] + 1
+    after["cnps_packets"][row] -= 1
+    np.testing.assert_array_equal(after, before)
 
 
 def test_good_frame_changes_its_own_qp_alone(bench: Bench) -> None:
