@@ -39,6 +39,7 @@ from testbed.routing import (
     Path,
     Route,
     RoutingSettings,
+    build_tables,
     routing_scheme,
     trace_path,
     trace_routes,
@@ -149,8 +150,9 @@ def compile_plan(
     ]
     if not items:
         raise PlanError("the workload is empty")
-    tables = routing_scheme(str(scenario.routing.scheme)).build_tables(
+    tables = build_tables(
         topology,
+        routing_scheme(str(scenario.routing.scheme)),
         hash_seed=scenario.routing.hash_seed,
         settings=RoutingSettings(
             flowlet_gap_ns=scenario.routing.flowlet_gap_ns or 0,

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.collectives import Schedule
-from testbed.routing import Path, Route, max_min_rates, nic_port_rates, port_rates, single_route
+from testbed.routing import ALL_UP, LinkState, Path, Route, max_min_rates, nic_port_rates, port_rates, single_route
 from testbed.topology import Topology
 
 
@@ -20,6 +20,7 @@ def predict_cct_ratio(
     nvlink_rate_bits_per_s: float = np.inf,
     *,
     shares_follow_rates: bool = False,
+    links: LinkState = ALL_UP,
 ) -> float:
     """Return the completion time of a schedule over that in a non-blocking core.
 
@@ -40,6 +41,7 @@ def predict_cct_ratio(
         nvlink_rate_bits_per_s: What each rank sends and receives at most inside its host.
         shares_follow_rates: Whether connections divide their bytes over their ways so that the busiest port has least to do,
             instead of by the shares: what queue pairs that take the next piece when they have credit come to, at best.
+        links: Links that carry less than they should; the reference has them whole.
 
     Returns:
         At least 1, but for rounding.
@@ -54,7 +56,7 @@ def predict_cct_ratio(
     gpus = np.full(2 * schedule.nranks, nvlink_rate_bits_per_s)
     fabric, reference = (
         _time(schedule, _Ways([*routes, *inside], np.concatenate([rates, gpus]), shares_follow_rates), steps)
-        for rates in (port_rates(topology), nic_port_rates(topology))
+        for rates in (port_rates(topology, links), nic_port_rates(topology))
     )
     return fabric / reference
 

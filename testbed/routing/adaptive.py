@@ -58,7 +58,7 @@ class Adaptive:
                 Selector.LEAST_DEPTH,
                 HashField(0),
                 hash_seed,
-                weighted_uplinks(topology, leaf, other)
+                weighted_uplinks(topology, leaf, other, settings.links)
                 if knows_capacity
                 else tuple(port.id for port in topology.uplinks(leaf)),
             ),

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from testbed.routing.links import ALL_UP, LinkState
 from testbed.routing.paths import Path
 from testbed.topology import Topology
 
@@ -91,13 +92,16 @@ def max_min_rates(
     return rates
 
 
-def port_rates(topology: Topology) -> npt.NDArray[np.float64]:
-    """Return the line rate of every port.
+def port_rates(topology: Topology, links: LinkState = ALL_UP) -> npt.NDArray[np.float64]:
+    """Return the rate of every port: its line rate, or what is left of it.
 
     Returns:
         Shape ``(ports + 1,)``, float64, bits per second, indexed by port id; index 0 is ``inf``.
     """
-    return np.array([np.inf, *(float(port.rate_bits_per_s) for port in topology.ports)])
+    rates = np.array([np.inf, *(float(port.rate_bits_per_s) for port in topology.ports)])
+    for port_id, rate in links.rates_bits_per_s:
+        rates[port_id] = float(rate)
+    return rates
 
 
 def nic_port_rates(topology: Topology) -> npt.NDArray[np.float64]:

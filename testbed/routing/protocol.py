@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from testbed.routing.hashing import FlowKey
+from testbed.routing.links import ALL_UP, LinkState
 from testbed.routing.tables import ForwardingTables
 from testbed.topology import Topology
 
@@ -34,12 +35,15 @@ class RoutingSettings:
         adaptive_scope: What adaptive routing goes by: ``local`` for queues alone, ``capacity`` for queues over what their
             paths can carry.
         traffic: The traffic matrix of every item of the workload; items run one after the other.
+        links: What state links are in, as far as a scheme that looks at it beyond what every switch does has been told.
+            Rerouting around dead links is not the schemes' own work: see `testbed.routing.failures`.
     """
 
     flowlet_gap_ns: int = 0
     spray_order: str = "round_robin"
     adaptive_scope: str = "local"
     traffic: tuple[tuple[Demand, ...], ...] = ()
+    links: LinkState = ALL_UP
 
 
 NO_SETTINGS = RoutingSettings()

@@ -16,10 +16,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from testbed.routing.links import ALL_UP, LinkState
 from testbed.topology import Node, Topology
 
 NO_GROUP = -1
 """Entry of ``fib`` where a node has no route to a slot."""
+
+UNREACHABLE = -2
+"""Entry of ``fib`` where a node has lost every way to a slot: it drops the packets."""
 
 
 class HashField(IntFlag):
@@ -117,7 +121,7 @@ class ForwardingTables:
     Attributes:
         groups: All groups, each once.
         fib: Shape ``(nodes, slots)``, int32, read-only: index into ``groups`` of what node ``i`` does with
-            packets for NIC slot ``j``, or ``NO_GROUP`` (on hosts' rows, and for empty slots).
+            packets for NIC slot ``j``, or ``NO_GROUP`` (on hosts' rows, and for empty slots), or ``UNREACHABLE``.
         overrides: Egress port id of the flows that an exact-match entry takes away from their group.
     """
 
@@ -142,7 +146,7 @@ class ForwardingTables:
             slot: NIC slot of the destination.
         """
         index = int(self.fib[node, slot])
-        return None if index == NO_GROUP else self.groups[index]
+        return None if index < 0 else self.groups[index]
 
 
 class TablesBuilder:
@@ -187,6 +191,10 @@ class TablesBuilder:
         if index is None:
             index = self._groups[group] = len(self._groups)
         self._fib[node, slot] = index
+
+    def drop(self, node: int, slot: int) -> None:
+        """Let a switch drop what is for a slot: it has no way there any more."""
+        self._fib[node, slot] = UNREACHABLE
 
     def override(self, key: OverrideKey, port_id: int) -> None:
         """Let a switch send one flow to a port, whatever the flow's group says.
@@ -246,18 +254,19 @@ def route_upwards(builder: TablesBuilder, topology: Topology, group_of: Callable
                     builder.route(leaf.index, slot, group)
 
 
-def weighted_uplinks(topology: Topology, leaf: Node, other: Node) -> tuple[int, ...]:
+def weighted_uplinks(topology: Topology, leaf: Node, other: Node, links: LinkState = ALL_UP) -> tuple[int, ...]:
     """Return a leaf's uplinks as members of a group, each as often as its path to another leaf has capacity.
 
     The capacity of a path is that of its slower link, up or down. Paths that are all alike stand once each; the weights of
-    others are their capacities over the greatest common divisor, see `small_weights`.
+    others are their capacities over the greatest common divisor, see `small_weights`. Links whose capacity has changed count
+    with what ``links`` says; those that are down stand there as the others do.
     """
     downward = {
-        topology.peer_node(up.id).index: topology.port(up.peer).rate_bits_per_s for up in topology.uplinks(other)
+        topology.peer_node(up.id).index: links.rate_bits_per_s(topology.port(up.peer)) for up in topology.uplinks(other)
     }
     uplinks = [port for port in topology.uplinks(leaf) if topology.peer_node(port.id).index in downward]
     weights = small_weights(
-        [min(port.rate_bits_per_s, downward[topology.peer_node(port.id).index]) for port in uplinks]
+        [min(links.rate_bits_per_s(port), downward[topology.peer_node(port.id).index]) for port in uplinks]
     )
     return tuple(port.id for port, weight in zip(uplinks, weights, strict=True) for _ in range(weight))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from testbed.routing.ecmp import hashed_tables
 from testbed.routing.hashing import override_key
+from testbed.routing.links import LinkState
 from testbed.routing.protocol import NO_SETTINGS, Demand, RoutingSettings
 from testbed.routing.tables import ForwardingTables, HashField, OverrideKey, TablesBuilder
 from testbed.topology import HOST_NETWORK, Node, Topology
@@ -35,7 +36,7 @@ class TrafficEngineering:
             crossing = [
                 demand for demand in item if topology.peer_node(demand.src_port) != _target_leaf(topology, demand)
             ]
-            for demand, uplink in zip(crossing, _place(topology, crossing), strict=True):
+            for demand, uplink in _place(topology, crossing, settings.links):
                 key = override_key(topology.port(uplink).node, demand.flow)
                 if key not in known:  # items run one after the other; the first that names a flow decides
                     known.add(key)
@@ -59,13 +60,13 @@ class _Placement:
         load: Time that each port needs for what it carries, by port id.
     """
 
-    def __init__(self, topology: Topology, demands: Sequence[Demand]) -> None:
-        self.ways = [_ways(topology, demand) for demand in demands]
+    def __init__(self, topology: Topology, demands: Sequence[Demand], links: LinkState) -> None:
+        self.ways = [_ways(topology, demand, links) for demand in demands]
         self.chosen = [-1] * len(demands)
         self.load: dict[int, float] = {port: 0.0 for ways in self.ways for way in ways.values() for port in way}
         self._flows: dict[int, set[int]] = {port: set() for port in self.load}
         self._nbytes = [demand.nbytes for demand in demands]
-        self._rate = {port: topology.port(port).rate_bits_per_s for port in self.load}
+        self._rate = {port: links.rate_bits_per_s(topology.port(port)) for port in self.load}
         # The largest first, each where its fullest link stays emptiest.
         for flow in sorted(range(len(demands)), key=lambda one: -self._nbytes[one]):
             self._insert(flow)
@@ -150,18 +151,20 @@ class _Placement:
         return sorted(loads, reverse=True)
 
 
-def _place(topology: Topology, demands: Sequence[Demand]) -> list[int]:
-    """Return the uplink of its leaf that each flow is to take."""
-    placement = _Placement(topology, demands)
+def _place(topology: Topology, demands: Sequence[Demand], links: LinkState) -> list[tuple[Demand, int]]:
+    """Return the uplink of its leaf that each flow is to take; flows that have no way left are not among them."""
+    demands = [demand for demand in demands if _ways(topology, demand, links)]
+    placement = _Placement(topology, demands, links)
     placement.improve()
-    return [ways[spine][0] for ways, spine in zip(placement.ways, placement.chosen, strict=True)]
+    chosen = [ways[spine][0] for ways, spine in zip(placement.ways, placement.chosen, strict=True)]
+    return list(zip(demands, chosen, strict=True))
 
 
-def _ways(topology: Topology, demand: Demand) -> dict[int, _Way]:
-    """Return the ways of a flow between leaves, by the index of the spine."""
+def _ways(topology: Topology, demand: Demand, links: LinkState) -> dict[int, _Way]:
+    """Return the ways of a flow between leaves that are up, by the index of the spine."""
     target = _target_leaf(topology, demand)
-    down = {topology.peer_node(up.id).index: up.peer for up in topology.uplinks(target)}
-    uplinks = topology.uplinks(topology.peer_node(demand.src_port))
+    down = {topology.peer_node(up.id).index: up.peer for up in topology.uplinks(target) if links.is_up(up)}
+    uplinks = [port for port in topology.uplinks(topology.peer_node(demand.src_port)) if links.is_up(port)]
     return {spine: (port.id, down[spine]) for port in uplinks if (spine := topology.peer_node(port.id).index) in down}
 
 

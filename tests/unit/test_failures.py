@@ -1,0 +1,181 @@
+"""Rerouting: what every scheme's tables become when links are down, and who notices when."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from testbed.errors import PlanError
+from testbed.routing import (
+    ALL_UP,
+    ROUTING_SCHEMES,
+    UNREACHABLE,
+    Demand,
+    FlowKey,
+    ForwardingTables,
+    Knowledge,
+    LinkState,
+    RoutingSettings,
+    build_tables,
+    dead_ports_of,
+    routing_scheme,
+    trace_path,
+    trace_routes,
+)
+from testbed.topology import LinkSpec, Topology, build_clos
+
+LINK = LinkSpec(400_000_000_000, 600)
+CLOS = build_clos(hosts_per_leaf=(4,) * 4, spines=4, host_link=LINK, uplink=LINK)
+PERMUTATION = [(host, (host + 4) % 16) for host in range(16)]
+
+
+def demand(topology: Topology, src: int, dst: int, dst_qp: int = 7) -> Demand:
+    source, target = topology.host_port(src), topology.host_port(dst)
+    return Demand(source.id, FlowKey(source.address, target.address, 0xC000 + src, 4791, 17, dst_qp), 1000)
+
+
+TRAFFIC = tuple(demand(CLOS, src, dst, 100 + src) for src, dst in PERMUTATION)
+
+
+def tables_of(scheme: str, *names: str, knowledge: Knowledge | None = None) -> ForwardingTables:
+    links = LinkState(dead_ports_of(CLOS, names))
+    routing = RoutingSettings(flowlet_gap_ns=1000, traffic=(TRAFFIC,), links=links)
+    return build_tables(CLOS, routing_scheme(scheme), hash_seed=3, settings=routing, knowledge=knowledge)
+
+
+def ports_used(tables: ForwardingTables) -> set[int]:
+    return {
+        port
+        for one in TRAFFIC
+        for route in trace_routes(CLOS, tables, one.src_port, one.flow, over_time=True)
+        for port in route.path.ports
+    }
+
+
+@pytest.mark.parametrize("scheme", sorted(ROUTING_SCHEMES))
+@pytest.mark.parametrize("dead", ["leaf0:spine1", "spine2", "leaf3:spine0"])
+def test_no_scheme_uses_a_dead_link_and_all_flows_arrive(scheme: str, dead: str) -> None:
+    healthy, left = tables_of(scheme), tables_of(scheme, dead)
+    gone = dead_ports_of(CLOS, [dead])
+    assert ports_used(healthy) & gone, "the link must matter, or the test shows nothing"
+    assert not ports_used(left) & gone
+
+
+@pytest.mark.parametrize("scheme", sorted(ROUTING_SCHEMES))
+def test_without_a_failure_the_tables_are_the_schemes_own(scheme: str) -> None:
+    own = routing_scheme(scheme).build_tables(
+        CLOS, hash_seed=3, settings=RoutingSettings(flowlet_gap_ns=1000, traffic=(TRAFFIC,))
+    )
+    assert tables_of(scheme) == own
+
+
+def test_other_leaves_avoid_the_spine_that_lost_its_way_down() -> None:
+    tables = tables_of("ecmp", "leaf0:spine1")
+    into, elsewhere = CLOS.slot_of_port(CLOS.host_port(0).id), CLOS.slot_of_port(CLOS.host_port(8).id)
+    leaf1 = CLOS.leaves[1]
+    names = {CLOS.peer_node(port).name for port in tables.group_at(leaf1.index, into).members}  # type: ignore[union-attr]
+    assert names == {"spine0", "spine2", "spine3"}
+    assert len(tables.group_at(leaf1.index, elsewhere).members) == 4  # type: ignore[union-attr]
+
+
+def test_before_the_news_is_out_only_the_switches_at_the_link_have_reacted() -> None:
+    dead = LinkState(dead_ports_of(CLOS, ["leaf0:spine1"]))
+    tables = tables_of("ecmp", "leaf0:spine1", knowledge=Knowledge(adjacent=dead))
+    into = CLOS.slot_of_port(CLOS.host_port(0).id)
+    away = CLOS.slot_of_port(CLOS.host_port(8).id)
+    assert len(tables.group_at(CLOS.leaves[1].index, into).members) == 4  # type: ignore[union-attr]
+    assert len(tables.group_at(CLOS.leaves[0].index, away).members) == 3  # type: ignore[union-attr]
+    assert tables.fib[CLOS.spines[1].index, into] == UNREACHABLE
+    one = demand(CLOS, 8, 0)
+    flows = [one.flow._replace(src_port=port) for port in range(0xC000, 0xC010)]
+    healthy = tables_of("ecmp")
+    through = [trace_path(CLOS, healthy, one.src_port, flow).nodes[2] for flow in flows]
+    assert len(set(through)) > 1
+    for flow, spine in zip(flows, through, strict=True):
+        if CLOS.nodes[spine].name == "spine1":
+            with pytest.raises(PlanError, match="spine1 has no route"):
+                trace_path(CLOS, tables, one.src_port, flow)
+        else:
+            assert trace_path(CLOS, tables, one.src_port, flow).nodes[2] == spine
+
+
+def test_pinned_flows_are_hashed_over_the_survivors() -> None:
+    healthy, left = tables_of("pinning"), tables_of("pinning", "leaf0:spine1")
+    leaf0 = CLOS.leaves[0].index
+    for slot in range(4, 16):
+        before, after = healthy.group_at(leaf0, slot), left.group_at(leaf0, slot)
+        assert before
+        assert after
+        if CLOS.peer_node(before.members[0]).name == "spine1":
+            assert len(after.members) == 3
+        else:
+            assert after == before
+
+
+def test_stale_entries_fall_back_until_the_controller_reacts() -> None:
+    dead = LinkState(dead_ports_of(CLOS, ["leaf0:spine1"]))
+    healthy = tables_of("te")
+    stale = tables_of("te", "leaf0:spine1", knowledge=Knowledge(dead, dead, ALL_UP))
+    fresh = tables_of("te", "leaf0:spine1")
+    gone = {key for key, port in healthy.overrides.items() if not dead.is_up(CLOS.port(port))}
+    assert gone
+    assert gone <= healthy.overrides.keys() - stale.overrides.keys()
+    assert {key: healthy.overrides[key] for key in stale.overrides} == dict(stale.overrides)
+    assert fresh.overrides.keys() == healthy.overrides.keys()
+    assert all(dead.is_up(CLOS.port(port)) for port in fresh.overrides.values())
+
+
+def test_the_controller_and_capacity_aware_switches_see_a_degraded_link() -> None:
+    slow = CLOS.link("leaf0:spine1")
+    links = LinkState(rates_bits_per_s=((slow.a, 100_000_000_000), (slow.b, 100_000_000_000)))
+    te = build_tables(
+        CLOS, routing_scheme("te"), hash_seed=3, settings=RoutingSettings(traffic=(TRAFFIC,), links=links)
+    )
+    assert slow.a not in te.overrides.values(), "three uplinks carry four flows in half the time of the slow one"
+    adaptive = build_tables(
+        CLOS,
+        routing_scheme("adaptive"),
+        hash_seed=3,
+        settings=RoutingSettings(adaptive_scope="capacity", links=links),
+    )
+    group = adaptive.group_at(CLOS.leaves[0].index, 8)
+    assert group
+    assert [group.members.count(port.id) for port in CLOS.uplinks(CLOS.leaves[0])] == [4, 1, 4, 4]
+
+
+def test_a_rack_without_uplinks_is_unreachable() -> None:
+    tables = tables_of("e-ecmp", *(f"leaf0:spine{spine}" for spine in range(4)))
+    slots = CLOS.slots_of_leaf(CLOS.leaves[0])
+    assert (tables.fib[CLOS.leaves[1].index, slots.start : slots.stop] == UNREACHABLE).all()
+    one = demand(CLOS, 4, 8)
+    assert trace_path(CLOS, tables, one.src_port, one.flow).ports
+    with pytest.raises(PlanError, match="no route"):
+        trace_path(CLOS, tables, one.src_port, demand(CLOS, 4, 0).flow)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sets(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=9), st.sampled_from(["ecmp", "pinning"]))
+def test_a_way_is_found_exactly_where_there_is_one(dead: set[tuple[int, int]], scheme: str) -> None:
+    names = [f"leaf{leaf}:spine{spine}" for leaf, spine in dead]
+    tables = tables_of(scheme, *names)
+    gone = dead_ports_of(CLOS, names)
+    for src, dst in [(0, 4), (5, 0), (9, 15)]:
+        one = demand(CLOS, src, dst)
+        leaves = src // 4, dst // 4
+        exists = any(all((leaf, spine) not in dead for leaf in leaves) for spine in range(4))
+        if exists:
+            assert not gone & set(trace_path(CLOS, tables, one.src_port, one.flow).ports)
+        else:
+            with pytest.raises(PlanError, match="no route"):
+                trace_path(CLOS, tables, one.src_port, one.flow)
+
+
+def test_names_of_links_and_nodes() -> None:
+    link = CLOS.link("leaf0:spine1")
+    assert dead_ports_of(CLOS, ["leaf0:spine1"]) == {link.a, link.b}
+    assert len(dead_ports_of(CLOS, ["spine0"])) == 8
+    with pytest.raises(KeyError):
+        dead_ports_of(CLOS, ["leaf9"])
+    assert np.all([LinkState(frozenset({link.a})).is_up(CLOS.port(link.b)) is False])
