@@ -1,23 +1,24 @@
-"""Forwarding tables, the schemes that fill them, and what follows from them: paths, loads, predictions."""
+"""Forwarding tables, the schemes that fill them, and what follows from them: paths, loads, predictions.
+
+A new scheme is a module here that exports ``SCHEME`` (see `protocol.RoutingScheme`); it is found by itself, and its name is
+one that scenarios may use. docs/routing.md tells what there is.
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from collections.abc import Mapping
+
 from testbed.errors import PlanError
-from testbed.routing.adaptive import Adaptive
-from testbed.routing.e_ecmp import EnhancedEcmp
-from testbed.routing.ecmp import Ecmp
 from testbed.routing.failures import build_tables, prune_tables
-from testbed.routing.flowlet import Flowlet
 from testbed.routing.hashing import FlowKey
 from testbed.routing.links import ALL_UP, Knowledge, LinkState, dead_ports_of
 from testbed.routing.paths import Collision, Path, find_collisions, link_loads, trace_path
-from testbed.routing.pinning import Pinning
 from testbed.routing.predict import completion_time, max_min_rates, nic_port_rates, port_rates, predicted_cct_ratio
 from testbed.routing.protocol import Demand, RoutingScheme, RoutingSettings
 from testbed.routing.routes import Route, single_route, trace_routes
-from testbed.routing.spray import Spray
 from testbed.routing.tables import NO_GROUP, UNREACHABLE, ForwardingTables, Group, HashField, OverrideKey, Selector
-from testbed.routing.te import TrafficEngineering
 
 __all__ = [
     "ALL_UP",
@@ -42,6 +43,7 @@ __all__ = [
     "completion_time",
     "dead_ports_of",
     "find_collisions",
+    "find_schemes",
     "link_loads",
     "max_min_rates",
     "nic_port_rates",
@@ -54,15 +56,27 @@ __all__ = [
     "trace_routes",
 ]
 
-ROUTING_SCHEMES: dict[str, RoutingScheme] = {
-    "ecmp": Ecmp(),
-    "e-ecmp": EnhancedEcmp(),
-    "pinning": Pinning(),
-    "te": TrafficEngineering(),
-    "flowlet": Flowlet(),
-    "spray": Spray(),
-    "adaptive": Adaptive(),
-}
+
+def find_schemes() -> Mapping[str, RoutingScheme]:
+    """Return every routing scheme of this package by name, in the order of the names.
+
+    A scheme is a module here that exports ``SCHEME``; nothing else lists it.
+
+    Raises:
+        ValueError: Two have one name.
+    """
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    found: dict[str, RoutingScheme] = {}
+    for module in modules:
+        scheme: RoutingScheme | None = getattr(module, "SCHEME", None)
+        if scheme is not None:
+            if scheme.name in found:
+                raise ValueError(f'{module.__name__}: there is another routing scheme "{scheme.name}"')
+            found[scheme.name] = scheme
+    return dict(sorted(found.items()))
+
+
+ROUTING_SCHEMES: Mapping[str, RoutingScheme] = find_schemes()
 """Every routing scheme by the name that scenarios use."""
 
 

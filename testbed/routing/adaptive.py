@@ -33,6 +33,7 @@ class Adaptive:
     """
 
     name = "adaptive"
+    summary = "sends each packet to the shortest queue"
 
     def build_tables(
         self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS
@@ -64,3 +65,6 @@ class Adaptive:
             ),
         )
         return builder.build()
+
+
+SCHEME = Adaptive()

@@ -19,9 +19,13 @@ class EnhancedEcmp:
     """
 
     name = "e-ecmp"
+    summary = "hashes the five-tuple and the destination QP"
 
     def build_tables(
         self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS
     ) -> ForwardingTables:
         """Return the tables: one group of all uplinks per leaf for everything outside its rack."""
         return hashed_tables(topology, HashField.FIVE_TUPLE | HashField.DST_QP, hash_seed)
+
+
+SCHEME = EnhancedEcmp()

@@ -29,12 +29,16 @@ class Ecmp:
     """
 
     name = "ecmp"
+    summary = "hashes the five-tuple"
 
     def build_tables(
         self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS
     ) -> ForwardingTables:
         """Return the tables: one group of all uplinks per leaf for everything outside its rack."""
         return hashed_tables(topology, HashField.FIVE_TUPLE, hash_seed)
+
+
+SCHEME = Ecmp()
 
 
 def hashed_tables(topology: Topology, hash_fields: HashField, seed: int) -> ForwardingTables:

@@ -28,6 +28,7 @@ class Flowlet:
     """
 
     name = "flowlet"
+    summary = "hashes a flow anew after each pause"
 
     def build_tables(
         self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS
@@ -51,3 +52,6 @@ class Flowlet:
             ),
         )
         return builder.build()
+
+
+SCHEME = Flowlet()

@@ -25,6 +25,7 @@ class Pinning:
     """
 
     name = "pinning"
+    summary = "gives each destination slice one uplink"
 
     def build_tables(
         self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS
@@ -41,3 +42,6 @@ class Pinning:
                     for slot in filled_slots(topology, other):
                         builder.route(leaf.index, slot, groups[slot % topology.slot_stride % len(groups)])
         return builder.build()
+
+
+SCHEME = Pinning()

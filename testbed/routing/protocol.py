@@ -52,13 +52,17 @@ NO_SETTINGS = RoutingSettings()
 class RoutingScheme(Protocol):
     """Fills the forwarding tables of every switch.
 
-    A new scheme is one file with one class, its entry in ``ROUTING_SCHEMES``, a test and a docs page. All it
-    decides stands in the tables, which the eBPF program, ``trace_path`` and the predictor read alike.
+    A new scheme is one file in this package with one class and ``SCHEME``, an instance of it, beside a test and a row in
+    docs/routing.md. All it decides stands in the tables, which the eBPF program, ``trace_path`` and the predictor read alike.
     """
 
     @property
     def name(self) -> str:
         """The name scenarios choose it by."""
+
+    @property
+    def summary(self) -> str:
+        """What it does, in words that follow its name: "hashes the five-tuple"."""
 
     def build_tables(
         self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS

@@ -30,6 +30,7 @@ class Spray:
     """
 
     name = "spray"
+    summary = "spreads the packets of each flow over all uplinks"
 
     def build_tables(
         self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS
@@ -44,3 +45,6 @@ class Spray:
             lambda leaf, other: Group(selector, HashField(0), hash_seed, weighted_uplinks(topology, leaf, other)),
         )
         return builder.build()
+
+
+SCHEME = Spray()

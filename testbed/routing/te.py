@@ -24,6 +24,7 @@ class TrafficEngineering:
     """
 
     name = "te"
+    summary = "places each flow by the traffic matrix"
 
     def build_tables(
         self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS
@@ -42,6 +43,9 @@ class TrafficEngineering:
                     known.add(key)
                     builder.override(key, uplink)
         return builder.build()
+
+
+SCHEME = TrafficEngineering()
 
 
 _Way = tuple[int, int]

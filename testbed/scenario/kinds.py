@@ -122,17 +122,22 @@ def one_of(choices: Sequence[int]) -> Kind:
     return Kind(parse, int, {"type": "integer", "enum": list(choices)})
 
 
-def choice(names: type[StrEnum]) -> Kind:
-    """Return the kind of names that are a member of ``names``."""
-    known = [str(name) for name in names]
+def name(known: Sequence[str]) -> Kind:
+    """Return the kind of names that are one of ``known``."""
 
-    def parse(value: object) -> StrEnum:
+    def parse(value: object) -> str:
         if not isinstance(value, str) or value not in known:
             near = difflib.get_close_matches(value, known, n=1) if isinstance(value, str) else []
             raise RuleError(f"must be one of {', '.join(known)}", f"did you mean {near[0]}?" if near else "")
-        return names(value)
+        return value
 
-    return Kind(parse, str, {"type": "string", "enum": known})
+    return Kind(parse, str, {"type": "string", "enum": list(known)})
+
+
+def choice(names: type[StrEnum]) -> Kind:
+    """Return the kind of names that are a member of ``names``."""
+    kind = name([str(one) for one in names])
+    return replace(kind, parse=lambda value: names(kind.parse(value)))
 
 
 def only(kind: Kind, name: str) -> Kind:

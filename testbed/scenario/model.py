@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, Discriminator, Tag, model_validator
 
+from testbed.routing import ROUTING_SCHEMES
 from testbed.scenario import kinds
 from testbed.scenario.congestion import CongestionControl, Dcqcn, Timely, congestion_parameters
 from testbed.scenario.expect import Expectation
@@ -51,18 +52,6 @@ class FabricKind(StrEnum):
     STAR = "star"
     CLOS = "clos"
     ZONES = "zones"
-
-
-class RoutingScheme(StrEnum):
-    """How a switch chooses among equal uplinks."""
-
-    ECMP = "ecmp"
-    E_ECMP = "e-ecmp"
-    PINNING = "pinning"
-    TE = "te"
-    FLOWLET = "flowlet"
-    SPRAY = "spray"
-    ADAPTIVE = "adaptive"
 
 
 class SprayOrder(StrEnum):
@@ -310,11 +299,9 @@ Fabric: TypeAlias = Annotated[
 class Routing(_Section):
     """How switches choose among equal paths."""
 
-    scheme: Annotated[RoutingScheme, kinds.choice(RoutingScheme)] = _key(
+    scheme: Annotated[str, kinds.name(tuple(ROUTING_SCHEMES))] = _key(
         "scheme",
-        "Routing scheme: ecmp hashes the five-tuple, e-ecmp the destination QP too, pinning gives each destination slice one "
-        "uplink, te places each flow by the traffic matrix, flowlet hashes anew after a pause, spray and adaptive choose for "
-        "each packet.",
+        f"Routing scheme: {', '.join(f'{name} {scheme.summary}' for name, scheme in ROUTING_SCHEMES.items())}.",
         default="ecmp",
     )
     hash_seed: Annotated[int, _UINT32] = _derived_key(

@@ -21,7 +21,6 @@ from testbed.scenario.model import (
     FlowsWorkload,
     IncastWorkload,
     PermutationWorkload,
-    RoutingScheme,
     Scenario,
 )
 from testbed.scenario.sweep import MAX_SIZES, count_sizes
@@ -129,7 +128,7 @@ def _check_buffer(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
 def _check_routing(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     scheme, gap = ("routing", "scheme"), ("routing", "flowlet_gap")
     gap_ns = scenario.routing.flowlet_gap_ns
-    if not valid(scheme, gap) or scenario.routing.scheme is not RoutingScheme.FLOWLET:
+    if not valid(scheme, gap) or scenario.routing.scheme != "flowlet":
         return
     if gap_ns is None:
         yield Violation(gap, "is required by scheme flowlet", "give a pause longer than what paths differ in delay")
