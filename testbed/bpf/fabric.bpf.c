@@ -155,7 +155,7 @@ static __always_inline int account_dequeue(const struct tb_port *port, const str
 			release_ingress(mark, priority, node, len);
 		}
 	}
-	if (queue->loss_threshold && bpf_get_prandom_u32() < queue->loss_threshold) {
+	if (queue->discard || (queue->loss_threshold && bpf_get_prandom_u32() < queue->loss_threshold)) {
 		__sync_fetch_and_add(&queue->lost_packets, 1);
 		return 1;
 	}

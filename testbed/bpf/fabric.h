@@ -67,7 +67,7 @@ struct tb_queue {              /* queues[id * 8 + priority]: the egress queue of
 	__u64 deq_bytes;           /* deq, at the other end of the veth */
 	__u64 deq_packets;         /* deq */
 	__u64 marked_packets;      /* enq: CE set here */
-	__u64 lost_packets;        /* deq: lost on the link behind this queue */
+	__u64 lost_packets;        /* deq: lost on the link behind this queue, or discarded by the watchdog */
 	/* loader: marking by the depth after this frame, 0 up to kmin, 1 above kmax (0: never) */
 	__u32 kmin_bytes;
 	__u32 kmax_bytes;
@@ -77,8 +77,10 @@ struct tb_queue {              /* queues[id * 8 + priority]: the egress queue of
 	/* pause: the program that receives PFC frames on this port */
 	__u64 pause_frames;        /* PFC frames for this priority, pause_quanta belongs to the last */
 	__u64 pause_received_ns;   /* CLOCK_MONOTONIC */
-	__u32 pause_quanta;        /* 0: resume */
-	__u32 loss_threshold;      /* loader: frames are lost on the link behind with probability this * 2^-32 */
+	__u16 pause_quanta;        /* 0: resume */
+	/* engine */
+	__u16 discard;             /* the PFC watchdog drops what leaves this queue */
+	__u32 loss_threshold;      /* frames are lost on the link behind with probability this * 2^-32 */
 	__u64 xoff_frames;         /* of pause_frames, those with quanta > 0 */
 };
 

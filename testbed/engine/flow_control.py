@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_QUANTA = 0xFFFF
-_ALL_FRAMES = 0xFFFF_FFFF
 
 
 class Gates(Protocol):
@@ -294,7 +293,7 @@ class FlowControl:
         self._storm[index] = on
         self._storms = sum(self._storm)
         if self._watchdog is not None and self._watchdog.drops:
-            self._queues["loss_threshold"][self._links[index].sender] = _ALL_FRAMES if on else 0
+            self._queues["discard"][self._links[index].sender] = on
 
     def _note_closed(self, index: int, now_ns: int) -> None:
         self._is_closed[index] = True

@@ -6,7 +6,8 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,7 @@ from testbed.kernel.namespaces import entered, open_namespace
 from testbed.kernel.netlink import require_root
 from testbed.kernel.packet_socket import open_packet_socket
 from testbed.kernel.scheduling import choose_cpus
+from testbed.plan.loss import lost_priorities
 from testbed.plan.model import Plan
 from testbed.plan.qos import switch_of
 from testbed.roce.queue_pairs import QPN_BASE
@@ -248,6 +250,18 @@ class Fabric:
             self.close()
         return foreign
 
+    def set_loss(self, port: int, fraction: Fraction | float) -> None:
+        """Let the link behind a port lose frames at random from now on, in that direction; 0 ends it.
+
+        Which frames is the scenario's ``fabric.lost_frames``. The loss is drawn anew for every frame and does not follow the
+        scenario's seed.
+
+        Args:
+            port: Port id of the sending end.
+            fraction: Share of the frames that is lost, from 0 to 1.
+        """
+        set_loss(self.arrays, port, fraction, lost_priorities(self.plan.scenario))
+
     def namespace_of(self, node: str) -> str:
         """Return the namespace of a node.
 
@@ -286,6 +300,14 @@ def namespace_of(state: registry.LabState, node: str) -> str:
     except KeyError:
         known = ", ".join(state.namespaces)
         raise LabError(f"lab {state.name!r} has no node {node!r} (nodes: {known})") from None
+
+
+def set_loss(arrays: layout.MappedArrays, port: int, fraction: Fraction | float, priorities: Iterable[int]) -> None:
+    """Let the link behind a port lose some priorities' frames at random; see :meth:`Fabric.set_loss`."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction must be from 0 to 1, got {fraction}")
+    threshold = min(layout.PROBABILITY_ONE - 1, round(fraction * layout.PROBABILITY_ONE))
+    arrays.queues["loss_threshold"][port, list(priorities)] = threshold
 
 
 def open_arrays(state: registry.LabState) -> layout.MappedArrays:
@@ -373,6 +395,8 @@ def _fill_tables(plan: Plan, arrays: layout.MappedArrays) -> None:
             arrays.nodes["limit_bytes"][node.index] = plan.buffer_bytes(node.index)
             arrays.nodes["shared_bytes"][node.index] = plan.shared_bytes(node.index)
     _fill_qos(plan, arrays)
+    for port_id, fraction in plan.losses.items():
+        set_loss(arrays, port_id, fraction, lost_priorities(plan.scenario))
     overridden = {key.node for key in tables.overrides}
     first = 0
     for index, group in enumerate(tables.groups):

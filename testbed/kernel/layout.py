@@ -39,7 +39,8 @@ QUEUE = np.dtype(
         ("alpha", "u8"),
         ("pause_frames", "u8"),
         ("pause_received_ns", "u8"),
-        ("pause_quanta", "u4"),
+        ("pause_quanta", "u2"),
+        ("discard", "u2"),
         ("loss_threshold", "u4"),
         ("xoff_frames", "u8"),
     ]

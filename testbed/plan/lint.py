@@ -13,6 +13,9 @@ from testbed.units import format_rate, format_size, format_time
 if TYPE_CHECKING:
     from testbed.plan.model import Plan, PlannedWorkload
 
+# Links that a warning names.
+_SHOWN_LINKS = 4
+
 
 def find_warnings(plan: Plan) -> tuple[str, ...]:
     """Return what the lint found, a sentence each."""
@@ -29,6 +32,11 @@ def find_warnings(plan: Plan) -> tuple[str, ...]:
                 f"time_dilation {dilation.value:g} is below {dilation.capacity_value:.0f}, "
                 "what this machine's measured capacity asks for"
             )
+    if plan.losses:
+        links = {plan.topology.links[plan.topology.port(port).link].name: share for port, share in plan.losses.items()}
+        shown = ", ".join(f"{name} {float(share):.3g}" for name, share in list(links.items())[:_SHOWN_LINKS])
+        more = f" and {len(links) - _SHOWN_LINKS} more" if len(links) > _SHOWN_LINKS else ""
+        warnings.append(f"links lose frames at random, drawn anew in every run whatever the seed: {shown}{more}")
     warnings += find_qos_warnings(plan.scenario, plan.topology, plan.marking, plan.pausing)
     if not plan.pausing:
         for planned in plan.largest_workloads:  # what piles up grows with the size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from testbed.collectives import IntraHostLinks, Schedule
 from testbed.plan.dilation import TimeDilation
+from testbed.plan.loss import link_losses
 from testbed.plan.operations import (
     MAIN_TABLE,
     AddAddress,
@@ -227,6 +229,11 @@ class Plan:
         switches = [port for port in self.topology.ports if self.topology.nodes[port.node].kind is not NodeKind.HOST]
         found = {port.id: marking_of(self.scenario, port) for port in switches}
         return {port: marks for port, marks in found.items() if marks is not None}
+
+    @cached_property
+    def losses(self) -> dict[int, Fraction]:
+        """Return the share of its frames that each lossy port's link loses in that direction, by port id."""
+        return link_losses(self.scenario, self.topology)
 
     @cached_property
     def pausing(self) -> dict[int, PauseThresholds]:

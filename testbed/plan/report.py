@@ -223,6 +223,7 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
                 "rate_bits_per_s": link.rate_bits_per_s,
                 "wall_rate_bytes_per_s": plan.wall_rate_bytes_per_s(link.rate_bits_per_s),
                 "delay_ns": link.delay_ns,
+                "loss_fraction": float(plan.losses.get(link.a, 0)),
             }
             for link in topology.links
         ],

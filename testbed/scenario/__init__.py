@@ -3,6 +3,7 @@
 from testbed.scenario.congestion import CongestionControl
 from testbed.scenario.expect import FLOW_METRIC, Expectation, Verdict, evaluate, parse_expectation
 from testbed.scenario.load import load_scenario
+from testbed.scenario.loss import LinkLoss, LostFrames
 from testbed.scenario.model import (
     AdmissionScheme,
     Algorithm,
@@ -48,7 +49,9 @@ __all__ = [
     "FlowsWorkload",
     "IncastWorkload",
     "Link",
+    "LinkLoss",
     "LossRecovery",
+    "LostFrames",
     "Pattern",
     "PermutationWorkload",
     "QpStrategy",

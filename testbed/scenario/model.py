@@ -21,6 +21,8 @@ from testbed.routing import ROUTING_SCHEMES
 from testbed.scenario import kinds
 from testbed.scenario.congestion import CongestionControl, Dcqcn, Timely, congestion_parameters
 from testbed.scenario.expect import Expectation
+from testbed.scenario.loss import LinkLoss as LinkLoss
+from testbed.scenario.loss import LostFrames as LostFrames
 from testbed.scenario.nvlink import Nvlink as Nvlink
 from testbed.scenario.qos import Qos
 from testbed.scenario.section import Section as _Section
@@ -181,10 +183,13 @@ class Link(_Section):
 
     rate_bits_per_s: Annotated[int, _RATE] = _key("rate", "Rate of each direction.", example="400 Gbit/s")
     delay_ns: Annotated[int, _DELAY] = _key("delay", "One-way propagation delay.", default="600 ns")
+    loss_fraction: Annotated[Fraction, _FRACTION] = _key(
+        "loss", "Share of the frames that each of these links loses at random, in either direction.", default="0"
+    )
 
 
 class Uplink(Link):
-    """The links between leaves and spines; what is not given is as on the host links."""
+    """The links between leaves and spines; rate and delay are as on the host links where they are not given."""
 
     rate_bits_per_s: Annotated[int, _RATE] = _derived_key("rate", "Rate of each direction. Default: the host links'.")
     delay_ns: Annotated[int, _DELAY] = _derived_key("delay", "One-way propagation delay. Default: the host links'.")
@@ -196,6 +201,16 @@ class _Fabric(_Section):
     host_link: Link = _key("host_link", "The link between a host's NIC and its leaf.", example={"rate": "400 Gbit/s"})
     switch: Switch = _key("switch", "The switches.", default={})
     spine_switch: Switch = _derived_key("spine_switch", "The spines, where they differ. Default: as `switch`.")
+    lossy_links: tuple[LinkLoss, ...] = _list_key(
+        "lossy_links",
+        "Links that lose another share of their frames than their kind does, in either direction.",
+        example=[{"link": "leaf0:spine1", "fraction": "1/1000"}],
+    )
+    lost_frames: Annotated[LostFrames, kinds.choice(LostFrames)] = _key(
+        "lost_frames",
+        "What lossy links lose: all frames, as a bad cable does, or data alone (no ACK, NAK or CNP).",
+        default="all",
+    )
     nics_per_host: Annotated[int, kinds.integer(1, 16)] = _key(
         "nics_per_host", "NICs, hence rails, of one host, each with a link to the host's leaf.", default=1
     )
@@ -529,13 +544,6 @@ class Job(_Section):
         "hosts", "On how many hosts it runs.", default=None
     )
     workload: tuple[Workload, ...] = _list_key("workload", "What it runs.", required=True, example=[_ONE_WORKLOAD])
-
-
-class LinkLoss(_Section):
-    """Random loss on a link."""
-
-    link: Annotated[str, _NODE] = _key("link", "The link.", example="leaf0:spine0")
-    fraction: Annotated[Fraction, _FRACTION] = _key("fraction", "Share of the packets that are lost.", example="1/100")
 
 
 class LinkRate(_Section):

@@ -44,6 +44,9 @@ _IS_NOT: Mapping[str, str] = {
     "fabric.host_link.rate": "what arrives as payload: headers, FCS, preamble and gap are on the wire too.",
     "fabric.host_link.delay": "all of the latency: the time to send a frame comes on top, at every hop. A switch's own "
     "forwarding time is not modelled; add it here.",
+    "fabric.host_link.loss": "reproducible: every frame is a new draw, which does not follow `seed`. PFC frames and ARP "
+    "are never lost.",
+    "fabric.uplink.loss": "taken over from the host links.",
     "fabric.spines": "independent of the uplinks: each leaf has exactly one to every spine.",
     "fabric.uplink.rate": "the sum over the uplinks of a leaf: it is that of one.",
     "fabric.switch.buffer": "a limit per port: the ports of a switch share it, first come, first served.",

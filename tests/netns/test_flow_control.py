@@ -224,7 +224,7 @@ def test_watchdog_releases_a_queue_that_stays_paused(action: str) -> None:
             wait_until(lambda: int(queue["pause_frames"]) == 2, "the second pause")
             flow.tick(time.monotonic_ns())
             assert not flow.closed[nic.id]
-            spin(flow, lambda: not int(queue["loss_threshold"]) and not any(flow._storm))
+            spin(flow, lambda: not int(queue["discard"]) and not any(flow._storm))
             sender.send(leaf.id, 0xFFFF)
             spin(flow, lambda: flow.closed[nic.id])
         assert_drained(fabric)
