@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -23,7 +22,7 @@ from testbed.roce.bth import build_pfc
 from testbed.roce.icrc import carried_icrc, compute_icrc
 from tests.conftest import list_test_labs, skip_or_fail
 from tests.netns.labs import PATIENCE_S, wait_until
-from tests.netns.test_cli_root import SMALL, A, command, deployed, run_command, small
+from tests.netns.test_cli_root import SMALL, A, command, deployed, ping, run_command, small
 
 __all__ = ["small"]  # the fixture
 
@@ -33,6 +32,7 @@ FIELDS = ("frame.interface_name", "frame.packet_flags_direction", "frame.len", "
 BTH = ("infiniband.bth.opcode", "infiniband.bth.psn")
 WRITES = {6, 7, 8, 10}
 ACKNOWLEDGE = 17
+HOST3 = "10.0.0.7"
 INBOUND, OUTBOUND = "0x00000001", "0x00000002"
 
 
@@ -87,11 +87,6 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     out, err = process.communicate(timeout=PATIENCE_S)
     assert "Traceback" not in err
     return out, err
-
-
-def ping(lab: str, count: int = 1) -> None:
-    done = run_command("exec", "--lab", lab, "host0", "--", "ping", "-c", count, "-i", "0.01", "10.0.0.7")
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def frames_in(file: Path) -> list[bytes]:
@@ -165,7 +160,7 @@ def test_pfc_and_vlan_frames_are_decoded(small: Path, tmp_path: Path) -> None:
 def test_ctrl_c_ends_a_capture_in_order(small: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.pcapng"
     with deployed(small, A) as name, capturing(name, "host0", "host3/eth0", "-o", file) as process:
-        ping(name, 3)
+        ping(name, HOST3, 3)
         process.send_signal(signal.SIGINT)
         out, err = finish(process)
         assert process.returncode == 0, err
@@ -184,7 +179,7 @@ def test_killed_capture_leaves_a_complete_file_and_no_process(
     file = tmp_path / "a.pcapng"
     with deployed(small, A) as name:
         with capturing(name, "host0", "-o", file) as process:
-            ping(name)
+            ping(name, HOST3)
             process.send_signal(number)
             finish(process)
             assert process.returncode == (143 if number == signal.SIGTERM else -9)
@@ -195,7 +190,7 @@ def test_killed_capture_leaves_a_complete_file_and_no_process(
 def test_capture_ends_with_its_lab_and_does_not_keep_it(small: Path, tmp_path: Path) -> None:
     with deployed(small, A) as name, capturing(name, "-o", tmp_path / "a.pcapng") as process:
         namespace = os.stat(NETNS_DIR / f"{A}-host0").st_ino
-        assert run_command("destroy", name).returncode == 0
+        api.destroy(name)
         out, err = finish(process)
         assert process.returncode == 0, err
         assert len(out.splitlines()) == 5
@@ -228,7 +223,7 @@ def test_reader_that_goes_ends_the_capture_with_an_error(small: Path) -> None:
             assert pipe.stderr is not None
             pipe.stderr.readline()
             pipe.stdout.close()
-            ping(name)
+            ping(name, HOST3)
             said = pipe.stderr.read().decode()
             assert pipe.wait(PATIENCE_S) == 1
     assert "error: the capture ended early: Broken pipe" in said
@@ -283,9 +278,8 @@ def test_counted_capture_has_exactly_so_many_frames(small: Path, tmp_path: Path)
     file = tmp_path / "a.pcapng"
     with deployed(small, A) as name:
         with capturing(name, "leaf0", "spine0", "spine1", "-o", file, "--count", 5) as process:
-            ping(name, 4)
+            ping(name, HOST3, 4)
             finish(process)
         assert process.returncode == 0
-        shown = json.loads(run_command("inspect", name, "--format", "json").stdout)
-        assert {way["drops_packets"] for link in shown["links"] for way in link["directions"]} == {0}
+        assert {way.drops_packets for link in api.inspect(name).links for way in link.directions} == {0}
     assert len(frames_in(file)) == 5

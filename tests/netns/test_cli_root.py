@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -55,16 +56,27 @@ def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def deployed(file: Path, name: str) -> Iterator[str]:
-    result = run_command("deploy", file, "--name", name)
-    assert result.returncode == 0, result.stderr
+    """Deploy a lab as the command does, without the time that two more processes take to start."""
+    api.deploy(api.load(file), name).close()
     try:
         yield name
     finally:
-        run_command("destroy", name)
+        with contextlib.suppress(LabError):  # it is gone already
+            api.destroy(name)
+
+
+def ping(lab: str, address: str, count: int = 1) -> None:
+    """Ping from a lab's first host, without the start of a ``testbed exec``."""
+    words = ["ip", "netns", "exec", f"{lab}-host0", "ping", "-c", str(count), "-i", "0.01", "-W", "5", address]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_deployed_lab_can_be_seen_used_and_removed(small: Path) -> None:
-    with deployed(small, A) as name:
+    name = A
+    result = run_command("deploy", small, "--name", name)
+    assert result.returncode == 0, result.stderr
+    try:
         shown = json.loads(run_command("inspect", name, "--format", "json").stdout)
         assert [node["name"] for node in shown["nodes"]] == [
             *("host0", "host1", "host2", "host3", "leaf0", "leaf1", "spine0", "spine1")
@@ -77,8 +89,8 @@ def test_deployed_lab_can_be_seen_used_and_removed(small: Path) -> None:
 
         addresses = {end["node"]: end["address"].split("/")[0] for link in shown["links"][:4] for end in link["ends"]}
         for target in ("host1", "host2", "host3"):
-            ping = run_command("exec", "--lab", name, "host0", "--", "ping", "-c1", "-W5", addresses[target])
-            assert ping.returncode == 0, ping.stdout + ping.stderr
+            pinged = run_command("exec", "--lab", name, "host0", "--", "ping", "-c1", "-W5", addresses[target])
+            assert pinged.returncode == 0, pinged.stdout + pinged.stderr
 
         links = json.loads(run_command("inspect", name, "--format", "json").stdout)["links"]
         sent = {way["src"]: way["packets"] for link in links for way in link["directions"]}
@@ -91,6 +103,9 @@ def test_deployed_lab_can_be_seen_used_and_removed(small: Path) -> None:
         assert missing.returncode == 1
         assert missing.stderr.startswith(f"error: lab '{A}' has no node 'nosuch'")
         assert run_command("exec", "--lab", name, "host0", "--", "no-such-program").returncode == 1
+    finally:
+        destroyed = run_command("destroy", name)
+    assert destroyed.returncode == 0, destroyed.stderr
     assert list_test_namespaces() == []
 
 
@@ -206,7 +221,7 @@ def test_malformed_scenario_builds_nothing(small: Path, tmp_path: Path) -> None:
 def test_two_labs_at_once_under_different_names(small: Path) -> None:
     with deployed(small, A), deployed(small, B):
         assert {A, B} <= set(api.labs())
-        assert run_command("exec", "--lab", B, "host0", "--", "ping", "-c1", "10.0.0.3").returncode == 0
+        ping(B, "10.0.0.3")
         packets = [way.packets for link in api.inspect(A).links for way in link.directions]
         assert set(packets) == {0}
         again = run_command("deploy", small, "--name", A)

@@ -114,6 +114,7 @@ def test_what_stays_inside_hosts_has_no_queue_pairs(strategy: str) -> None:
     overrides = (
         "fabric.gpus_per_host=4",
         "fabric.nics_per_host=2",
+        "fabric.hosts_per_leaf=1",
         "workload[0]={collective: all_reduce, algorithm: hierarchical, size: 8 MiB}",
     )
     (one,) = plan_of(*overrides).workloads
@@ -128,8 +129,8 @@ def test_what_stays_inside_hosts_has_no_queue_pairs(strategy: str) -> None:
     rng = np.random.default_rng(1)
     inputs = rng.integers(1, 1 << 30, (len(one.order), 4096))
     small = plan_of(
-        *overrides[:2],
-        overrides[2].replace("8 MiB", "4096"),
+        *overrides[:3],
+        overrides[3].replace("8 MiB", "4096"),
         "transport.mtu=256",
         "transport.qps_per_connection=3",
         f"transport.qp_strategy={strategy}",
