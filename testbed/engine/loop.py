@@ -20,6 +20,7 @@ from testbed.engine.observer import ShapingObserver
 from testbed.engine.progress import Progress
 from testbed.engine.rate_limit import NoRateLimit, RateLimit
 from testbed.engine.recorder import NoRecorder, Recorder
+from testbed.engine.recovery import GoBackN, LossRecovery
 from testbed.engine.stream import PacketStreams, build_streams
 from testbed.errors import RunError
 from testbed.measure.samples import MachineSamples
@@ -33,8 +34,6 @@ _MIN_CREDIT_FRAMES = 8
 _BACKLOG_SHARE = 0.6
 # Timeouts are looked for this often; a timeout is hundreds of ticks.
 _TIMEOUT_CHECK_TICKS = 16
-# IB's retry_cnt is three bits: seven retries.
-RETRY_LIMIT = 7
 # A probe frame every so many ticks: enough samples for a p99, too few to matter.
 _PROBE_TICKS = 8
 # What is judged over spans of many ticks is looked at every so many, as are the rings of frames to come.
@@ -187,7 +186,6 @@ class TickLoop:
         self._clock = clock
         self._probe = probe
         self._sockets = list(sockets)
-        self._describe = describe_connection
         connections = list(setup.connections)
         count = len(connections)
         self._nic = nics_of(connections)
@@ -226,7 +224,7 @@ class TickLoop:
         )
         self._psn_offset = np.zeros(count, np.int64)
         self._message_offset = np.zeros(count, np.int64)
-        self._nak_seen = np.zeros(count, np.int64)
+        self._recovery: LossRecovery = GoBackN(count, self._writer, self._wall_timeout_ns, describe_connection)
 
     def _configure(self, qps: npt.NDArray[Any], connections: list[Connection]) -> None:
         """Write the QP table; a QP is made active last."""
@@ -267,7 +265,7 @@ class TickLoop:
         else:
             progress = Progress(schedule, streams, intra_host.release)
         writer, pacer, clock = self._writer, self._pacer, self._clock
-        flow, limit, recorder = self._flow, self._limit, self._recorder
+        flow, limit, recorder, recovery = self._flow, self._limit, self._recorder, self._recovery
         writer.restart(schedule, streams, self._psn_offset)
         nic, nic_port = self._nic, self._setup.nic_port
         nics, count = len(nic_port), len(nic)
@@ -286,14 +284,8 @@ class TickLoop:
         def arrived_at_ns(connection: int, transfer: int) -> float:
             return line.arrived_at_ns(connection, wire_at_end[transfer], ns_per_byte[connection])
 
-        sent = offset.copy()
-        acked_before = offset.copy()
-        high_water = offset.copy()
         seen_messages = self._message_offset.copy()
-        retries = np.zeros(count, np.int64)
         transmitted = np.zeros(count, np.int64)
-        retransmitted = 0
-        rewound = False  # once a QP went back, sent packets may be sent before
         credit_bytes = self._credit_frames * self._frame_wire_bytes
         # What a NIC's queue may hold. Frames that the kernel lost on the way would fill it for ever: once a queue has not
         # moved for long they are written off.
@@ -303,10 +295,10 @@ class TickLoop:
         frames_per_byte = 1.0 / self._frame_wire_bytes
         self._arrivals.reset(self._rx_messages[None, :])
         self._feedback.reset(self._feedback_fields)
-        self._nak_seen[:] = self._feedback_fields[1]
 
         begin = clock.now_ns()
-        progress_ns = np.full(count, begin, np.int64)
+        recovery.restart(begin, offset, self._feedback_fields)
+        sent, acked = recovery.sent, recovery.acked  # these very arrays change as the run goes
         last_arrival_ns = moved_ns = due = begin
         progress.released_at_ns[:] = begin
         intra_host.begin(begin)
@@ -370,41 +362,20 @@ class TickLoop:
                 refresh = False
 
             self._feedback.next_snapshot[:] = self._feedback_fields
-            acked, naks, nak_position, cnps = self._feedback.advance(now)
+            feedback = self._feedback.advance(now)
             if limit.limits:
-                limit.advance(now, cnps, acked)
-            advanced = acked > acked_before
-            if advanced.any():
-                np.maximum(acked_before, acked, out=acked_before)
-                progress_ns[advanced] = now
-                retries[advanced] = 0
-                if rewound:
-                    np.maximum(sent, acked_before, out=sent)
-            if dispatcher is not None and (fed := dispatcher.dispatch(acked_before - offset, now)):
+                limit.advance(now, feedback[3], feedback[0])
+            recovery.hear(now, feedback)
+            if dispatcher is not None and (fed := dispatcher.dispatch(acked - offset, now)):
                 np.add(np.where(may_send, progress.released_packets, 0), offset, out=released)
                 writer.extend(fed, sent - offset)
-            refused = naks > self._nak_seen
-            if refused.any():
-                self._nak_seen[refused] = naks[refused]
-                target = np.maximum(nak_position, acked_before)
-                back = np.flatnonzero(refused & (target < sent))
-                sent[back] = target[back]
-                progress_ns[back] = now
-                writer.rewind(back, sent - offset)
-                rewound = True
             if ticks % _TIMEOUT_CHECK_TICKS == 0:
-                back = self._find_timeouts(now, sent, acked_before, progress_ns, retries)
-                if len(back):
-                    sent[back] = acked_before[back]
-                    progress_ns[back] = now
-                    writer.rewind(back, sent - offset)
-                    rewound = True
+                recovery.check_timeouts(now, released)
                 if now - moved_ns > _STALL_TIMEOUTS * self._wall_timeout_ns:
                     raise RunError(
                         f"nothing arrived for {_STALL_TIMEOUTS} retransmission timeouts",
                         hint="`testbed inspect` shows where frames are; `testbed doctor` what the machine lacks",
                     )
-                progress_ns[sent == acked_before] = now
                 deq = self._deq_bytes[nic_port]
                 moving = (deq != stuck_deq) | flow.closed[nic_port]
                 stuck_deq[moving], stuck_since_ns[moving] = deq[moving], now
@@ -417,7 +388,7 @@ class TickLoop:
             deq = self._deq_bytes[nic_port]  # before enq: a depth is never negative
             room = deq - self._enq_bytes[nic_port]
             room += allowance
-            wants = released - sent
+            wants = recovery.wants(released)
             if limit.limits:
                 wants = limit.allowed(now, wants)
                 starts_at = np.full(nics, np.inf)
@@ -455,11 +426,8 @@ class TickLoop:
                     self._arrivals.note_sent(gone, pacer.started_at_ns[nic[gone]], sent_bytes[gone])
                 if limit.limits:
                     limit.charge(now, sent_bytes - wire_before[packet], sent, sent + taken)
-                if rewound:
-                    retransmitted += int(np.maximum(np.minimum(taken, high_water - sent), 0).sum())
-                sent += taken
+                recovery.note_sent(taken)
                 transmitted += taken
-                np.maximum(high_water, sent, out=high_water)
             else:
                 pacer.rest()
             if ticks % _LOOK_TICKS == 0:
@@ -502,7 +470,7 @@ class TickLoop:
         return IterationResult(
             wall_ns=last_arrival_ns - begin,
             wall_seen_ns=moved_ns - begin,
-            retransmitted_packets=retransmitted,
+            retransmitted_packets=recovery.retransmitted_packets,
             machine=machine,
             wall_paused_ns=paused_ns,
             wall_end_ns=end_ns - begin,
@@ -518,26 +486,6 @@ class TickLoop:
         gained_ns[backlogged_ns == 0] = 0.0
         gained_ns[self._setup.nic_port] = 0.0
         return float(gained_ns.max())
-
-    def _find_timeouts(
-        self,
-        now_ns: int,
-        sent: npt.NDArray[np.int64],
-        acked: npt.NDArray[np.int64],
-        progress_ns: npt.NDArray[np.int64],
-        retries: npt.NDArray[np.int64],
-    ) -> npt.NDArray[np.intp]:
-        """Return the QPs whose oldest packet has waited too long for its ACK.
-
-        Raises:
-            RunError: One of them has no retry left.
-        """
-        expired = np.flatnonzero((sent > acked) & (now_ns - progress_ns > self._wall_timeout_ns))
-        retries[expired] += 1
-        dead = np.flatnonzero(retries > RETRY_LIMIT)
-        if len(dead):
-            raise RunError(f"{self._describe(int(dead[0]))}: no ACK after {RETRY_LIMIT} retries")
-        return expired
 
     def _send_runs(self, shares: npt.NDArray[np.int64], packet: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Send ``shares`` packets of every connection from ``packet`` on, a run of its ring each.
