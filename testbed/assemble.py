@@ -41,6 +41,8 @@ from testbed.scenario import (
 
 # Which of several rows a check looks at: the one that is furthest from holding.
 _WORST: Mapping[str, Callable[..., int]] = {"<=": max, "<": max, ">=": min, ">": min}
+# No percentile of fewer.
+_PERCENTILE_SAMPLES = 100
 _LOSSLESS = parse_expectation("headroom_drops_packets == 0")
 
 
@@ -158,11 +160,29 @@ def fabric_result(plan: Plan, counters: FabricCounters, samples: Sequence[Worklo
         paused_fraction_max=float(paused_ns.max()) / counters.wall_duration_ns
         if plan.pausing and counters.wall_duration_ns
         else None,
+        leaf_down_peak_bytes=max((int(counters.peak_bytes[port.peer]) for port in plan.topology.nics), default=None),
+        **admission_figures(samples),
         links=tuple(
             LinkResult(link.name, tuple(link_direction(plan, counters, port, paused_ns) for port in (link.a, link.b)))
             for link in plan.topology.links
         ),
     )
+
+
+def admission_figures(samples: Sequence[WorkloadSamples]) -> dict[str, int | None]:
+    """Return the figures of receiver-driven admission by key; nothing without it."""
+    noted = [one for sample in samples for one in sample.admission]
+    if not noted:
+        return {}
+    delays_ns = np.concatenate([one.cts_delay_ns for one in noted])
+    enough = len(delays_ns) >= _PERCENTILE_SAMPLES
+    p50, p99 = np.percentile(delays_ns, [50, 99]) if enough else (0.0, 0.0)
+    return {
+        "cts_frames": sum(one.cts_frames for one in noted),
+        "cts_repeated_frames": sum(one.repeated_frames for one in noted),
+        "cts_delay_p50_ns": round(float(p50)) if enough else None,
+        "cts_delay_p99_ns": round(float(p99)) if enough else None,
+    }
 
 
 def link_direction(

@@ -611,6 +611,30 @@ static __always_inline void acknowledge(struct tb_qp *qp, const struct bth *bth,
 		qp->acked_packets += ahead;
 }
 
+/* A CTS frame: the receiver of our data wrote an entry into the FIFO of grants. Grants count up for ever and an entry
+ * stands for all before it, so that one makes up for another that was lost; the PSN is not looked at, nothing is answered.
+ * Returns 0 for what is data.
+ */
+static __always_inline int receive_grant(struct __sk_buff *skb, struct tb_qp *qp)
+{
+	__be32 *rkey;
+	__u64 index;
+
+	if (pull(skb, TB_CTS_LEN) < 0 || packet_data(skb) + TB_CTS_LEN > packet_data_end(skb))
+		return 0;
+	rkey = packet_data(skb) + TB_HEADERS_LEN + 8;
+	if (*rkey != bpf_htonl(TB_CTS_RKEY))
+		return 0;
+	__builtin_memcpy(&index, packet_data(skb) + TB_CTS_INDEX_OFFSET, sizeof(index)); /* little-endian */
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+	index = __builtin_bswap64(index);
+#endif
+	qp->cts_packets++;
+	if (index > qp->grants)
+		qp->grants = index;
+	return 1;
+}
+
 SEC("tc")
 int host_ingress(struct __sk_buff *skb)
 {
@@ -651,6 +675,16 @@ int host_ingress(struct __sk_buff *skb)
 	if (!qp || !qp->active || qp->port != skb->ifindex - config.ifindex_base)
 		return TC_ACT_OK;
 
+	if (bth->opcode == 0x0a && len == TB_CTS_LEN) {
+		if (receive_grant(skb, qp))
+			return TC_ACT_SHOT;
+		data = packet_data(skb);
+		if (data + TB_HEADERS_LEN + TB_AETH_LEN > packet_data_end(skb))
+			return TC_ACT_OK;
+		eth = data;
+		ip = data + TB_ETH_HLEN;
+		bth = data + TB_ETH_HLEN + TB_IP_HLEN + TB_UDP_HLEN;
+	}
 	switch (bth->opcode) {
 	case 0x06 ... 0x08: /* WRITE FIRST, MIDDLE, LAST */
 	case 0x0a: {        /* WRITE ONLY */

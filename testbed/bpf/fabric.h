@@ -21,6 +21,10 @@
 #define TB_ACK_LEN (TB_HEADERS_LEN + TB_AETH_LEN + TB_ICRC_LEN)                  /* 62 */
 #define TB_CNP_LEN (TB_HEADERS_LEN + 16 + TB_ICRC_LEN)                           /* 74 */
 #define TB_ROCE_PORT 4791
+/* A CTS frame: an RDMA WRITE ONLY of one FIFO entry, told from data by the key of the sender's FIFO. */
+#define TB_CTS_RKEY 0xc7500001
+#define TB_CTS_INDEX_OFFSET (TB_HEADERS_LEN + 16 + 40)                           /* 110 */
+#define TB_CTS_LEN (TB_HEADERS_LEN + 16 + 64 + TB_ICRC_LEN)                      /* 138 */
 
 /* 802.1Qbb: MAC control, opcode 0x0101, a bit and 16 bits of quanta per priority. */
 #define TB_ETH_P_MAC_CONTROL 0x8808
@@ -181,7 +185,10 @@ struct tb_qp {                 /* qps[qpn - qpn_base]; three cache lines */
 	__u64 cnp_sent_ns;         /* CLOCK_MONOTONIC of the last */
 	__u64 sent_cnps_packets;
 	__u64 ce_packets;          /* data packets that came marked */
-	__u64 reserved[4];
+	/* rx: requester */
+	__u64 grants;              /* number of the latest grant received; cumulative */
+	__u64 cts_packets;         /* CTS frames received */
+	__u64 reserved[2];
 };
 
 #endif

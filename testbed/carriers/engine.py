@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from testbed.carriers.admission import admission
 from testbed.carriers.flow_control import flow_control
 from testbed.carriers.protocol import ProgressListener, WorkloadSamples
 from testbed.carriers.recording import Recording, recording
@@ -78,6 +79,7 @@ class EngineCarrier:
             describe_connection=lambda index: describe_connection(plan, workload, index),
             flow_control=self.flow,
             rate_limit=limit,
+            admission=admission(plan, workload, self._fabric.arrays.qps, self._sockets),
             recorder=recorder,
         )
         mtu, networked = plan.scenario.transport.mtu_bytes, len(planned.connections)
@@ -113,6 +115,7 @@ class EngineCarrier:
                 axis=0,
             ),
             nvlink_bytes=tuple(result.nvlink_bytes for result in results),
+            admission=tuple(result.admission for result in results if result.admission is not None),
         )
 
     def warnings(self) -> list[str]:

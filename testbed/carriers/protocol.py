@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from testbed.measure.samples import MachineSamples
+from testbed.measure.samples import AdmissionSamples, MachineSamples
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +24,7 @@ class WorkloadSamples:
         end_ns: When each connection's last byte arrived, emulated, median of the iterations, shape ``(connections,)``.
         together_bytes_per_s: What each connection delivered until the first of them ended, median, the same shape.
         nvlink_bytes: Payload that the model of the links inside hosts carried in each measured iteration.
+        admission: What was noted about grants in each measured iteration; empty where there are none.
     """
 
     cct_ns: tuple[float, ...]
@@ -34,6 +35,7 @@ class WorkloadSamples:
     end_ns: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     together_bytes_per_s: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     nvlink_bytes: tuple[int, ...] = ()
+    admission: tuple[AdmissionSamples, ...] = ()
 
 
 class ProgressListener(Protocol):

@@ -311,7 +311,25 @@ def _congestion_lines(fabric: FabricResult) -> list[str]:
         words.append(f"{fabric.headroom_drops_packets} lossless drops")
     if fabric.lost_packets:
         words.append(f"{fabric.lost_packets} lost on links")
-    return [f"# congestion: {', '.join(words)}\n"] if words else []
+    lines = [f"# congestion: {', '.join(words)}\n"] if words else []
+    return lines + _admission_lines(fabric)
+
+
+def _admission_lines(fabric: FabricResult) -> list[str]:
+    """Return what receiver-driven admission did, where the scenario has it."""
+    from testbed.units import format_size, format_time
+
+    if fabric.cts_frames is None:
+        return []
+    words = [f"{fabric.cts_frames} CTS frames"]
+    if fabric.cts_repeated_frames:
+        words.append(f"{fabric.cts_repeated_frames} of them repeated")
+    if fabric.cts_delay_p50_ns is not None and fabric.cts_delay_p99_ns is not None:
+        p50, p99 = (format_time(time, significant=3) for time in (fabric.cts_delay_p50_ns, fabric.cts_delay_p99_ns))
+        words.append(f"delay p50 {p50}, p99 {p99}")
+    if fabric.leaf_down_peak_bytes is not None:
+        words.append(f"peak queue of a leaf's port to a host {format_size(fabric.leaf_down_peak_bytes)}")
+    return [f"# admission: {', '.join(words)}\n"]
 
 
 def _reasons(result: Result) -> list[str]:

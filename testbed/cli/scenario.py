@@ -157,12 +157,31 @@ def _render_plan(plan: Plan, *, operations: bool) -> str:
     ]
     header = ("workload", "algorithm", "size", "nranks", "iters", "ideal", "predicted ratio", "wall time")
     lines.append("\n" + render_columns(header, items, right=header[2:]))
+    lines += _admission_lines(report["workloads"])
     lines += [f"warning: {warning}\n" for warning in plan.warnings]
     if operations:
         lines.append(
             "\n" + render_columns(("node", "command"), [(o["node"], o["command"]) for o in report["operations"]])
         )
     return "".join(lines)
+
+
+def _admission_lines(items: list[dict[str, Any]]) -> list[str]:
+    """Return what receiver-driven admission should lead to, a line for each workload item that has it."""
+    from testbed.units import format_size, format_time
+
+    lines = []
+    for item in items:
+        found = item["admission"]
+        if found:
+            queue = "the data's queue" if found["shares_queue"] else "the control queue"
+            lines.append(
+                f"admission of {item['collective']}: window {format_size(found['window_bytes'])} in {found['grants']} grants, "
+                f"CTS frames at priority {found['priority']} in {queue}; {found['senders']} to one NIC, "
+                f"loop {format_time(found['loop_ns'], significant=4)}, BDP {format_size(found['bdp_bytes'])}: "
+                f"throughput {found['throughput_fraction']:.1%}, queue at most {format_size(found['peak_bound_bytes'])}\n"
+            )
+    return lines
 
 
 def _dilation_lines(dilation: dict[str, Any]) -> list[str]:

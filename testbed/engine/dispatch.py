@@ -87,6 +87,11 @@ class QpDispatcher:
         """Return the messages that each queue pair was given so far."""
         return np.array([len(transfers) for transfers in self.transfers_of], np.int64)
 
+    @property
+    def packets_of_connections(self) -> npt.NDArray[np.int64]:
+        """Return the packets that the queue pairs of each connection are given in all."""
+        return self._pieces.packets
+
     def restart(self, release_inside: Callable[[int, float], None] | None = None) -> None:
         """Begin a new iteration: every queue pair is empty, and those that may send something are given it.
 

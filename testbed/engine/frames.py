@@ -43,7 +43,8 @@ _VA_LOW = RETH_OFFSET + 3  # the low five bytes of the virtual address
 _DMA_LENGTH = RETH_OFFSET + 12
 _PSN_COLUMNS = (PSN_OFFSET, PSN_OFFSET + 1, PSN_OFFSET + 2)
 _RETH_COLUMNS = (*range(_VA_LOW, _VA_LOW + 5), *range(_DMA_LENGTH, _DMA_LENGTH + 4))
-_QP_COLUMNS = (*range(_IP_ADDRESSES, _UDP_SOURCE + 2), *range(DEST_QP_OFFSET, DEST_QP_OFFSET + 3))
+QP_COLUMNS = (*range(_IP_ADDRESSES, _UDP_SOURCE + 2), *range(DEST_QP_OFFSET, DEST_QP_OFFSET + 3))
+"""Bytes in which frames of several QPs differ and that the ICRC covers."""
 
 # For use with arrays, where an enum's member would be asked for attributes it lacks: a signal whose handler raises just then, in
 # EnumType.__getattr__, is lost, for numpy takes any exception there for "no such attribute".
@@ -321,8 +322,18 @@ def _templates(
     target = WriteTarget(0, RKEY, 0) if opcode == Opcode.WRITE_FIRST else None
     frame = build_write(path, opcode=opcode, dest_qp=first.peer_qpn, psn=0, payload=payload, target=target, tos=tos)
     header = RETH_OFFSET + (RETH_BYTES if target else 0)
-    rows = np.repeat(np.frombuffer(frame, np.uint8)[None, :header], len(requesters), axis=0)
-    for row, qp in zip(rows, requesters, strict=True):
+    rows = address_rows(frame[:header], requesters)
+    return rows, IcrcPatcher(frame, QP_COLUMNS).icrcs(rows)
+
+
+def address_rows(header: bytes, senders: list[QueuePair]) -> npt.NDArray[np.uint8]:
+    """Return a frame's header once for each sending QP, with its addresses, source port and destination QP.
+
+    Returns:
+        Shape ``(qps, header bytes)``.
+    """
+    rows = np.repeat(np.frombuffer(header, np.uint8)[None, :], len(senders), axis=0)
+    for row, qp in zip(rows, senders, strict=True):
         row[:6] = np.frombuffer(bytes.fromhex(qp.local.next_hop_mac.replace(":", "")), np.uint8)
         row[6:12] = np.frombuffer(bytes.fromhex(qp.local.mac.replace(":", "")), np.uint8)
         addresses = struct.pack("!IIH", qp.local.address, qp.remote.address, qp.udp_source_port)
@@ -330,7 +341,7 @@ def _templates(
         row[DEST_QP_OFFSET : DEST_QP_OFFSET + 3] = np.frombuffer(struct.pack("!I", qp.peer_qpn)[1:], np.uint8)
         ip = bytearray(row[ETHERNET_BYTES : ETHERNET_BYTES + 20].tobytes())
         row[_IP_CHECKSUM : _IP_CHECKSUM + 2] = np.frombuffer(struct.pack("!H", _ipv4_checksum(ip)), np.uint8)
-    return rows, IcrcPatcher(frame, _QP_COLUMNS).icrcs(rows)
+    return rows
 
 
 def _ipv4_checksum(header: bytearray) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.collectives import IntraHostLinks, Schedule
+from testbed.engine.admission import Admission, NoAdmission
 from testbed.engine.delay_line import DelayLine
 from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.flow_control import FlowControl, NoFlowControl
@@ -23,7 +24,7 @@ from testbed.engine.recorder import NoRecorder, Recorder
 from testbed.engine.recovery import GoBackN, LossRecovery
 from testbed.engine.stream import PacketStreams, build_streams
 from testbed.errors import RunError
-from testbed.measure.samples import MachineSamples
+from testbed.measure.samples import AdmissionSamples, MachineSamples
 from testbed.roce.queue_pairs import REQUESTER, RESPONDER, Connection, nics_of, qp_index
 from testbed.roce.wire import LINK_OVERHEAD_BYTES, Opcode, data_tos, frame_bytes
 
@@ -123,6 +124,7 @@ class IterationResult:
         together_bytes: Payload that each connection had delivered when the first of them ended, shape ``(connections,)``.
         wall_together_ns: From release to the tick that saw the first connection's end.
         nvlink_bytes: Payload that the model of the links inside hosts carried.
+        admission: What was noted about grants; None where there are none.
     """
 
     wall_ns: int
@@ -134,6 +136,7 @@ class IterationResult:
     together_bytes: npt.NDArray[np.int64]
     wall_together_ns: int
     nvlink_bytes: int = 0
+    admission: AdmissionSamples | None = None
 
 
 @dataclass
@@ -162,6 +165,7 @@ class TickLoop:
         describe_connection: Names a connection for error messages.
         flow_control: PFC of the fabric.
         rate_limit: What congestion control lets each QP send.
+        admission: What receivers let each QP send.
         recorder: Shown the fabric once a tick.
     """
 
@@ -177,11 +181,13 @@ class TickLoop:
         describe_connection: Callable[[int], str],
         flow_control: FlowControl | NoFlowControl | None = None,
         rate_limit: RateLimit | None = None,
+        admission: Admission | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         self._setup = setup
         self._flow = flow_control or NoFlowControl(len(queues))
         self._limit: RateLimit = rate_limit or NoRateLimit()
+        self._admission: Admission = admission or NoAdmission()
         self._recorder: Recorder = recorder or NoRecorder()
         self._clock = clock
         self._probe = probe
@@ -265,7 +271,8 @@ class TickLoop:
         else:
             progress = Progress(schedule, streams, intra_host.release)
         writer, pacer, clock = self._writer, self._pacer, self._clock
-        flow, limit, recorder, recovery = self._flow, self._limit, self._recorder, self._recovery
+        flow, limit, admission = self._flow, self._limit, self._admission
+        recorder, recovery = self._recorder, self._recovery
         writer.restart(schedule, streams, self._psn_offset)
         nic, nic_port = self._nic, self._setup.nic_port
         nics, count = len(nic_port), len(nic)
@@ -316,6 +323,7 @@ class TickLoop:
         may_send = np.zeros(count, bool)
         waiting, refresh = True, False
         ticks = 0
+        admission.restart(begin, offset, streams.packets if dispatcher is None else dispatcher.packets_of_connections)
         recorder.start(begin)
         while True:
             now = clock.now_ns()
@@ -389,6 +397,8 @@ class TickLoop:
             room = deq - self._enq_bytes[nic_port]
             room += allowance
             wants = recovery.wants(released)
+            if admission.limits:
+                wants = admission.admit(now, wants, sent, pacer)
             if limit.limits:
                 wants = limit.allowed(now, wants)
                 starts_at = np.full(nics, np.inf)
@@ -477,6 +487,7 @@ class TickLoop:
             together_bytes=together_bytes,
             wall_together_ns=together_ns - begin,
             nvlink_bytes=intra_host.arrived_bytes,
+            admission=admission.finish(),
         )
 
     def _gained_ns(self) -> float:

@@ -27,13 +27,12 @@ from testbed.plan.loss import lost_priorities
 from testbed.plan.model import Plan
 from testbed.plan.qos import switch_of
 from testbed.roce.queue_pairs import QPN_BASE
+from testbed.roce.wire import CONTROL_PRIORITIES
 from testbed.routing import Group, Selector
 from testbed.topology import HOST_NETWORK, NodeKind
 
 # Rows of the QP table: enough for 8 QPs between all pairs of 32 hosts, or a ring of 1024 with 4.
 _QP_ROWS = 16384
-# Priorities 6 and 7 (CNP, ACK, network control) have the control queue.
-CONTROL_PRIORITIES = 0b1100_0000
 # A frame of 4 KiB leaves a 400 Gbit/s port every 0.1 s at the greatest dilation (10^6): a queue that stands for longer is stuck.
 _STUCK_S = 1.0
 # What a killed run leaves behind drains in less.

@@ -117,7 +117,9 @@ QP = np.dtype(
         ("cnp_sent_ns", "u8"),
         ("sent_cnps_packets", "u8"),
         ("ce_packets", "u8"),
-        ("reserved", "u8", 4),
+        ("grants", "u8"),
+        ("cts_packets", "u8"),
+        ("reserved", "u8", 2),
     ]
 )
 # Fractions in the maps are fixed-point.

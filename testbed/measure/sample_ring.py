@@ -22,7 +22,7 @@ QUEUE_FIELDS = (
     "pause_frames",
 )
 """Counters of an egress queue, int64, in the order of the last axis of `SampleRing.queues`."""
-QP_FIELDS = ("sent_packets", "acked_packets", "naks_packets", "cnps_packets")
+QP_FIELDS = ("sent_packets", "acked_packets", "naks_packets", "cnps_packets", "cts_packets")
 """Counters of a QP, int64, in the order of the last axis of `SampleRing.qps`."""
 
 _MOST_BYTES = 32 << 20

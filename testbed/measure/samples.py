@@ -39,3 +39,18 @@ class MachineSamples:
     unaccounted_bytes: int
     resolution_error_fraction: float
     wall_gate_lateness_ns: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class AdmissionSamples:
+    """What one measured iteration noted about grants.
+
+    Attributes:
+        cts_frames: CTS frames sent, repeated ones included.
+        repeated_frames: Those that repeated a grant.
+        cts_delay_ns: From each grant to its receipt by the sender, emulated, to a tick, shape ``(grants,)``.
+    """
+
+    cts_frames: int
+    repeated_frames: int
+    cts_delay_ns: npt.NDArray[np.float64]

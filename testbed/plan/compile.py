@@ -25,6 +25,7 @@ from testbed.collectives import (
     split_over_qps,
 )
 from testbed.errors import PlanError
+from testbed.plan.admission import forecast_admission
 from testbed.plan.dilation import choose_dilation, choose_tick_ns
 from testbed.plan.lint import find_warnings
 from testbed.plan.model import Plan, PlannedWorkload
@@ -169,6 +170,8 @@ def compile_plan(
         senders = {path.ports[0] for path in planned.paths}
         most_senders = max(most_senders, len(senders))
         load = sum(topology.port(nic).rate_bits_per_s for nic in senders) / frame_bits
+        if planned.admission:  # a CTS frame for every grant
+            load *= 1.0 + planned.admission.grants * scenario.transport.mtu_bytes / planned.admission.window_bytes
         if senders and load >= offered:
             offered, hops = load, float(np.mean([len(path.ports) for path in planned.paths]))
     # Connections of one NIC differ in their paths; the shortest way in use sets the smallest time.
@@ -316,6 +319,8 @@ def _plan_workload(
     one_way = np.array(
         [round(path.delay_ns + sum(times)) for path, times in zip(paths, frame_ns, strict=True)], np.int64
     )
+    admission = forecast_admission(scenario, topology, traffic.schedule, connections, paths, one_way)
+    predicted = _predict(sent, routes, scenario, topology)
     planned = PlannedWorkload(
         item=index,
         workload=item,
@@ -330,11 +335,12 @@ def _plan_workload(
         one_way_ns=one_way,
         ideal_cct_ns=0.0,
         intra_host=build_intra_host_links(scenario),
-        predicted_cct_ratio=_predict(sent, routes, scenario, topology),
+        predicted_cct_ratio=max(predicted, 1.0 / admission.throughput_fraction) if admission else predicted,
         traffic_factor=traffic.traffic_factor,
         resolution_error_fraction=0.0,
         flow_order=traffic.flow_order,
         qps_per_connection=scenario.transport.qps_per_connection,
+        admission=admission,
     )
     return replace(planned, ideal_cct_ns=_ideal_cct_ns(planned, topology, scenario, 0))
 

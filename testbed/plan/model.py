@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.collectives import IntraHostLinks, Schedule
+from testbed.plan.admission import AdmissionForecast, grants_share_queue
 from testbed.plan.dilation import TimeDilation
 from testbed.plan.loss import link_losses
 from testbed.plan.operations import (
@@ -92,6 +93,7 @@ class PlannedWorkload:
             reaction is for this workload.
         flow_order: Index of each flow's connection in `messages`, in the order in which the scenario lists the flows.
         qps_per_connection: QP pairs that each connection of `messages` between hosts has; those of one follow each other.
+        admission: What receiver-driven admission should lead to; None without it.
     """
 
     item: int
@@ -112,6 +114,7 @@ class PlannedWorkload:
     resolution_error_fraction: float
     flow_order: tuple[int, ...] = ()
     qps_per_connection: int = 1
+    admission: AdmissionForecast | None = None
 
     @property
     def collective_name(self) -> str:
@@ -208,8 +211,11 @@ class Plan:
     def unshared_ports(self) -> frozenset[int]:
         """Return the ports that data of at most one NIC crosses in any workload item, at a rate that they carry.
 
-        They are NICs, and switch ports that no two flows of different NICs share. Ports without data are not among them.
+        They are NICs, and switch ports that no two flows of different NICs share. Ports without data are not among them. Where
+        grants share the data's queue every switch port may carry those of other NICs.
         """
+        if grants_share_queue(self.scenario):
+            return self.nic_ports()
         shared: set[int] = set()
         crossed: set[int] = set()
         for planned in self.workloads:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from testbed.plan.admission import forecast_peak_bytes
 from testbed.plan.model import Plan, PlannedWorkload
 from testbed.plan.operations import CreateLink, Operation
 from testbed.routing import find_collisions, link_loads
@@ -241,6 +242,7 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
                 "cct_ideal_ns": planned.ideal_cct_ns,
                 "predicted_cct_ratio": planned.predicted_cct_ratio,
                 "wall_duration_ns": expected_wall_ns(plan, planned),
+                "admission": _describe_admission(plan, planned),
             }
             for planned in plan.workloads
         ],
@@ -255,6 +257,12 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
             for operation in plan.operations(names, any_workload=False)
         ]
     return report
+
+
+def _describe_admission(plan: Plan, planned: PlannedWorkload) -> dict[str, Any] | None:
+    """Return what receiver-driven admission should lead to; None without it."""
+    found = planned.admission
+    return {**asdict(found), "peak_bound_bytes": forecast_peak_bytes(plan, planned)} if found else None
 
 
 def _describe_switches(plan: Plan) -> list[dict[str, Any]]:

@@ -36,7 +36,15 @@ DATATYPE = "uint8"
 
 @dataclass(frozen=True, slots=True)
 class FabricCounts:
-    """What the fabric counted over some measured iterations; attributes are named after what they count."""
+    """What the fabric counted over some measured iterations; attributes are named after what they count.
+
+    Attributes:
+        leaf_down_peak_bytes: Greatest depth of any leaf's queue towards a host.
+        cts_frames: CTS frames sent; None, as the following, without receiver-driven admission.
+        cts_repeated_frames: Those that repeated a grant after a silence.
+        cts_delay_p50_ns: From a grant to its receipt by the sender, median; None under 100 samples.
+        cts_delay_p99_ns: The same, 99th percentile.
+    """
 
     drops_packets: int | None = None
     headroom_drops_packets: int | None = None
@@ -48,6 +56,11 @@ class FabricCounts:
     cnp_packets: int | None = None
     pause_frames: int | None = None
     paused_fraction_max: float | None = None
+    leaf_down_peak_bytes: int | None = None
+    cts_frames: int | None = None
+    cts_repeated_frames: int | None = None
+    cts_delay_p50_ns: int | None = None
+    cts_delay_p99_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

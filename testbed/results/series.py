@@ -82,6 +82,7 @@ QP_COLUMNS = (
     Column("acked_packets", "int32", "packets", "data packets acknowledged in the interval"),
     Column("naks_packets", "int32", "packets", "NAKs received in the interval"),
     Column("cnps_packets", "int32", "packets", "CNPs received in the interval"),
+    Column("cts_packets", "int32", "packets", "CTS frames received in the interval: grants of its receiver"),
 )
 RATE_COLUMN = Column(
     "rate_limit_bytes_per_s", "float64", "bytes/s", "what congestion control lets it send at that time"

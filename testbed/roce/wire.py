@@ -102,6 +102,11 @@ PSN_MASK = 0xFFFFFF
 ACK_FRAME_BYTES = FRAME_OVERHEAD_BYTES + AETH_BYTES
 CNP_FRAME_BYTES = FRAME_OVERHEAD_BYTES + CNP_PADDING_BYTES
 
+CTS_RKEY = 0xC7500001
+"""Key of a sender's FIFO of grants: tells a CTS frame, an RDMA WRITE ONLY of one entry, from data. As TB_CTS_RKEY in fabric.h."""
+CTS_ENTRY_BYTES = 64
+CTS_FRAME_BYTES = FRAME_OVERHEAD_BYTES + RETH_BYTES + CTS_ENTRY_BYTES
+
 ACK_SYNDROME = 0x1F
 """An ACK whose low five bits grant unlimited credit."""
 NAK_SEQUENCE_ERROR_SYNDROME = 0x60
@@ -115,6 +120,9 @@ DATA_TOS = DATA_DSCP << 2 | ECN_ECT0
 CONTROL_TOS = CONTROL_DSCP << 2
 """TOS byte of ACK, NAK and CNP, 0xc0: priority 6, never marked."""
 
+CONTROL_PRIORITIES = 0b1100_0000
+"""A bit for each priority that has the control queue: a queue of its own, which nothing shapes or pauses."""
+
 MIN_SOURCE_PORT = 0xC000
 
 
@@ -124,6 +132,11 @@ def data_tos(priority: int) -> int:
     Priority 3 gives the customary DSCP 26.
     """
     return (8 * priority + 2) << 2 | ECN_ECT0
+
+
+def grant_tos(priority: int) -> int:
+    """Return the TOS byte of a CTS frame of a priority: as data's, but not ECN-capable, for nothing slows its sender down."""
+    return (8 * priority + 2) << 2
 
 
 def priority_of_dscp(dscp: int) -> int:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 
-from testbed.units import UnitError, parse_byte_rate, parse_fraction, parse_number, parse_time
+from testbed.units import UnitError, parse_byte_rate, parse_fraction, parse_number, parse_size, parse_time
 
 
 class Verdict(StrEnum):
@@ -66,6 +66,14 @@ def _parse_time_value(text: str) -> Fraction:
         return Fraction(parse_time(text))
 
 
+def _parse_size_value(text: str) -> Fraction:
+    """Return bytes; a bare number is in the metric's own unit."""
+    try:
+        return parse_number(text)
+    except UnitError:
+        return Fraction(parse_size(text))
+
+
 METRICS: dict[str, Callable[[str], Fraction]] = {
     "cct_ratio": parse_fraction,
     "predicted_cct_ratio": parse_fraction,
@@ -83,6 +91,11 @@ METRICS: dict[str, Callable[[str], Fraction]] = {
     "pause_frames": parse_number,
     "paused_fraction_max": parse_fraction,
     "jain_fraction": parse_fraction,
+    "leaf_down_peak_bytes": _parse_size_value,
+    "cts_frames": parse_number,
+    "cts_repeated_frames": parse_number,
+    "cts_delay_p50_ns": _parse_time_value,
+    "cts_delay_p99_ns": _parse_time_value,
 }
 """Every metric that may be named, and how its number is read."""
 

@@ -340,14 +340,34 @@ class Admission(_Section):
     """Receiver-driven admission."""
 
     scheme: Annotated[AdmissionScheme, kinds.choice(AdmissionScheme)] = _key(
-        "scheme", "Admission scheme.", default="none"
+        "scheme",
+        "Admission scheme: none, or cts: a sender writes only what clear-to-send frames of its receiver have granted. The "
+        "other keys are cts's.",
+        default="none",
     )
-    channels: Annotated[int | None, kinds.integer(1, 64)] = _key("channels", "Channels of a connection.", default=None)
-    channel_buffer_bytes: Annotated[int | None, _SIZE] = _key(
-        "channel_buffer", "Receive buffer of one channel.", default=None
+    channels: Annotated[int, kinds.integer(1, 64)] = _key(
+        "channels", "Channels between two ranks: their buffers together are the window W.", default=1
     )
-    grants: Annotated[int | None, kinds.integer(1, 1024)] = _key("grants", "Grants per channel buffer.", default=None)
-    priority: Annotated[int | None, _PRIORITY] = _key("priority", "Priority of CTS frames.", default=None)
+    channel_buffer_bytes: Annotated[int, _SIZE] = _key(
+        "channel_buffer", "Receive buffer of one channel; NCCL's is 4 MiB.", default="4 MiB"
+    )
+    grants: Annotated[int, kinds.integer(1, 1024)] = _key(
+        "grants",
+        "Pieces in which the window W is granted, of a full packet or more each; a piece is granted anew when what it "
+        "covered has arrived. NCCL has 8.",
+        default=8,
+    )
+    priority: Annotated[int | None, _PRIORITY] = _key(
+        "priority",
+        "Priority of CTS frames: 6 and 7 have the control queue, all others wait in the data's. Default: the data's "
+        "priority, as in a network without a class for them.",
+        default=None,
+    )
+
+    @property
+    def window_bytes(self) -> int:
+        """Payload that a connection may have sent and not arrived."""
+        return self.channels * self.channel_buffer_bytes
 
 
 class Transport(_Section):

@@ -51,11 +51,6 @@ NOT_BUILT = (
     NotBuilt("transport.carrier", among("rxe"), "the kernel's soft-RoCE as a carrier"),
     NotBuilt("transport.carrier", among("tcp"), "kernel TCP as a carrier"),
     NotBuilt("transport.loss_recovery", among("selective"), "selective retransmission"),
-    NotBuilt("transport.admission.scheme", among("cts"), "receiver-driven admission"),
-    NotBuilt("transport.admission.channels", given, "receiver-driven admission"),
-    NotBuilt("transport.admission.channel_buffer", given, "receiver-driven admission"),
-    NotBuilt("transport.admission.grants", given, "receiver-driven admission"),
-    NotBuilt("transport.admission.priority", given, "receiver-driven admission"),
     NotBuilt("jobs", filled, "several jobs at once"),
     NotBuilt("faults", filled, "faults while traffic runs"),
 )

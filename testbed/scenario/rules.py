@@ -13,6 +13,7 @@ from typing import NamedTuple
 from testbed.scenario.keypath import KeyPath
 from testbed.scenario.model import (
     MAX_HOSTS,
+    AdmissionScheme,
     Algorithm,
     ClosFabric,
     Collective,
@@ -65,6 +66,7 @@ def find_violations(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         _check_routing,
         _check_timeout,
         _check_timely,
+        _check_admission,
         _check_workload,
     ):
         yield from check(scenario, valid)
@@ -141,6 +143,21 @@ def _check_timely(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     path: KeyPath = ("transport", "timely", "t_low")
     if timely and valid(path, ("transport", "timely", "t_high")) and timely.t_low_ns > timely.t_high_ns:
         yield Violation(path, f"must be at most t_high ({format_time(timely.t_high_ns)})")
+
+
+def _check_admission(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    admission, mtu = scenario.transport.admission, scenario.transport.mtu_bytes
+    names = ("scheme", "channels", "channel_buffer", "grants")
+    paths: list[KeyPath] = [("transport", "admission", name) for name in names]
+    if admission.scheme is not AdmissionScheme.CTS or not valid(*paths, _MTU):
+        return
+    most = admission.window_bytes // mtu
+    if admission.grants > most:
+        rule = (
+            f"must be at most {most}: each of them a full packet or more of the window of "
+            f"{format_size(admission.window_bytes)}"
+        )
+        yield Violation(paths[-1], rule, "use fewer grants, or a larger channel_buffer")
 
 
 def idle_rtt_ns(scenario: Scenario) -> int:
