@@ -617,15 +617,19 @@ static __always_inline void acknowledge(struct tb_qp *qp, const struct bth *bth,
  */
 static __always_inline int receive_grant(struct __sk_buff *skb, struct tb_qp *qp)
 {
-	__be32 *rkey;
+	__u32 rkey;
 	__u64 index;
+	void *data;
 
-	if (pull(skb, TB_CTS_LEN) < 0 || packet_data(skb) + TB_CTS_LEN > packet_data_end(skb))
+	if (pull(skb, TB_CTS_LEN) < 0)
 		return 0;
-	rkey = packet_data(skb) + TB_HEADERS_LEN + 8;
-	if (*rkey != bpf_htonl(TB_CTS_RKEY))
+	data = packet_data(skb);
+	if (data + TB_CTS_LEN > packet_data_end(skb))
 		return 0;
-	__builtin_memcpy(&index, packet_data(skb) + TB_CTS_INDEX_OFFSET, sizeof(index)); /* little-endian */
+	__builtin_memcpy(&rkey, data + TB_HEADERS_LEN + 8, sizeof(rkey));
+	if (rkey != bpf_htonl(TB_CTS_RKEY))
+		return 0;
+	__builtin_memcpy(&index, data + TB_CTS_INDEX_OFFSET, sizeof(index)); /* little-endian */
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
 	index = __builtin_bswap64(index);
 #endif

@@ -17,6 +17,8 @@ from testbed.roce.admission import make
 # What all receivers may send at once of what the fabric's CPU can have waiting (net.core.netdev_max_backlog); data has the rest.
 _BACKLOG_SHARE = 0.3
 _MIN_FRAMES_PER_TICK = 4
+# A lost grant is repeated before the sender gives up waiting for the ACK of what it sent last: a window may end without an AckReq.
+_SILENCE_TIMEOUTS = 0.5
 
 
 def admission(plan: Plan, workload: int, qps: npt.NDArray[Any], sockets: Sequence[int]) -> Admission:
@@ -37,7 +39,7 @@ def admission(plan: Plan, workload: int, qps: npt.NDArray[Any], sockets: Sequenc
         "window_bytes": wanted.window_bytes,
         "grants": wanted.grants,
         "mtu_bytes": scenario.transport.mtu_bytes,
-        "silence_ns": float(plan.retransmit_timeout_ns),
+        "silence_ns": plan.retransmit_timeout_ns * _SILENCE_TIMEOUTS,
     }
     receivers = {connection.responder.local.nic for connection in planned.connections}
     firsts = planned.paths[::count]
