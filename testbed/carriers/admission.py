@@ -17,7 +17,7 @@ from testbed.roce.admission import make
 # What all receivers may send at once of what the fabric's CPU can have waiting (net.core.netdev_max_backlog); data has the rest.
 _BACKLOG_SHARE = 0.3
 _MIN_FRAMES_PER_TICK = 4
-# A lost grant is repeated before the sender gives up waiting for the ACK of what it sent last: a window may end without an AckReq.
+# A lost grant is repeated before the sender gives up waiting for an ACK of what it sent last: a window may end without an AckReq.
 _SILENCE_TIMEOUTS = 0.5
 
 
