@@ -398,7 +398,7 @@ class TickLoop:
             room += allowance
             wants = recovery.wants(released)
             if admission.limits:
-                wants = admission.admit(now, wants, sent, pacer)
+                wants = admission.admit(now, wants, released, sent, pacer)
             if limit.limits:
                 wants = limit.allowed(now, wants)
                 starts_at = np.full(nics, np.inf)

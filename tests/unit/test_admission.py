@@ -223,7 +223,7 @@ class World:
         for tick in range(ticks):
             now = tick * self.TICK_NS
             wants = base + each - sent
-            allowed = self.admission.admit(now, wants, sent, self.pacer)
+            allowed = self.admission.admit(now, wants, base + each, sent, self.pacer)
             assert (allowed <= wants).all()
             sent += allowed
             in_flight = (sent - responders["rx_packets"].astype(np.int64)).reshape(2, -1).sum(axis=1)
@@ -280,7 +280,7 @@ def test_nic_that_waited_for_a_grant_does_not_make_up_for_the_time(monkeypatch: 
     wants, sent = np.full(2, 100), np.zeros(2, np.int64)
     for tick in range(10):
         now = tick * World.TICK_NS
-        allowed = world.admission.admit(now, wants, sent, world.pacer)
+        allowed = world.admission.admit(now, wants, wants, sent, world.pacer)
         if allowed.any():
             break
         world.pacer.budget(now, ints(0, 0, 0), np.full(3, 1e9), np.zeros(3))
@@ -290,6 +290,14 @@ def test_nic_that_waited_for_a_grant_does_not_make_up_for_the_time(monkeypatch: 
     assert budget.tolist() == [1, 1, 0]
 
 
+def test_packets_sent_again_need_no_grant(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, qps=1, window=8, grants=1)
+    world.admission.restart(0, np.zeros(2, np.int64), np.full(2, 100))
+    # All of a window is sent, three of its packets are missing at the receiver, 92 are new.
+    allowed = world.admission.admit(0, ints(95, 92), ints(100, 100), ints(8, 8), world.pacer)
+    assert allowed.tolist() == [3, 0]
+
+
 @pytest.mark.parametrize(("priority", "charged"), [(3, 2 * 162), (6, 0)])
 def test_grants_in_the_datas_queue_take_time_of_their_nic(
     monkeypatch: pytest.MonkeyPatch, priority: int, charged: int
@@ -297,7 +305,7 @@ def test_grants_in_the_datas_queue_take_time_of_their_nic(
     world = World(monkeypatch, qps=1, window=8, grants=1, priority=priority)
     world.admission.restart(0, np.zeros(2, np.int64), np.full(2, 100))
     before = world.pacer._free_at[2]
-    world.admission.admit(0, np.full(2, 100), np.zeros(2, np.int64), world.pacer)
+    world.admission.admit(0, np.full(2, 100), np.full(2, 100), np.zeros(2, np.int64), world.pacer)
     assert world.pacer._free_at[2] - before == charged
 
 
