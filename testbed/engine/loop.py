@@ -231,6 +231,7 @@ class TickLoop:
         self._psn_offset = np.zeros(count, np.int64)
         self._message_offset = np.zeros(count, np.int64)
         self._recovery: LossRecovery = GoBackN(count, self._writer, self._wall_timeout_ns, describe_connection)
+        self._turn = 0
 
     def _configure(self, qps: npt.NDArray[Any], connections: list[Connection]) -> None:
         """Write the QP table; a QP is made active last."""
@@ -510,7 +511,8 @@ class TickLoop:
         np.maximum(shares, 0, out=shares)
         counts = shares.tolist()
         places = (packet % depth).tolist()
-        for connection, count in enumerate(counts):
+        for connection in self._take_turns(len(counts)):
+            count = counts[connection]
             if count > 0:
                 place = places[connection]
                 run = min(count, depth - place)
@@ -545,16 +547,26 @@ class TickLoop:
         row, offset = row[order], offset[order]
         ring = writer.ring
         ring.line_up(writer.slots_of(active[row], packet[active][row] + offset))
-        position = 0
         taken = shares
-        for host, frames in enumerate(np.bincount(nic, weights=shares).astype(np.int64).tolist()):
+        counts = np.bincount(nic, weights=shares).astype(np.int64)
+        positions = (np.cumsum(counts) - counts).tolist()
+        for host in self._take_turns(len(counts)):
+            frames, position = int(counts[host]), positions[host]
             if frames:
                 done = ring.send_lined_up(self._sockets[host], position, frames)
                 if done < frames:
                     refused = np.bincount(row[position + done : position + frames], minlength=len(active))
                     taken = taken - refused
-                position += frames
         return taken
+
+    def _take_turns(self, nics: int) -> list[int]:
+        """Return NICs in the order in which they send in this tick: another begins each time.
+
+        What a tick sends reaches a shared queue NIC by NIC. The last would always find it deepest, and be marked, dropped or held
+        back more than the first: with DCQCN, shares of 17:12:11:9 where equal ones are due.
+        """
+        self._turn = (self._turn + 1) % nics
+        return [*range(self._turn, nics), *range(self._turn)]
 
     def _settle(self, streams: PacketStreams | QpDispatcher) -> int:
         """Wait until every packet is acknowledged and nothing moves in the data queues any more.
