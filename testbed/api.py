@@ -686,7 +686,6 @@ def _run_on(
     from testbed.host import MachineCounters, read_host_facts
     from testbed.measure.counters import FabricCounters, Snapshot
     from testbed.measure.verdict import judge
-    from testbed.units import format_size
 
     plan = fabric.plan
     host = read_host_facts()
@@ -697,7 +696,7 @@ def _run_on(
     with engine_carrier(fabric, lambda: listener.note(waiting), series=series) as (carrier, refused):
         before = MachineCounters.read()
         for index, planned in enumerate(plan.workloads):
-            listener.note(f"{planned.collective_name} ({planned.algorithm_name}) of {format_size(planned.size_bytes)}")
+            listener.note(planned.title)
             heard = _BaselineListener(fabric, listener)
             samples.append(carrier.run(index, heard))
             counters.append(

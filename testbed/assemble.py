@@ -6,7 +6,7 @@ import functools
 import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from testbed.results import (
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
 from testbed.scenario import (
     FLOW_METRIC,
+    JOB_METRIC,
     CollectiveWorkload,
     CongestionControl,
     Expectation,
@@ -95,7 +96,14 @@ def collective_results(
     counters: Sequence[FabricCounters],
     fidelities: Sequence[Fidelity],
 ) -> tuple[CollectiveResult, ...]:
-    """Return the row of each workload item and size."""
+    """Return the row of each workload item and size; of jobs one for each of them, whenever it ran."""
+    rows = [
+        job_result(plan, planned, job, sample, counted, fidelity)
+        for planned, sample, counted, fidelity in zip(plan.workloads, samples, counters, fidelities, strict=True)
+        for job in range(len(planned.jobs))
+    ]
+    if rows:
+        return compare_jobs(rows)
     return tuple(
         CollectiveResult.from_samples(
             collective=planned.collective_name,
@@ -117,14 +125,79 @@ def collective_results(
     )
 
 
+def job_result(
+    plan: Plan,
+    planned: PlannedWorkload,
+    number: int,
+    sample: WorkloadSamples,
+    counted: FabricCounters,
+    fidelity: Fidelity,
+) -> CollectiveResult:
+    """Return the row of one of the jobs that ran at the same time; counters and verdict are those of all."""
+    job = planned.jobs[number]
+    flows = (
+        () if isinstance(job.workload, CollectiveWorkload) else [int(job.connections[one]) for one in job.flow_order]
+    )
+    return CollectiveResult.from_samples(
+        collective=job.collective_name,
+        algorithm=job.algorithm_name,
+        size_bytes=job.size_bytes,
+        nranks=job.nranks,
+        cct_ns=[round(time) for time in sample.job_cct_ns[number]],
+        cct_ideal_ns=job.ideal_cct_ns,
+        traffic_factor=job.traffic_factor,
+        predicted_cct_ratio=job.predicted_cct_ratio,
+        count=job.count,
+        fabric=fabric_counts(fabric_result(plan, counted, [sample])),
+        fidelity=fidelity,
+        flows=_flow_results(planned, sample, flows),
+        nvlink_bytes=job.nvlink_bytes if sample.nvlink_bytes else None,
+        job=job.name,
+        hosts=job.hosts,
+        beside=tuple(other.name for other in planned.jobs if other is not job),
+    )
+
+
+def compare_jobs(rows: Sequence[CollectiveResult]) -> tuple[CollectiveResult, ...]:
+    """Return the rows of jobs with what the others cost each, where it ran without them as well.
+
+    Rows of different items or sizes are not compared: the rounds follow each other, and in each a job runs alone before it runs
+    beside others.
+    """
+    alone: dict[str, float] = {}
+    beside_one: dict[tuple[str, str], float] = {}
+    result = []
+    for row in rows:
+        assert row.job is not None
+        median_ns = statistics.median(row.cct_ns) if row.cct_ns else None
+        if median_ns is None or (row.beside and row.job not in alone):
+            result.append(row)
+            continue
+        if not row.beside:
+            alone[row.job] = median_ns
+        slowdown = median_ns / alone[row.job]
+        if len(row.beside) == 1:
+            beside_one[row.job, row.beside[0]] = slowdown
+        known = {other: beside_one[row.job, other] for other in row.beside if (row.job, other) in beside_one}
+        result.append(replace(row, slowdown=slowdown if row.beside else None, slowdown_by=known))
+    return tuple(result)
+
+
 def flow_results(planned: PlannedWorkload, sample: WorkloadSamples) -> tuple[FlowResult, ...]:
     """Return the flows of a pattern, in the order in which the scenario lists them."""
-    if isinstance(planned.workload, CollectiveWorkload) or not len(sample.end_ns):
+    if isinstance(planned.workload, CollectiveWorkload):
+        return ()
+    networked = len(planned.connections) // planned.qps_per_connection
+    return _flow_results(planned, sample, planned.flow_order or range(networked))
+
+
+def _flow_results(planned: PlannedWorkload, sample: WorkloadSamples, order: Sequence[int]) -> tuple[FlowResult, ...]:
+    """Return flows, given the connections of each."""
+    if not len(sample.end_ns):
         return ()
     sent = np.bincount(planned.messages.connection, planned.messages.nbytes, len(planned.messages.connections))
     qps = planned.qps_per_connection
     networked = len(planned.connections) // qps
-    order = planned.flow_order or range(networked)
     return tuple(
         FlowResult(
             src=planned.messages.connections[index][0],
@@ -213,7 +286,7 @@ def link_direction(
 
 
 def judge_check(expectation: Expectation, results: Sequence[CollectiveResult]) -> Check:
-    """Return what came of one line of ``expect:``, which must hold in every row.
+    """Return what came of one line of ``expect:``, which must hold in every row; of jobs where all of them run.
 
     It fails if one row whose figures may be judged fails. Otherwise it is not judged if a row's verdict is ``invalid`` or a
     row lacks the metric. ``cct_ns`` is the median of a row's iterations.
@@ -222,7 +295,14 @@ def judge_check(expectation: Expectation, results: Sequence[CollectiveResult]) -
         expectation: The line.
         results: The rows, one per workload item and size.
     """
-    figures = {index: _figure(expectation.metric, row) for index, row in enumerate(results)}
+    job = JOB_METRIC.fullmatch(expectation.metric)
+    metric = job[2] if job else expectation.metric
+    jobs = {row.job for row in results}
+    figures = {
+        index: _figure(metric, row)
+        for index, row in enumerate(results)
+        if len(row.beside) == len(jobs) - 1 and (not job or row.job == job[1])
+    }
     judged = {index: figure for index, figure in figures.items() if _may_be_judged(results[index])}
     row = _furthest(expectation, judged)
     verdict = evaluate(expectation, None if row is None else judged[row], trusted=True)

@@ -15,7 +15,7 @@ from testbed.carriers.recording import Recording, recording
 from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.intra_host import run_inside_hosts
-from testbed.engine.loop import EngineSetup, TickLoop
+from testbed.engine.loop import EngineSetup, IterationResult, TickLoop
 from testbed.engine.rate_limit import CongestionLimit, NoRateLimit, RateLimit
 from testbed.engine.stream import build_streams
 from testbed.fabric import Fabric
@@ -23,7 +23,7 @@ from testbed.kernel.host_tuning import tuned_host
 from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
 from testbed.measure.samples import MachineSamples
-from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan, PlannedWorkload
+from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan, PlannedJob, PlannedWorkload
 from testbed.roce.congestion import CongestionControl, make
 from testbed.scenario import CongestionControl as ControlName
 
@@ -116,11 +116,27 @@ class EngineCarrier:
             ),
             nvlink_bytes=tuple(result.nvlink_bytes for result in results),
             admission=tuple(result.admission for result in results if result.admission is not None),
+            job_cct_ns=tuple(
+                tuple(job_cct_ns(planned, job, result) / plan.dilation.value - job.start_ns for result in results)
+                for job in planned.jobs
+            ),
         )
 
     def warnings(self) -> list[str]:
         """Return what a reader of the time series should know."""
         return self._recording.warnings() if self._recording else []
+
+
+def job_cct_ns(planned: PlannedWorkload, job: PlannedJob, result: IterationResult) -> float:
+    """Return when the last byte of one job arrived in an iteration, wall time from the iteration's release."""
+    qps = planned.qps_per_connection
+    networked = len(planned.connections) // qps
+    of_network = job.connections[job.connections < networked]
+    inside = job.connections[job.connections >= networked]
+    if planned.pieces is None:  # connections inside hosts stand behind the queue pairs, else behind the pairs of ranks
+        inside = inside + networked * (qps - 1)
+    ends = result.wall_end_ns.reshape(networked, qps)[of_network]
+    return max(float(ends.max(initial=0.0)), float(result.wall_inside_end_ns[inside].max(initial=0.0)))
 
 
 def _run_inside_hosts(plan: Plan, planned: PlannedWorkload, listener: ProgressListener) -> WorkloadSamples:
@@ -154,6 +170,7 @@ def _run_inside_hosts(plan: Plan, planned: PlannedWorkload, listener: ProgressLi
         machine=machine,
         wall_paused_ns=np.zeros(len(plan.topology.ports) + 1),
         nvlink_bytes=tuple(nbytes for _, nbytes in samples),
+        job_cct_ns=tuple((job.ideal_cct_ns,) * iters for job in planned.jobs),  # the same model computed it
     )
 
 

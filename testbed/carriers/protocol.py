@@ -25,6 +25,7 @@ class WorkloadSamples:
         together_bytes_per_s: What each connection delivered until the first of them ended, median, the same shape.
         nvlink_bytes: Payload that the model of the links inside hosts carried in each measured iteration.
         admission: What was noted about grants in each measured iteration; empty where there are none.
+        job_cct_ns: Completion time of each measured iteration of each of the workload's jobs, from its start, emulated.
     """
 
     cct_ns: tuple[float, ...]
@@ -36,6 +37,7 @@ class WorkloadSamples:
     together_bytes_per_s: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     nvlink_bytes: tuple[int, ...] = ()
     admission: tuple[AdmissionSamples, ...] = ()
+    job_cct_ns: tuple[tuple[float, ...], ...] = ()
 
 
 class ProgressListener(Protocol):

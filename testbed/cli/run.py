@@ -231,15 +231,17 @@ def load_with_options(
         each = {**dict.fromkeys(growth, "null"), **each}
     if not each:
         return scenario
+    places = {f"workload[{index}]": item for index, item in enumerate(scenario.workload)}
+    for number, job in enumerate(scenario.jobs):
+        places |= {f"jobs[{number}].workload[{index}]": item for index, item in enumerate(job.workload)}
     if given:
-        for index, item in enumerate(scenario.workload):
+        for place, item in places.items():
             if isinstance(item, FlowsWorkload):
                 raise typer.BadParameter(
-                    f"workload[{index}] lists flows, each with a size of its own: there is nothing to sweep",
+                    f"{place} lists flows, each with a size of its own: there is nothing to sweep",
                     param_hint=SWEEP_OPTIONS[next(iter(given))],
                 )
-    numbers = range(len(scenario.workload))
-    set_each = [f"workload[{index}].{key}={value}" for index in numbers for key, value in each.items()]
+    set_each = [f"{place}.{key}={value}" for place in places for key, value in each.items()]
     try:
         return api.load(file, [*overrides, *set_each])
     except ScenarioError as error:
@@ -355,4 +357,5 @@ def _observed(check: Check, result: Result) -> str:
 def _name_row(row: CollectiveResult) -> str:
     from testbed.units import format_size
 
-    return f"{row.collective} of {format_size(row.size_bytes)}"
+    job = "" if row.job is None else f"job {row.job}{' beside ' + ','.join(row.beside) if row.beside else ' alone'}: "
+    return f"{job}{row.collective} of {format_size(row.size_bytes)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -142,7 +143,7 @@ def _render_plan(plan: Plan, *, operations: bool) -> str:
     lines += _switch_lines(report["switches"])
     lines += [f"retransmit timeout  {format_time(plan.retransmit_timeout_ns, significant=4)}\n"]
     lines += _dilation_lines(report["dilation"])
-    items = [
+    items: list[tuple[object, ...]] = [
         (
             item["collective"],
             item["algorithm"],
@@ -155,8 +156,24 @@ def _render_plan(plan: Plan, *, operations: bool) -> str:
         )
         for item in report["workloads"]
     ]
-    header = ("workload", "algorithm", "size", "nranks", "iters", "ideal", "predicted ratio", "wall time")
-    lines.append("\n" + render_columns(header, items, right=header[2:]))
+    header: tuple[str, ...] = (
+        "workload",
+        "algorithm",
+        "size",
+        "nranks",
+        "iters",
+        "ideal",
+        "predicted ratio",
+        "wall time",
+    )
+    right = header[2:]
+    if plan.scenario.jobs:
+        header = ("job", "hosts", "beside", *header)
+        items = [
+            (row["job"], _render_numbers(row["hosts"]), ",".join(row["beside"]), *item)
+            for row, item in zip(report["workloads"], items, strict=True)
+        ]
+    lines.append("\n" + render_columns(header, items, right=right))
     lines += _admission_lines(report["workloads"])
     lines += [f"warning: {warning}\n" for warning in plan.warnings]
     if operations:
@@ -182,6 +199,17 @@ def _admission_lines(items: list[dict[str, Any]]) -> list[str]:
                 f"throughput {found['throughput_fraction']:.1%}, queue at most {format_size(found['peak_bound_bytes'])}\n"
             )
     return lines
+
+
+def _render_numbers(numbers: Sequence[int]) -> str:
+    """Return numbers with runs of three and more drawn together, such as ``0-3,8,9``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
 
 
 def _dilation_lines(dilation: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from testbed.collectives.halving_doubling import HalvingDoublingAllReduce
 from testbed.collectives.hierarchical import HierarchicalAllReduce
 from testbed.collectives.ideal import ideal_arrivals_ns, ideal_cct_ns, largest_frame_wire_bytes, wire_bytes
 from testbed.collectives.intra_host import IntraHostLinks
+from testbed.collectives.merge import keep_connections, merge_schedules, place_schedule
 from testbed.collectives.order import RingOrder, ring_order
 from testbed.collectives.pairwise import PairwiseAllToAll
 from testbed.collectives.patterns import (
@@ -101,8 +102,11 @@ __all__ = [
     "ideal_arrivals_ns",
     "ideal_cct_ns",
     "incast_flows",
+    "keep_connections",
     "largest_frame_wire_bytes",
+    "merge_schedules",
     "permutation_flows",
+    "place_schedule",
     "ring_order",
     "split_over_qps",
     "wire_bytes",

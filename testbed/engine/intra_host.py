@@ -28,6 +28,7 @@ class IntraHostTransfers:
 
     Attributes:
         arrived_bytes: Payload that has arrived.
+        end_ns: When the last transfer of each of the schedule's connections arrived; 0 where none has.
     """
 
     def __init__(self, schedule: Schedule, links: IntraHostLinks | None, time_dilation: float) -> None:
@@ -36,12 +37,16 @@ class IntraHostTransfers:
         self._dilation = time_dilation
         self._begin_ns = 0.0
         self.arrived_bytes = 0
+        self._connection: list[int] = schedule.connection.tolist() if links is not None else []
+        self._start_ns: list[int] = schedule.start_ns.tolist()
+        self.end_ns = [0.0] * len(schedule.connections)
 
     def release(self, transfer: int, wall_ns: float) -> None:
-        """Let a transfer leave from ``wall_ns`` on, or from the begin where that is later."""
+        """Let a transfer leave from ``wall_ns`` on, or from its connection's start where that is later."""
         if self._model is None:
             raise ValueError(f"transfer {transfer} stays inside a host, and nothing joins the ranks of a host")
-        self._model.release(transfer, max(0.0, (wall_ns - self._begin_ns) / self._dilation))
+        start_ns = self._start_ns[self._connection[transfer]]
+        self._model.release(transfer, max(start_ns, (wall_ns - self._begin_ns) / self._dilation))
 
     def begin(self, wall_ns: float) -> None:
         """Count time from ``wall_ns`` on."""
@@ -59,6 +64,7 @@ class IntraHostTransfers:
             for time_ns, transfer in self._model.arrivals((until_wall_ns - self._begin_ns) / self._dilation):
                 latest = self._begin_ns + time_ns * self._dilation
                 self.arrived_bytes += self._nbytes[transfer]
+                self.end_ns[self._connection[transfer]] = latest
                 progress.record_inside(transfer, latest)
         return latest
 

@@ -125,6 +125,8 @@ class IterationResult:
         wall_together_ns: From release to the tick that saw the first connection's end.
         nvlink_bytes: Payload that the model of the links inside hosts carried.
         admission: What was noted about grants; None where there are none.
+        wall_inside_end_ns: From release to the last arrival of each of the schedule's connections inside hosts, shape
+            ``(schedule's connections,)``; 0 for all others.
     """
 
     wall_ns: int
@@ -137,6 +139,7 @@ class IterationResult:
     wall_together_ns: int
     nvlink_bytes: int = 0
     admission: AdmissionSamples | None = None
+    wall_inside_end_ns: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass
@@ -489,6 +492,7 @@ class TickLoop:
             wall_together_ns=together_ns - begin,
             nvlink_bytes=intra_host.arrived_bytes,
             admission=admission.finish(),
+            wall_inside_end_ns=np.maximum(np.array(intra_host.end_ns) - begin, 0.0),
         )
 
     def _gained_ns(self) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from testbed.collectives import (
     Flow,
@@ -17,18 +19,22 @@ from testbed.collectives import (
     cut_into_pieces,
     deal_over_qps,
     find_algorithm,
-    ideal_cct_ns,
+    ideal_arrivals_ns,
     incast_flows,
+    keep_connections,
     largest_frame_wire_bytes,
+    merge_schedules,
     permutation_flows,
+    place_schedule,
     ring_order,
     split_over_qps,
 )
 from testbed.errors import PlanError
 from testbed.plan.admission import forecast_admission
 from testbed.plan.dilation import choose_dilation, choose_tick_ns
+from testbed.plan.jobs import fluid_ends_ns, job_hosts, measured_sets, port_times_ns, ranks_of_hosts
 from testbed.plan.lint import find_warnings
-from testbed.plan.model import Plan, PlannedWorkload
+from testbed.plan.model import Plan, PlannedJob, PlannedWorkload
 from testbed.plan.predict import predict_cct_ratio
 from testbed.plan.qos import notification_interval_ns, response_ns
 from testbed.roce.queue_pairs import Connection, Endpoint, build_connections
@@ -41,6 +47,7 @@ from testbed.routing import (
     Route,
     RoutingSettings,
     build_tables,
+    port_rates,
     routing_scheme,
     trace_path,
     trace_routes,
@@ -56,6 +63,7 @@ from testbed.scenario import (
     UdpSourcePort,
     Workload,
     expand_sizes,
+    job_rounds,
 )
 from testbed.scenario.rules import MAX_CONNECTIONS
 from testbed.topology import LinkSpec, RankMap, Topology, build_clos, build_star
@@ -73,12 +81,27 @@ DYNAMIC_PIECE_BYTES = 512 * 1024
 
 
 class _Traffic(NamedTuple):
-    """A workload item as a schedule, the ranks that take part, busbw / algbw, and where each flow's connection is."""
+    """A workload item as a schedule, the ranks that take part, busbw / algbw, and where each flow's connection is.
+
+    Of several jobs at once: what each of them sends, and where its connections are.
+    """
 
     schedule: Schedule
     order: tuple[int, ...]
     traffic_factor: float
     flow_order: tuple[int, ...] = ()
+    jobs: tuple[_JobTraffic, ...] = ()
+
+
+class _JobTraffic(NamedTuple):
+    """What one of several jobs sends, and its connections among those of all."""
+
+    name: str
+    item: Workload
+    hosts: tuple[int, ...]
+    start_ns: int
+    traffic: _Traffic
+    connections: npt.NDArray[np.int64]
 
 
 class _Sent(NamedTuple):
@@ -145,9 +168,7 @@ def compile_plan(
     """
     topology = build_topology(scenario)
     items = [
-        (index, one_size, _spread_over_qps(_build_traffic(one_size, scenario), scenario, topology))
-        for index, item in enumerate(scenario.workload)
-        for one_size in expand_sizes(item)
+        (index, item, _spread_over_qps(traffic, scenario, topology)) for index, item, traffic in _all_traffic(scenario)
     ]
     if not items:
         raise PlanError("the workload is empty")
@@ -162,7 +183,11 @@ def compile_plan(
             traffic=tuple(_demands(sent, topology) for _, _, sent in items),
         ),
     )
-    workloads = tuple(_plan_workload(index, item, sent, scenario, topology, tables) for index, item, sent in items)
+    workloads = tuple(
+        planned
+        for index, item, sent in items
+        for planned in _plan_workload(index, item, sent, scenario, topology, tables)
+    )
 
     frame_bits = 8 * (frame_bytes(Opcode.WRITE_MIDDLE, scenario.transport.mtu_bytes) + LINK_OVERHEAD_BYTES)
     offered, hops, most_senders = 0.0, 1.0, 1
@@ -217,24 +242,81 @@ def compile_plan(
     return replace(plan, warnings=find_warnings(plan))
 
 
-def _build_traffic(item: Workload, scenario: Scenario) -> _Traffic:
+def _all_traffic(scenario: Scenario) -> Iterator[tuple[int, Workload, _Traffic]]:
+    """Yield what is run one after the other, each as the number of its item, an item and its traffic."""
+    for index, item in enumerate(scenario.workload):
+        for one_size in expand_sizes(item):
+            yield index, one_size, _build_traffic(one_size, scenario)
+    if scenario.jobs:
+        hosts = job_hosts(scenario)
+        for index, items in job_rounds(scenario.jobs):
+            yield index, items[0], _merge_jobs(items, hosts, scenario)
+
+
+def _build_traffic(item: Workload, scenario: Scenario, hosts: Sequence[int] | None = None) -> _Traffic:
     """Return the schedule of a workload item, the ranks that take part in order, and busbw / algbw.
 
     Slices below a packet would only add headers: where chunks are small they are cut into fewer. Connections inside hosts
     have the last numbers.
+
+    Args:
+        item: The item, of one size.
+        scenario: The scenario.
+        hosts: Those of its job, rank 0's first; None for a workload on all hosts.
     """
-    traffic = _collective(item, scenario) if isinstance(item, CollectiveWorkload) else _pattern(item, scenario)
-    inside = build_intra_host_links(scenario).find_connections(traffic.schedule)
-    pairs = traffic.schedule.connections
+    nranks = scenario.fabric.nranks
+    ranks = tuple(range(nranks)) if hosts is None else ranks_of_hosts(scenario, hosts)
+    traffic = (
+        _collective(item, scenario, ranks)
+        if isinstance(item, CollectiveWorkload)
+        else _pattern(item, scenario, len(ranks))
+    )
+    schedule, place = _in_order(place_schedule(traffic.schedule, ranks, nranks), scenario)
+    return traffic._replace(schedule=schedule, order=tuple(ranks[rank] for rank in traffic.order), flow_order=place)
+
+
+def _in_order(schedule: Schedule, scenario: Scenario) -> tuple[Schedule, tuple[int, ...]]:
+    """Return a schedule with its connections in the order of their senders, those inside hosts last, and where each is then."""
+    inside = build_intra_host_links(scenario).find_connections(schedule)
+    pairs = schedule.connections
     ranked = sorted(range(len(pairs)), key=lambda index: (bool(inside[index]), pairs[index]))
     place = {index: number for number, index in enumerate(ranked)}
-    order = tuple(place[index] for index in range(len(pairs)))
-    return traffic._replace(schedule=traffic.schedule.sorted_by_sender(last=inside), flow_order=order)
+    return schedule.sorted_by_sender(last=inside), tuple(place[index] for index in range(len(pairs)))
 
 
-def _collective(item: CollectiveWorkload, scenario: Scenario) -> _Traffic:
+def _merge_jobs(items: Sequence[Workload], hosts: Sequence[tuple[int, ...]], scenario: Scenario) -> _Traffic:
+    """Return what all jobs send at the same time, as one schedule."""
+    parts = [_build_traffic(item, scenario, of_job) for item, of_job in zip(items, hosts, strict=True)]
+    schedule, place = _in_order(
+        merge_schedules(
+            [
+                replace(part.schedule, start_ns=part.schedule.start_ns + job.start_ns)
+                for part, job in zip(parts, scenario.jobs, strict=True)
+            ]
+        ),
+        scenario,
+    )
+    first = np.cumsum([0, *(len(part.schedule.connections) for part in parts)]).tolist()
+    jobs = tuple(
+        _JobTraffic(job.name, item, on, job.start_ns, part, np.array(place[begin:end], np.int64))
+        for job, item, on, part, begin, end in zip(
+            scenario.jobs, items, hosts, parts, first[:-1], first[1:], strict=True
+        )
+    )
+    order = tuple(rank for part in parts for rank in part.order)
+    return _Traffic(schedule, order, 1.0, jobs=jobs)
+
+
+def _collective(item: CollectiveWorkload, scenario: Scenario, ranks: Sequence[int]) -> _Traffic:
+    """Return the traffic of a collective among some ranks of the fabric, numbered in their order."""
     kind = item.order if isinstance(item.order, tuple) else str(item.order)
-    order = ring_order(kind, scenario.fabric.rank_counts, np.random.default_rng([scenario.seed, _ORDER_STREAM]))
+    # Ranks are numbered rack after rack for the order, whatever the order of a job's hosts.
+    by_leaf = [[number for number, rank in enumerate(ranks) if rank in leaf] for leaf in _ranks_of_leaves(scenario)]
+    racked = [number for leaf in by_leaf for number in leaf]
+    counts = [len(leaf) for leaf in by_leaf]
+    order = ring_order(kind, counts, np.random.default_rng([scenario.seed, _ORDER_STREAM]))
+    if isinstance(kind, str):
+        order = tuple(racked[place] for place in order)
     algorithm = find_algorithm(str(item.collective), str(item.algorithm)).on_hosts(scenario.fabric.gpus_per_host)
     most = algorithm.chunk_bytes(item.size_bytes, len(order)) // scenario.transport.mtu_bytes
     slices = max(1, min(algorithm.slices_per_chunk(len(order)), most))
@@ -242,8 +324,13 @@ def _collective(item: CollectiveWorkload, scenario: Scenario) -> _Traffic:
     return _Traffic(schedule, order, algorithm.traffic_factor(len(order)))
 
 
-def _pattern(item: IncastWorkload | PermutationWorkload | FlowsWorkload, scenario: Scenario) -> _Traffic:
-    nranks = scenario.fabric.nranks
+def _ranks_of_leaves(scenario: Scenario) -> list[range]:
+    """Return the ranks under each leaf."""
+    ends = np.cumsum([0, *scenario.fabric.rank_counts]).tolist()
+    return [range(begin, end) for begin, end in itertools.pairwise(ends)]
+
+
+def _pattern(item: IncastWorkload | PermutationWorkload | FlowsWorkload, scenario: Scenario, nranks: int) -> _Traffic:
     if isinstance(item, IncastWorkload):
         flows = incast_flows(item.fan_in, item.size_bytes)
         total = item.size_bytes
@@ -306,7 +393,8 @@ def _demands(sent: _Sent, topology: Topology) -> tuple[Demand, ...]:
 
 def _plan_workload(
     index: int, item: Workload, sent: _Sent, scenario: Scenario, topology: Topology, tables: ForwardingTables
-) -> PlannedWorkload:
+) -> list[PlannedWorkload]:
+    """Return a workload item with its paths and times; of jobs every set of them that is to be run."""
     mtu = scenario.transport.mtu_bytes
     traffic, schedule, pieces, connections = sent
     paths = tuple(trace_connection(connection, topology, tables) for connection in connections)
@@ -342,17 +430,100 @@ def _plan_workload(
         qps_per_connection=scenario.transport.qps_per_connection,
         admission=admission,
     )
-    return replace(planned, ideal_cct_ns=_ideal_cct_ns(planned, topology, scenario, 0))
+    if not traffic.jobs:
+        return [replace(planned, ideal_cct_ns=_ideal_cct_ns(planned, topology, scenario, 0))]
+    alone = [_plan_job(job, sent, planned, scenario, topology) for job in traffic.jobs]
+    return [
+        _run_together(planned, [alone[job] for job in jobs], topology, scenario) for jobs in measured_sets(scenario)
+    ]
+
+
+def _plan_job(
+    job: _JobTraffic, sent: _Sent, planned: PlannedWorkload, scenario: Scenario, topology: Topology
+) -> PlannedJob:
+    """Return one job as it would be alone, on the paths that it has among all."""
+    messages = sent.traffic.schedule
+    ideal_ns = _ideal_arrivals_ns(planned, topology, scenario, 0)[np.isin(messages.connection, job.connections)]
+    schedule = job.traffic.schedule
+    inside = build_intra_host_links(scenario).find_connections(schedule)
+    ways = _ways_of_messages(sent, planned.routes, scenario)
+    networked = [ways[connection] for connection in job.connections[~inside].tolist()]
+    return PlannedJob(
+        name=job.name,
+        workload=job.item,
+        order=job.traffic.order,
+        hosts=job.hosts,
+        start_ns=job.start_ns,
+        connections=job.connections,
+        ideal_cct_ns=float(ideal_ns.max()) - job.start_ns,
+        predicted_cct_ratio=predict_cct_ratio(
+            topology,
+            schedule,
+            networked,
+            scenario.fabric.nvlink.rate_bits_per_s,
+            shares_follow_rates=sent.pieces is not None,
+        ),
+        traffic_factor=job.traffic.traffic_factor,
+        nvlink_bytes=int(schedule.nbytes[inside[schedule.connection]].sum()),
+        flow_order=job.traffic.flow_order,
+    )
+
+
+def _run_together(
+    planned: PlannedWorkload, jobs: Sequence[PlannedJob], topology: Topology, scenario: Scenario
+) -> PlannedWorkload:
+    """Return the workload with these jobs alone; the queue pairs of others are there and send nothing."""
+    mine = np.isin(np.arange(len(planned.messages.connections)), np.concatenate([job.connections for job in jobs]))
+    together = replace(
+        planned,
+        messages=keep_connections(planned.messages, mine),
+        schedule=keep_connections(planned.schedule, _qps_of(mine, planned)),
+        pieces=None if planned.pieces is None else keep_connections(planned.pieces, mine),
+    )
+    rates, loads, starts = port_rates(topology), [], [float(job.start_ns) for job in jobs]
+    for job in jobs:
+        of_job = _qps_of(np.isin(np.arange(len(mine)), job.connections), planned)
+        loads.append(port_times_ns(keep_connections(planned.schedule, of_job), planned.routes, rates))
+    ends = fluid_ends_ns([times for times, _ in loads], [nbytes for _, nbytes in loads], starts)
+    beside = []
+    for job, (times, _), start, end in zip(jobs, loads, starts, ends, strict=True):
+        slowdown = (end - start) / max(times.values()) if times else 1.0
+        beside.append(replace(job, predicted_cct_ratio=job.predicted_cct_ratio * max(1.0, slowdown)))
+    ideal_ns = max(job.start_ns + job.ideal_cct_ns for job in beside)
+    expected_ns = max(job.start_ns + job.ideal_cct_ns * job.predicted_cct_ratio for job in beside)
+    return replace(
+        together,
+        workload=beside[0].workload,
+        order=tuple(rank for job in beside for rank in job.order),
+        jobs=tuple(beside),
+        ideal_cct_ns=ideal_ns,
+        predicted_cct_ratio=expected_ns / ideal_ns,
+    )
+
+
+def _qps_of(chosen: npt.NDArray[np.bool_], planned: PlannedWorkload) -> npt.NDArray[np.bool_]:
+    """Return which connections of the schedule belong to some of the messages': their queue pairs, and those inside hosts."""
+    networked = len(planned.connections) // planned.qps_per_connection
+    return np.concatenate((np.repeat(chosen[:networked], planned.qps_per_connection), chosen[networked:]))
 
 
 def _predict(sent: _Sent, routes: Sequence[Sequence[Route]], scenario: Scenario, topology: Topology) -> float:
     """Return the expected CCT over ideal, from the ways of every queue pair's packets."""
     transport = scenario.transport
     nvlink = scenario.fabric.nvlink.rate_bits_per_s
+    if sent.traffic.jobs:
+        return 1.0  # each job has its own
     if transport.qp_strategy is QpStrategy.ROUND_ROBIN:
         return predict_cct_ratio(topology, sent.schedule, routes, nvlink)
-    # A transfer that is striped, or goes piece by piece, uses all queue pairs of its connection at once.
-    qps = transport.qps_per_connection
+    together = _ways_of_messages(sent, routes, scenario)
+    return predict_cct_ratio(
+        topology, sent.traffic.schedule, together, nvlink, shares_follow_rates=sent.pieces is not None
+    )
+
+
+def _ways_of_messages(sent: _Sent, routes: Sequence[Sequence[Route]], scenario: Scenario) -> list[list[Route]]:
+    """Return the ways of each connection's bytes over all its queue pairs at once, as striped or piece by piece."""
+    qps = scenario.transport.qps_per_connection
     carried = np.zeros(len(sent.schedule.connections), np.int64)
     np.add.at(carried, sent.schedule.connection, sent.schedule.nbytes)
     together: list[list[Route]] = []
@@ -366,9 +537,7 @@ def _predict(sent: _Sent, routes: Sequence[Sequence[Route]], scenario: Scenario,
                 if carried[qp]
             ]
         )
-    return predict_cct_ratio(
-        topology, sent.traffic.schedule, together, nvlink, shares_follow_rates=sent.pieces is not None
-    )
+    return together
 
 
 def _largest_frame(schedule: Schedule, networked: int, mtu: int) -> int:
@@ -378,7 +547,14 @@ def _largest_frame(schedule: Schedule, networked: int, mtu: int) -> int:
 
 
 def _ideal_cct_ns(planned: PlannedWorkload, topology: Topology, scenario: Scenario, extra_ns: int) -> float:
-    """Return the completion time over a non-blocking core with ``extra_ns`` more latency on every path.
+    """Return the completion time over a non-blocking core with ``extra_ns`` more latency on every path."""
+    return float(_ideal_arrivals_ns(planned, topology, scenario, extra_ns).max(initial=0.0))
+
+
+def _ideal_arrivals_ns(
+    planned: PlannedWorkload, topology: Topology, scenario: Scenario, extra_ns: int
+) -> npt.NDArray[np.float64]:
+    """Return when each message arrives over a non-blocking core with ``extra_ns`` more latency on every path.
 
     It is that of the messages: how many queue pairs carry them does not change what the NICs can do.
     """
@@ -392,7 +568,7 @@ def _ideal_cct_ns(planned: PlannedWorkload, topology: Topology, scenario: Scenar
         of_messages = of_qps.reshape(-1, planned.qps_per_connection).max(axis=1)
         latency_ns[: len(of_messages)] = of_messages
     ranks = build_rank_map(scenario)
-    return ideal_cct_ns(
+    return ideal_arrivals_ns(
         messages,
         nic_rate_bits_per_s=np.array([nic.rate_bits_per_s for nic in topology.nics]),
         latency_ns=latency_ns,

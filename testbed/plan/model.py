@@ -43,6 +43,7 @@ from testbed.roce.wire import LINK_OVERHEAD_BYTES
 from testbed.routing import ForwardingTables, Path, Route
 from testbed.scenario import CollectiveWorkload, FlowsWorkload, Scenario, Workload
 from testbed.topology import NodeKind, Topology
+from testbed.units import format_size
 
 # Shapers run faster than the links they stand for: at exactly equal rates a drained token bucket never refills, and then every
 # frame waits for a timer of its own (7 µs each), which can overload the fabric's CPU for good. The engine paces NICs at the exact
@@ -65,56 +66,16 @@ _ETHERNET_HEADER_BYTES = 14
 _COUNTED_BY_SHARE = frozenset({"reduce_scatter", "all_gather", "all_to_all", "gather", "scatter"})
 
 
-@dataclass(frozen=True, eq=False)
-class PlannedWorkload:
-    """One item of the workload at one of its sizes, ready to run.
+class _Item:
+    """What is called how of a workload item that is planned.
 
     Attributes:
-        item: Index of the item in the scenario; the sizes of a sweep share it.
-        workload: The item, at this size alone.
+        workload: The item, at one size.
         order: Ranks that take part, in the order of the collective.
-        messages: What the collective asks for: its transfers before they are spread over queue pairs. Its ideal completion
-            time is the item's.
-        schedule: The transfers as they are sent, with a connection per queue pair. With `pieces`, as they would be sent if all
-            queue pairs were alike.
-        pieces: What is given to the queue pairs of each connection of `messages` as they have credit; None where `schedule`
-            says beforehand what each of them sends.
-        connections: A QP pair for each of the schedule's first connections, those between hosts. The others join ranks of
-            one host and have none.
-        paths: The path of each QP pair's data; one of several where switches spread its packets.
-        routes: All ways of each QP pair's packets, as long as it does not pause.
-        possible_routes: The same with those that it may change to after a pause (flowlets).
-        one_way_ns: Propagation and one frame time per hop of each path, shape ``(paths,)``.
-        intra_host: What carries the schedule's other connections.
-        ideal_cct_ns: Completion time over a non-blocking core.
-        predicted_cct_ratio: Expected CCT over ideal, from the forwarding tables.
-        traffic_factor: busbw / algbw: the bytes that the busiest NIC must carry each way per byte of `size_bytes`.
-        resolution_error_fraction: What a tick more of latency adds to the ideal completion time: how coarse the engine's
-            reaction is for this workload.
-        flow_order: Index of each flow's connection in `messages`, in the order in which the scenario lists the flows.
-        qps_per_connection: QP pairs that each connection of `messages` between hosts has; those of one follow each other.
-        admission: What receiver-driven admission should lead to; None without it.
     """
 
-    item: int
     workload: Workload
     order: tuple[int, ...]
-    messages: Schedule
-    schedule: Schedule
-    pieces: Schedule | None
-    connections: tuple[Connection, ...]
-    paths: tuple[Path, ...]
-    routes: tuple[tuple[Route, ...], ...]
-    possible_routes: tuple[tuple[Route, ...], ...]
-    one_way_ns: npt.NDArray[np.int64]
-    intra_host: IntraHostLinks
-    ideal_cct_ns: float
-    predicted_cct_ratio: float
-    traffic_factor: float
-    resolution_error_fraction: float
-    flow_order: tuple[int, ...] = ()
-    qps_per_connection: int = 1
-    admission: AdmissionForecast | None = None
 
     @property
     def collective_name(self) -> str:
@@ -152,6 +113,123 @@ class PlannedWorkload:
     def nranks(self) -> int:
         """Return the number of ranks that take part."""
         return len(self.order)
+
+    @property
+    def title(self) -> str:
+        """Return what is run, in words."""
+        return f"{self.collective_name} ({self.algorithm_name}) of {format_size(self.size_bytes)}"
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedJob(_Item):
+    """One job's part of what runs at the same time.
+
+    Attributes:
+        name: Of the job.
+        workload: What it runs, at one size.
+        order: Ranks of the fabric that take part, in the order of the collective.
+        hosts: Numbers of its hosts; its rank 0 is on the first.
+        start_ns: When it begins, from the beginning of the iteration.
+        connections: Its connections in `PlannedWorkload.messages`, in the order in which its own schedule has them.
+        ideal_cct_ns: Completion time over a non-blocking core.
+        predicted_cct_ratio: Expected CCT over ideal beside the other jobs.
+        traffic_factor: busbw / algbw.
+        nvlink_bytes: Payload that stays inside hosts, in an iteration.
+        flow_order: Index in ``connections`` of each flow of a pattern, in the order in which the scenario lists them.
+    """
+
+    name: str
+    workload: Workload
+    order: tuple[int, ...]
+    hosts: tuple[int, ...]
+    start_ns: int
+    connections: npt.NDArray[np.int64]
+    ideal_cct_ns: float
+    predicted_cct_ratio: float
+    traffic_factor: float
+    nvlink_bytes: int
+    flow_order: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedWorkload(_Item):
+    """One item of the workload at one of its sizes, ready to run; or one of every job, to run together.
+
+    Attributes:
+        item: Index of the item in the scenario; the sizes of a sweep share it. Of jobs all that is run.
+        workload: The item, at this size alone; of jobs the first's, whose iterations are those of all.
+        order: Ranks that take part, in the order of the collective.
+        messages: What the collective asks for: its transfers before they are spread over queue pairs. Its ideal completion
+            time is the item's.
+        schedule: The transfers as they are sent, with a connection per queue pair. With `pieces`, as they would be sent if all
+            queue pairs were alike.
+        pieces: What is given to the queue pairs of each connection of `messages` as they have credit; None where `schedule`
+            says beforehand what each of them sends.
+        connections: A QP pair for each of the schedule's first connections, those between hosts. The others join ranks of
+            one host and have none.
+        paths: The path of each QP pair's data; one of several where switches spread its packets.
+        routes: All ways of each QP pair's packets, as long as it does not pause.
+        possible_routes: The same with those that it may change to after a pause (flowlets).
+        one_way_ns: Propagation and one frame time per hop of each path, shape ``(paths,)``.
+        intra_host: What carries the schedule's other connections.
+        ideal_cct_ns: Completion time over a non-blocking core.
+        predicted_cct_ratio: Expected CCT over ideal, from the forwarding tables.
+        traffic_factor: busbw / algbw: the bytes that the busiest NIC must carry each way per byte of `size_bytes`.
+        resolution_error_fraction: What a tick more of latency adds to the ideal completion time: how coarse the engine's
+            reaction is for this workload.
+        flow_order: Index of each flow's connection in `messages`, in the order in which the scenario lists the flows.
+        qps_per_connection: QP pairs that each connection of `messages` between hosts has; those of one follow each other.
+        admission: What receiver-driven admission should lead to; None without it.
+        jobs: The jobs that run at the same time; empty where the scenario has none.
+    """
+
+    item: int
+    workload: Workload
+    order: tuple[int, ...]
+    messages: Schedule
+    schedule: Schedule
+    pieces: Schedule | None
+    connections: tuple[Connection, ...]
+    paths: tuple[Path, ...]
+    routes: tuple[tuple[Route, ...], ...]
+    possible_routes: tuple[tuple[Route, ...], ...]
+    one_way_ns: npt.NDArray[np.int64]
+    intra_host: IntraHostLinks
+    ideal_cct_ns: float
+    predicted_cct_ratio: float
+    traffic_factor: float
+    resolution_error_fraction: float
+    flow_order: tuple[int, ...] = ()
+    qps_per_connection: int = 1
+    admission: AdmissionForecast | None = None
+    jobs: tuple[PlannedJob, ...] = ()
+
+    @property
+    def rows(self) -> tuple[PlannedWorkload | PlannedJob, ...]:
+        """Return what has a row of its own in the results: each job, or the item."""
+        return self.jobs or (self,)
+
+    @property
+    def collective_name(self) -> str:
+        """Return the collective or the pattern; of jobs what any of them runs."""
+        return "+".join(dict.fromkeys(job.collective_name for job in self.jobs)) or super().collective_name
+
+    @property
+    def algorithm_name(self) -> str:
+        """Return the algorithm; of jobs that of any of them."""
+        return "+".join(dict.fromkeys(job.algorithm_name for job in self.jobs)) or super().algorithm_name
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the size that algbw refers to; of jobs the largest."""
+        return max((job.size_bytes for job in self.jobs), default=0) or super().size_bytes
+
+    @property
+    def title(self) -> str:
+        """Return what is run, in words."""
+        if not self.jobs:
+            return super().title
+        return "; ".join(f"job {job.name}: {job.title}" for job in self.jobs)
 
     @property
     def nvlink_bytes(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from testbed.plan.admission import forecast_peak_bytes
-from testbed.plan.model import Plan, PlannedWorkload
+from testbed.plan.model import Plan, PlannedJob, PlannedWorkload
 from testbed.plan.operations import CreateLink, Operation
 from testbed.routing import find_collisions, link_loads
 from testbed.topology import NodeKind, Topology, format_address
@@ -228,24 +228,7 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
             }
             for link in topology.links
         ],
-        "workloads": [
-            {
-                "collective": planned.collective_name,
-                "algorithm": planned.algorithm_name,
-                "size_bytes": planned.size_bytes,
-                "nranks": planned.nranks,
-                "iters": planned.workload.iters,
-                "warmup_iters": planned.workload.warmup_iters,
-                "connections": len(planned.connections),
-                "transfers": len(planned.schedule.nbytes),
-                "nvlink_bytes": planned.nvlink_bytes,
-                "cct_ideal_ns": planned.ideal_cct_ns,
-                "predicted_cct_ratio": planned.predicted_cct_ratio,
-                "wall_duration_ns": expected_wall_ns(plan, planned),
-                "admission": _describe_admission(plan, planned),
-            }
-            for planned in plan.workloads
-        ],
+        "workloads": [_describe_row(plan, planned, row) for planned in plan.workloads for row in planned.rows],
         "switches": _describe_switches(plan),
         "retransmit_timeout_ns": plan.retransmit_timeout_ns,
         "warnings": list(plan.warnings),
@@ -263,6 +246,29 @@ def _describe_admission(plan: Plan, planned: PlannedWorkload) -> dict[str, Any] 
     """Return what receiver-driven admission should lead to; None without it."""
     found = planned.admission
     return {**asdict(found), "peak_bound_bytes": forecast_peak_bytes(plan, planned)} if found else None
+
+
+def _describe_row(plan: Plan, planned: PlannedWorkload, row: PlannedWorkload | PlannedJob) -> dict[str, Any]:
+    """Return a workload item, or one of the jobs that run at the same time, whose connections and transfers are those of all."""
+    job = row if isinstance(row, PlannedJob) else None
+    return {
+        "job": job.name if job else None,
+        "hosts": list(job.hosts) if job else None,
+        "beside": [other.name for other in planned.jobs if other is not job] if job else None,
+        "collective": row.collective_name,
+        "algorithm": row.algorithm_name,
+        "size_bytes": row.size_bytes,
+        "nranks": row.nranks,
+        "iters": planned.workload.iters,
+        "warmup_iters": planned.workload.warmup_iters,
+        "connections": len(planned.connections),
+        "transfers": len(planned.schedule.nbytes),
+        "nvlink_bytes": row.nvlink_bytes,
+        "cct_ideal_ns": row.ideal_cct_ns,
+        "predicted_cct_ratio": row.predicted_cct_ratio,
+        "wall_duration_ns": expected_wall_ns(plan, planned),
+        "admission": _describe_admission(plan, planned),
+    }
 
 
 def _describe_switches(plan: Plan) -> list[dict[str, Any]]:

@@ -148,6 +148,11 @@ class CollectiveResult:
         flows: Each flow of a pattern of flows, in the order of the file; empty for collectives.
         jain_fraction: Jain's index of what the flows delivered per second while all ran; None without flows.
         nvlink_bytes: Payload of an iteration that stayed inside hosts. A model of NVLink carried it, no packets.
+        job: Name of the job, where several run at once; `fabric`, `fidelity` and `nvlink_bytes` are then those of all that ran.
+        hosts: Numbers of the job's hosts.
+        beside: The jobs that ran at the same time; empty where it ran alone.
+        slowdown: Median of `cct_ns` over that of the job alone, measured in the same run; None where it did not run alone.
+        slowdown_by: What each other job alone costs it, by name: the same ratio of the run of both. Empty where not measured.
     """
 
     collective: str
@@ -168,6 +173,11 @@ class CollectiveResult:
     flows: tuple[FlowResult, ...] = ()
     jain_fraction: float | None = None
     nvlink_bytes: int | None = None
+    job: str | None = None
+    hosts: tuple[int, ...] = ()
+    beside: tuple[str, ...] = ()
+    slowdown: float | None = None
+    slowdown_by: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_samples(
@@ -187,6 +197,9 @@ class CollectiveResult:
         fidelity: Fidelity | None = None,
         flows: tuple[FlowResult, ...] = (),
         nvlink_bytes: int | None = None,
+        job: str | None = None,
+        hosts: tuple[int, ...] = (),
+        beside: tuple[str, ...] = (),
     ) -> Self:
         """Return the result with every figure that follows from the samples; None where there are none.
 
@@ -205,6 +218,9 @@ class CollectiveResult:
             fidelity: See there.
             flows: See there.
             nvlink_bytes: See there.
+            job: See there.
+            hosts: See there.
+            beside: See there.
 
         Source:
             nccl-tests, doc/PERFORMANCE.md (algbw and busbw).
@@ -229,6 +245,9 @@ class CollectiveResult:
             flows=flows,
             jain_fraction=jain_index([flow.together_bytes_per_s for flow in flows]),
             nvlink_bytes=nvlink_bytes,
+            job=job,
+            hosts=hosts,
+            beside=beside,
         )
 
 
@@ -371,6 +390,8 @@ class Result:
                         fabric=_load(FabricCounts, row.get("fabric", {})),
                         fidelity=_load_fidelity(row.get("fidelity")),
                         flows=tuple(_load(FlowResult, flow) for flow in row.get("flows", ())),
+                        hosts=tuple(row.get("hosts", ())),
+                        beside=tuple(row.get("beside", ())),
                     )
                     for row in fields["results"]
                 ),

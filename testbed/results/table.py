@@ -38,6 +38,14 @@ _COLUMNS = (
 )
 
 
+# Where jobs run at once.
+_JOB_COLUMNS = (
+    _Column("job", "", left=True),
+    _Column("beside", "", left=True),
+    _Column("slowdown", "(time/alone)"),
+)
+
+
 def render_table(rows: Sequence[CollectiveResult], comments: Sequence[str] = ()) -> str:
     """Return the results as text for people and for scripts that skip lines beginning with ``#``.
 
@@ -48,22 +56,28 @@ def render_table(rows: Sequence[CollectiveResult], comments: Sequence[str] = ())
     Returns:
         Comment lines, a header row, a units row and one row per result, each ended by a newline. All figures
         are emulated; ``time`` is the median over the iterations, 1 GB is 10^9 bytes; ``-`` stands for what
-        was not measured. ``verdict`` says whether this machine could be trusted with that row.
+        was not measured. ``verdict`` says whether this machine could be trusted with that row. Rows of jobs begin with the job,
+        those that ran beside it and what they cost it.
 
     Source:
         nccl-tests, src/util.cu (the columns and their units).
     """
-    cells = [[column.name for column in _COLUMNS], [column.unit for column in _COLUMNS]]
-    cells += [_cells(row) for row in rows]
-    widths = [max(len(line[index]) for line in cells) for index in range(len(_COLUMNS))]
+    columns = _COLUMNS if all(row.job is None for row in rows) else (*_JOB_COLUMNS, *_COLUMNS)
+    cells = [[column.name for column in columns], [column.unit for column in columns]]
+    cells += [_cells(row) if columns is _COLUMNS else [*_job_cells(row), *_cells(row)] for row in rows]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     lines = [f"# {comment}".rstrip() for comment in comments]
     for number, line in enumerate(cells):
         padded = [
             cell.ljust(width) if column.left else cell.rjust(width)
-            for cell, width, column in zip(line, widths, _COLUMNS, strict=True)
+            for cell, width, column in zip(line, widths, columns, strict=True)
         ]
         lines.append((("# " if number < 2 else "  ") + "  ".join(padded)).rstrip())
     return "\n".join(lines) + "\n"
+
+
+def _job_cells(row: CollectiveResult) -> list[str]:
+    return [row.job or UNMEASURED, ",".join(row.beside) or UNMEASURED, _scaled(row.slowdown, 1, 4)]
 
 
 def _cells(row: CollectiveResult) -> list[str]:

@@ -1,7 +1,8 @@
 """The scenario: file format, defaults, and all mistakes of a file at once."""
 
 from testbed.scenario.congestion import CongestionControl
-from testbed.scenario.expect import FLOW_METRIC, Expectation, Verdict, evaluate, parse_expectation
+from testbed.scenario.expect import FLOW_METRIC, JOB_METRIC, Expectation, Verdict, evaluate, parse_expectation
+from testbed.scenario.jobs import job_host_counts, job_rounds
 from testbed.scenario.load import load_scenario
 from testbed.scenario.loss import LinkLoss, LostFrames
 from testbed.scenario.model import (
@@ -15,10 +16,13 @@ from testbed.scenario.model import (
     Flow,
     FlowsWorkload,
     IncastWorkload,
+    Job,
     Link,
     LossRecovery,
+    MeasuredJobs,
     Pattern,
     PermutationWorkload,
+    Placement,
     QpStrategy,
     RankOrder,
     Scenario,
@@ -35,6 +39,7 @@ from testbed.scenario.sweep import expand_sizes
 
 __all__ = [
     "FLOW_METRIC",
+    "JOB_METRIC",
     "AdmissionScheme",
     "Algorithm",
     "Carrier",
@@ -48,12 +53,15 @@ __all__ = [
     "Flow",
     "FlowsWorkload",
     "IncastWorkload",
+    "Job",
     "Link",
     "LinkLoss",
     "LossRecovery",
     "LostFrames",
+    "MeasuredJobs",
     "Pattern",
     "PermutationWorkload",
+    "Placement",
     "QpStrategy",
     "RankOrder",
     "Scenario",
@@ -67,6 +75,8 @@ __all__ = [
     "Workload",
     "evaluate",
     "expand_sizes",
+    "job_host_counts",
+    "job_rounds",
     "load_scenario",
     "parse_expectation",
     "render_json_schema",

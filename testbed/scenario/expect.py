@@ -8,6 +8,7 @@
     cct_ratio <= 1.05
     cct_ns < 3 ms
     busbw_bytes_per_s >= 40 GB/s
+    job.trainer.cct_ratio <= 1.1
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Expectation:
     """One readable line of ``expect:``.
 
     Attributes:
-        metric: Key of the result, such as ``cct_ratio``; its name ends in its unit.
+        metric: Key of the result, such as ``cct_ratio``; its name ends in its unit. Of one job: ``job.NAME.cct_ratio``.
         operator: ``==``, ``!=``, ``<=``, ``<``, ``>=`` or ``>``.
         value: The number to compare with, in the metric's unit.
         text: The line as it was written.
@@ -96,11 +97,15 @@ METRICS: dict[str, Callable[[str], Fraction]] = {
     "cts_repeated_frames": parse_number,
     "cts_delay_p50_ns": _parse_time_value,
     "cts_delay_p99_ns": _parse_time_value,
+    "slowdown": parse_fraction,
 }
 """Every metric that may be named, and how its number is read."""
 
 FLOW_METRIC = re.compile(r"flow_([0-9]{1,4})_bytes_per_s", re.ASCII)
 """What a flow of a pattern delivered per second while all flows ran; the number is its place in the file, from 0."""
+
+JOB_METRIC = re.compile(r"job\.([A-Za-z][A-Za-z0-9_-]*)\.([a-z0-9_]+)", re.ASCII)
+"""A metric of one job: its name, and the metric."""
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "==": operator.eq,
@@ -111,7 +116,7 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
 }
 
-_LINE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*([=!<>]{1,2})\s*(.+?)\s*", re.ASCII)
+_LINE = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_.-]*)\s*([=!<>]{1,2})\s*(.+?)\s*", re.ASCII)
 _MAX_LINE = 200
 
 
@@ -128,12 +133,14 @@ def parse_expectation(text: str) -> Expectation:
     if match is None:
         raise ExpectationError('must be a line such as "cct_ratio <= 1.05"', "write: metric, comparison, number")
     metric, symbol, number = match[1], match[2], match[3]
-    if FLOW_METRIC.fullmatch(metric):
+    job = JOB_METRIC.fullmatch(metric)
+    figure = job[2] if job else metric
+    if FLOW_METRIC.fullmatch(figure):
         read: Callable[[str], Fraction] = parse_byte_rate
-    elif metric in METRICS:
-        read = METRICS[metric]
+    elif figure in METRICS:
+        read = METRICS[figure]
     else:
-        near = difflib.get_close_matches(metric, METRICS, n=1)
+        near = difflib.get_close_matches(figure, METRICS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"metrics: {', '.join(METRICS)}"
         raise ExpectationError("names no metric of the result", hint)
     if symbol not in OPERATORS:

@@ -149,6 +149,14 @@ class Placement(StrEnum):
     RANDOM = "random"
 
 
+class MeasuredJobs(StrEnum):
+    """Which sets of jobs are run."""
+
+    TOGETHER = "together"
+    ALONE = "alone"
+    PAIRS = "pairs"
+
+
 class Pattern(StrEnum):
     """Traffic patterns beside collectives."""
 
@@ -554,16 +562,38 @@ _ONE_WORKLOAD = {"collective": "all_reduce", "size": "64 MiB"}
 
 
 class Job(_Section):
-    """Ranks on some of the hosts, with a workload of their own."""
+    """Ranks on some of the hosts, with a workload of their own.
 
-    name: Annotated[str, kinds.text(40)] = _key("name", "Name of the job.", example="job")
+    Ranks count from 0 within the job, GPU by GPU over its hosts: ascending, or as `placement` lists them.
+    """
+
+    name: Annotated[
+        str, kinds.text(40, r"[A-Za-z][A-Za-z0-9_-]*", "must be a name of letters, digits, dashes, at most 40 long")
+    ] = _key("name", "Name of the job, by which `expect` calls its figures: `job.NAME.cct_ratio`.", example="job")
     placement: Annotated[Placement | tuple[int, ...], _PLACEMENT] = _key(
-        "placement", "Which hosts it runs on.", default="packed"
+        "placement",
+        "Which hosts it runs on, of those that the jobs before it and all lists leave free: packed fills rack after rack, "
+        "random draws from the scenario's seed, fragmented takes halves of racks, such that the two jobs of a rack send to the "
+        "same half of the next racks, the worst that a scheduler can leave to pinning; or a list of host numbers.",
+        default="packed",
     )
     hosts: Annotated[int | None, kinds.integer(1, MAX_HOSTS)] = _key(
-        "hosts", "On how many hosts it runs.", default=None
+        "hosts",
+        "On how many hosts it runs. Default: as many as a list names, else an equal share of the fabric's hosts.",
+        default=None,
     )
-    workload: tuple[Workload, ...] = _list_key("workload", "What it runs.", required=True, example=[_ONE_WORKLOAD])
+    start_ns: Annotated[int, _TIME] = _key(
+        "start",
+        "When it starts, from the beginning of an iteration; its completion time counts from there.",
+        default="0 ns",
+    )
+    workload: tuple[Workload, ...] = _list_key(
+        "workload",
+        "What it runs: as `workload`, with its own ranks. The items of all jobs run in rounds: the first of each, then the "
+        "second of each. A job with a single item runs it in every round.",
+        required=True,
+        example=[_ONE_WORKLOAD],
+    )
 
 
 class LinkRate(_Section):
@@ -611,12 +641,23 @@ class Scenario(_Section):
     routing: Routing = _key("routing", "How switches choose among equal paths.", default={})
     transport: Transport = _key("transport", "RoCEv2 as NICs and library set it up.", default={})
     workload: tuple[Workload, ...] = _list_key(
-        "workload", "What runs, one item after the other; at least one.", required=True, example=[_ONE_WORKLOAD]
+        "workload",
+        "What runs, one item after the other; at least one, unless there are `jobs`.",
+        required=True,
+        example=[_ONE_WORKLOAD],
     )
     jobs: tuple[Job, ...] = _list_key(
         "jobs",
-        "Several workloads at once, each on its own hosts.",
+        "Several workloads at once, each on its own hosts; instead of `workload`. All begin every iteration together, or at "
+        "their `start`, and the next begins when all have ended.",
         example=[{"name": "a", "workload": [_ONE_WORKLOAD]}],
+    )
+    measure_jobs: Annotated[MeasuredJobs, kinds.choice(MeasuredJobs)] = _key(
+        "measure_jobs",
+        "What is run of several jobs: together all at once; alone also each job by itself, over the same queue pairs and "
+        "paths, so that its `slowdown` is known; pairs also each two of them, so that it is known which job costs which how "
+        "much.",
+        default="together",
     )
     faults: tuple[Fault, ...] = _list_key(
         "faults",
@@ -643,6 +684,12 @@ class Scenario(_Section):
             return data
         seed = data.get("seed", cls.model_fields["seed"].default)
         return {**data, "routing": {"hash_seed": seed, **data.get("routing", {})}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_workload(cls, data: Any) -> Any:
+        """Let jobs stand for the workload."""
+        return {"workload": [], **data} if isinstance(data, Mapping) and data.get("jobs") else data
 
     @property
     def collectives(self) -> tuple[CollectiveWorkload, ...]:

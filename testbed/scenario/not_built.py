@@ -51,7 +51,6 @@ NOT_BUILT = (
     NotBuilt("transport.carrier", among("rxe"), "the kernel's soft-RoCE as a carrier"),
     NotBuilt("transport.carrier", among("tcp"), "kernel TCP as a carrier"),
     NotBuilt("transport.loss_recovery", among("selective"), "selective retransmission"),
-    NotBuilt("jobs", filled, "several jobs at once"),
     NotBuilt("faults", filled, "faults while traffic runs"),
 )
 

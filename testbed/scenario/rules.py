@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from testbed.scenario.expect import JOB_METRIC
+from testbed.scenario.jobs import job_host_counts, job_rounds
 from testbed.scenario.keypath import KeyPath
 from testbed.scenario.model import (
     MAX_HOSTS,
@@ -21,8 +23,11 @@ from testbed.scenario.model import (
     FabricKind,
     FlowsWorkload,
     IncastWorkload,
+    Job,
+    MeasuredJobs,
     PermutationWorkload,
     Scenario,
+    Workload,
 )
 from testbed.scenario.sweep import MAX_SIZES, count_sizes
 from testbed.units import format_size, format_time
@@ -68,6 +73,8 @@ def find_violations(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         _check_timely,
         _check_admission,
         _check_workload,
+        _check_jobs,
+        _check_expectations,
     ):
         yield from check(scenario, valid)
 
@@ -187,16 +194,98 @@ def _check_timeout(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
 def _check_workload(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     if valid(("workload",)) and not scenario.workload and not scenario.jobs:
         yield Violation(("workload",), "must have at least one item", "add {collective: all_reduce, size: 64 MiB}")
-    for index, item in enumerate(scenario.workload):
-        path: KeyPath = ("workload", index)
+    if valid(("workload",), ("jobs",)) and scenario.workload and scenario.jobs:
+        yield Violation(("workload",), "must not stand beside jobs", "move it into a job of its own")
+    nranks = scenario.fabric.nranks
+    yield from _check_items(scenario, scenario.workload, ("workload",), nranks, valid)
+
+
+def _check_items(
+    scenario: Scenario, items: Sequence[Workload], place: KeyPath, nranks: int, valid: Valid
+) -> Iterator[Violation]:
+    """Yield what is wrong with the items of the workload, or of a job, which has ``nranks`` ranks."""
+    for index, item in enumerate(items):
+        path: KeyPath = (*place, index)
         if not isinstance(item, FlowsWorkload):
             yield from _check_sweep(item, path, valid)
         if isinstance(item, CollectiveWorkload):
-            yield from _check_collective(scenario, item, path, valid)
+            yield from _check_collective(scenario, item, path, nranks, valid)
         elif isinstance(item, IncastWorkload):
-            yield from _check_incast(scenario, item, path, valid)
+            yield from _check_incast(item, path, nranks, valid)
         elif isinstance(item, FlowsWorkload):
-            yield from _check_flows(scenario, item, path, valid)
+            yield from _check_flows(item, path, nranks, valid)
+
+
+_JOBS: KeyPath = ("jobs",)
+
+
+def _check_jobs(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    if not valid(_JOBS, _KIND, _LEAVES, _HOSTS, _GPUS):
+        return
+    measured: KeyPath = ("measure_jobs",)
+    if valid(measured) and scenario.measure_jobs is not MeasuredJobs.TOGETHER and len(scenario.jobs) < 2:
+        yield Violation(measured, "needs at least two jobs", "add `jobs`, or remove it")
+    counts = job_host_counts(scenario)
+    names = Counter(job.name for job in scenario.jobs)
+    seen: set[int] = set()
+    for index, (job, hosts) in enumerate(zip(scenario.jobs, counts, strict=True)):
+        path: KeyPath = (*_JOBS, index)
+        if names[job.name] > 1:
+            yield Violation((*path, "name"), "must be that of one job alone")
+        if not job.workload:
+            yield Violation((*path, "workload"), "must have at least one item")
+        if isinstance(job.placement, tuple):
+            yield from _check_placement(scenario, job, path, seen)
+            seen |= set(job.placement)
+        nranks = hosts * scenario.fabric.gpus_per_host
+        if nranks < 2:
+            yield Violation((*path, "hosts"), f"must give the job at least 2 ranks, not {nranks}")
+        else:
+            yield from _check_items(scenario, job.workload, (*path, "workload"), nranks, valid)
+    if sum(counts) > scenario.fabric.nhosts:
+        rule = f"must need at most the {scenario.fabric.nhosts} hosts of the fabric together, not {sum(counts)}"
+        yield Violation(_JOBS, rule, "give jobs fewer `hosts`")
+    yield from _check_rounds(scenario)
+
+
+def _check_placement(scenario: Scenario, job: Job, path: KeyPath, taken: set[int]) -> Iterator[Violation]:
+    listed = job.placement
+    assert isinstance(listed, tuple)
+    place = (*path, "placement")
+    if job.hosts is not None and job.hosts != len(listed):
+        yield Violation((*path, "hosts"), f"must be as many as placement lists, {len(listed)}", "remove it")
+    if beyond := [host for host in listed if host >= scenario.fabric.nhosts]:
+        yield Violation(place, f"must name hosts from 0 to {scenario.fabric.nhosts - 1}, not {beyond[0]}")
+    if repeated := [host for host, count in Counter(listed).items() if count > 1]:
+        yield Violation(place, f"must name a host once, not host {repeated[0]} again")
+    if both := sorted(taken & set(listed)):
+        yield Violation(place, f"must not name a host of another job, as host {both[0]} is")
+
+
+def _check_rounds(scenario: Scenario) -> Iterator[Violation]:
+    """Yield what keeps the items of jobs from running together."""
+    try:
+        rounds = job_rounds(scenario.jobs)
+    except ValueError as error:
+        yield Violation(_JOBS, str(error))
+        return
+    for _, items in rounds:
+        if len({(item.iters, item.warmup_iters) for item in items}) > 1:
+            rule = "must give items that run together the same iters and warmup_iters: an iteration is one of all jobs"
+            yield Violation(_JOBS, rule)
+            return
+
+
+def _check_expectations(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    names = [job.name for job in scenario.jobs]
+    for index, expectation in enumerate(scenario.expect):
+        path: KeyPath = ("expect", index)
+        job = JOB_METRIC.fullmatch(expectation.metric)
+        if job and valid(path, _JOBS) and job[1] not in names:
+            yield Violation(path, f"must name one of the jobs, not {job[1]}", f"jobs: {', '.join(names) or 'none'}")
+        slows = expectation.metric.rpartition(".")[2] == "slowdown"
+        if slows and valid(path, ("measure_jobs",)) and scenario.measure_jobs is MeasuredJobs.TOGETHER:
+            yield Violation(path, "needs every job to run alone too", "add `measure_jobs: alone`")
 
 
 def _check_sweep(
@@ -253,7 +342,9 @@ _BLOCKWISE = frozenset(
 )
 
 
-def _check_collective(scenario: Scenario, item: CollectiveWorkload, path: KeyPath, valid: Valid) -> Iterator[Violation]:
+def _check_collective(
+    scenario: Scenario, item: CollectiveWorkload, path: KeyPath, nranks: int, valid: Valid
+) -> Iterator[Violation]:
     collective, order, algorithm, size = ((*path, key) for key in ("collective", "order", "algorithm", "size"))
     possible = ALGORITHMS[item.collective]
     fits = item.algorithm in possible
@@ -261,7 +352,6 @@ def _check_collective(scenario: Scenario, item: CollectiveWorkload, path: KeyPat
         yield Violation(algorithm, f"must be an algorithm of {item.collective}", f"use {_alternatives(possible)}")
     if not valid(_KIND, _LEAVES, _HOSTS, _GPUS):
         return
-    nranks = scenario.fabric.nranks
     if isinstance(item.order, tuple) and valid(order):
         yield from _check_order(item.order, nranks, order)
     if item.collective in _BLOCKWISE and item.size_bytes < nranks and valid(collective, size):
@@ -284,19 +374,18 @@ def _check_connections(connections: int, path: KeyPath) -> Iterator[Violation]:
         yield Violation(path, f"must need at most {MAX_CONNECTIONS} connections, not {connections}")
 
 
-def _check_incast(scenario: Scenario, item: IncastWorkload, path: KeyPath, valid: Valid) -> Iterator[Violation]:
+def _check_incast(item: IncastWorkload, path: KeyPath, nranks: int, valid: Valid) -> Iterator[Violation]:
     fan_in = (*path, "fan_in")
-    senders = scenario.fabric.nranks - 1
+    senders = nranks - 1
     if valid(_KIND, _LEAVES, _HOSTS, _GPUS, fan_in) and item.fan_in > senders:
         yield Violation(fan_in, f"must be at most {senders}: that many ranks can send to rank 0")
 
 
-def _check_flows(scenario: Scenario, item: FlowsWorkload, path: KeyPath, valid: Valid) -> Iterator[Violation]:
+def _check_flows(item: FlowsWorkload, path: KeyPath, nranks: int, valid: Valid) -> Iterator[Violation]:
     flows = (*path, "flows")
     if not item.flows and valid(flows):
         yield Violation(flows, "must have at least one flow", "add {src: 0, dst: 1, size: 1 MiB}")
     yield from _check_connections(len(item.flows), flows)
-    nranks = scenario.fabric.nranks
     for index, flow in enumerate(item.flows):
         src, dst = (*flows, index, "src"), (*flows, index, "dst")
         for end, rank in ((src, flow.src), (dst, flow.dst)):
