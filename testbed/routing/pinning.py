@@ -18,7 +18,8 @@ class Pinning:
 
     With full racks, no failures and at least as many uplinks as NICs per rack, no two destinations of a rack
     share a path. Half-empty racks, or jobs whose next hops fall into the same slice, use some uplinks twice
-    and others not at all. The seed plays no part.
+    and others not at all. Where there are twice as many uplinks as NICs per rack, or more, the racks take turns with them, two by
+    two: racks 0 and 1 are reached by the first set of uplinks, racks 2 and 3 by the second. The seed plays no part.
 
     Source:
         Gangidi et al., SIGCOMM 2024 ("path pinning": the destination "slice" is the index of the leaf's downlink).
@@ -33,14 +34,17 @@ class Pinning:
         """Return the tables: one uplink per leaf and destination outside its rack."""
         builder = TablesBuilder(topology)
         route_downwards(builder, topology)
+        slices = max(len(topology.down_ports(leaf)) for leaf in topology.leaves)
         for leaf in topology.leaves:
             groups = [single_member(port.id) for port in topology.uplinks(leaf)]
             if not groups:
                 continue
-            for other in topology.leaves:
+            sets = max(1, len(groups) // slices)
+            for number, other in enumerate(topology.leaves):
                 if other is not leaf:
+                    first = slices * (number // 2 % sets)
                     for slot in filled_slots(topology, other):
-                        builder.route(leaf.index, slot, groups[slot % topology.slot_stride % len(groups)])
+                        builder.route(leaf.index, slot, groups[(first + slot % topology.slot_stride) % len(groups)])
         return builder.build()
 
 

@@ -194,7 +194,7 @@ def _check_timeout(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
 def _check_workload(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     if valid(("workload",)) and not scenario.workload and not scenario.jobs:
         yield Violation(("workload",), "must have at least one item", "add {collective: all_reduce, size: 64 MiB}")
-    if valid(("workload",), ("jobs",)) and scenario.workload and scenario.jobs:
+    if valid(("workload",)) and scenario.workload and scenario.jobs:
         yield Violation(("workload",), "must not stand beside jobs", "move it into a job of its own")
     nranks = scenario.fabric.nranks
     yield from _check_items(scenario, scenario.workload, ("workload",), nranks, valid)
@@ -220,7 +220,7 @@ _JOBS: KeyPath = ("jobs",)
 
 
 def _check_jobs(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
-    if not valid(_JOBS, _KIND, _LEAVES, _HOSTS, _GPUS):
+    if not valid(_KIND, _LEAVES, _HOSTS, _GPUS):
         return
     measured: KeyPath = ("measure_jobs",)
     if valid(measured) and scenario.measure_jobs is not MeasuredJobs.TOGETHER and len(scenario.jobs) < 2:
@@ -230,22 +230,23 @@ def _check_jobs(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     seen: set[int] = set()
     for index, (job, hosts) in enumerate(zip(scenario.jobs, counts, strict=True)):
         path: KeyPath = (*_JOBS, index)
-        if names[job.name] > 1:
+        placed = valid((*path, "placement"), (*path, "hosts"))
+        if names[job.name] > 1 and valid((*path, "name")):
             yield Violation((*path, "name"), "must be that of one job alone")
-        if not job.workload:
+        if not job.workload and valid((*path, "workload")):
             yield Violation((*path, "workload"), "must have at least one item")
-        if isinstance(job.placement, tuple):
+        if isinstance(job.placement, tuple) and placed:
             yield from _check_placement(scenario, job, path, seen)
             seen |= set(job.placement)
         nranks = hosts * scenario.fabric.gpus_per_host
-        if nranks < 2:
+        if nranks < 2 and placed:
             yield Violation((*path, "hosts"), f"must give the job at least 2 ranks, not {nranks}")
-        else:
+        elif placed:
             yield from _check_items(scenario, job.workload, (*path, "workload"), nranks, valid)
-    if sum(counts) > scenario.fabric.nhosts:
+    if sum(counts) > scenario.fabric.nhosts and valid(_JOBS):
         rule = f"must need at most the {scenario.fabric.nhosts} hosts of the fabric together, not {sum(counts)}"
         yield Violation(_JOBS, rule, "give jobs fewer `hosts`")
-    yield from _check_rounds(scenario)
+    yield from _check_rounds(scenario, valid)
 
 
 def _check_placement(scenario: Scenario, job: Job, path: KeyPath, taken: set[int]) -> Iterator[Violation]:
@@ -262,17 +263,20 @@ def _check_placement(scenario: Scenario, job: Job, path: KeyPath, taken: set[int
         yield Violation(place, f"must not name a host of another job, as host {both[0]} is")
 
 
-def _check_rounds(scenario: Scenario) -> Iterator[Violation]:
-    """Yield what keeps the items of jobs from running together."""
-    try:
-        rounds = job_rounds(scenario.jobs)
-    except ValueError as error:
-        yield Violation(_JOBS, str(error))
-        return
-    for _, items in rounds:
-        if len({(item.iters, item.warmup_iters) for item in items}) > 1:
-            rule = "must give items that run together the same iters and warmup_iters: an iteration is one of all jobs"
-            yield Violation(_JOBS, rule)
+def _check_rounds(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    """Yield what keeps the items of a job from running together with those of the jobs before it."""
+    for index in range(1, len(scenario.jobs)):
+        path: KeyPath = (*_JOBS, index, "workload")
+        if not valid(*((*_JOBS, job, "workload") for job in range(index + 1))):
+            return
+        try:
+            rounds = job_rounds(scenario.jobs[: index + 1])
+        except ValueError:
+            yield Violation(path, "must have as many items and sizes as the other jobs have, or a single one")
+            return
+        if any(len({(item.iters, item.warmup_iters) for item in items}) > 1 for _, items in rounds):
+            rule = "must have the iters and warmup_iters of what runs at the same time: an iteration is one of all jobs"
+            yield Violation(path, rule)
             return
 
 
