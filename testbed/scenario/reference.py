@@ -63,7 +63,7 @@ _IS_NOT: Mapping[str, str] = {
     "and its time dilation chosen once, for all sizes; `expect` must hold at each.",
     "workload[].iters": "a number to average over: each iteration is timed on its own, and the median counts.",
     "workload[].warmup_iters": "in the counters, the completion times or the verdict.",
-    "workload[].order": "the placement of ranks: rank i is always host i.",
+    "workload[].order": "the placement of ranks: rank i is always the i-th GPU, of a job the i-th of its hosts.",
     "expect": "judged in rows whose verdict is `invalid`. A line must hold in every row of the table, one per workload item and "
     "size: it fails if a row that may be judged fails, and is `not_judged` if the others hold and one may not be judged. The "
     "exit code is then 4.",

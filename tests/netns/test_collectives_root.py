@@ -171,3 +171,29 @@ def test_queue_pairs_carry_what_leaves_the_host_and_nvlink_the_rest(strategy: st
             assert samples.retransmitted_packets == 0, what
             assert (samples.end_ns[asked[: count // 3].repeat(3) > 0] > 0).any(), what
             assert_drained(fabric)
+
+
+def test_jobs_run_at_the_same_time_and_each_is_timed_by_itself() -> None:
+    jobs = (
+        "workload=[]",
+        "jobs=[{name: a, placement: [0, 2], workload: [{collective: all_reduce, size: 256 KiB, iters: 1, warmup_iters: 0}]},"
+        " {name: b, placement: [1, 3], start: 20 us, workload: [{pattern: flows, flows: [{src: 0, dst: 1, size: 64 KiB}],"
+        " iters: 1, warmup_iters: 0}]}]",
+        "measure_jobs=alone",
+        "routing.scheme=pinning",
+    )
+    with small_fabric(*jobs, name="jobs") as fabric, plain_carrier(fabric) as carrier:
+        sent = []
+        for index, planned in enumerate(fabric.plan.workloads):
+            samples = carrier.run(index, Quiet())
+            assert samples.retransmitted_packets == 0
+            times = [time for (time,) in samples.job_cct_ns]
+            assert len(times) == len(planned.jobs)
+            # No faster than ideal but for a tick; of 20000 it is 50 ns.
+            for job, time in zip(planned.jobs, times, strict=True):
+                assert time >= 0.99 * job.ideal_cct_ns - 100
+            ends = [job.start_ns + time for job, time in zip(planned.jobs, times, strict=True)]
+            assert max(ends) == pytest.approx(samples.cct_ns[0], abs=1)
+            sent.append(int(planned.schedule.nbytes.sum()))
+            assert_drained(fabric)
+        assert sent[2] == sent[0] + sent[1]

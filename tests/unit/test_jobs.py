@@ -265,4 +265,8 @@ def test_scenarios_expect_what_is_predicted(file: Path) -> None:
 def test_a_job_that_shares_its_name_or_hosts_is_named() -> None:
     with pytest.raises(ScenarioError) as caught:
         load_scenario(SCENARIO, ["jobs[1].name=a", "jobs[2].placement=[0, 1]", "jobs[3].placement=[1, 2]"])
-    assert sorted(mistake.key for mistake in caught.value.mistakes) == ["jobs[0].name", "jobs[1].name", "jobs[3].placement"]
+    assert sorted(mistake.key for mistake in caught.value.mistakes) == [
+        "jobs[0].name",
+        "jobs[1].name",
+        "jobs[3].placement",
+    ]
