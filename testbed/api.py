@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from testbed.results import Fidelity, LinkDirection, Result
     from testbed.results.graph import Graph
     from testbed.scenario import Scenario
+    from testbed.vm import KernelName, VmListener
 
 # Room for "-99" behind a name, within what a lab's name may be.
 _LAB_NAME_LENGTH = 37
@@ -98,12 +99,11 @@ def build_plan(scenario: Scenario, *, measure: bool = True) -> Plan:
     """
     from testbed.plan.compile import compile_plan
 
-    capacity = None
-    if measure:
-        from testbed.carriers.capacity import known_capacity
+    if not measure:
+        return compile_plan(scenario, capacity_packets_per_s=None)
+    from testbed.carriers.capacity import known_capacity, wall_tick_ns
 
-        capacity = known_capacity()
-    return compile_plan(scenario, capacity_packets_per_s=capacity)
+    return compile_plan(scenario, capacity_packets_per_s=known_capacity(), wall_tick_ns=wall_tick_ns())
 
 
 def paths(scenario: Scenario) -> PathReport:
@@ -168,6 +168,65 @@ def run(
         if output is not None:
             save_result(result, output)
     return result
+
+
+def run_in_virtual_time(
+    scenario: Scenario,
+    *,
+    kernel: KernelName | None = None,
+    listener: RunListener | None = None,
+    output: Path | None = None,
+    series: bool = True,
+    timeout_s: float | None = None,
+) -> Result:
+    """Run a scenario in a virtual machine whose clock counts instructions; return what was found out. Needs root.
+
+    Fabric, engine and all are in the guest: what else this machine does changes how long the run takes, not what it finds.
+
+    Args:
+        scenario: The scenario.
+        kernel: The guest's kernel.
+        listener: Told of the machine; what the run in it says of its progress goes to standard error.
+        output: Folder for ``result.json`` and ``scenario.yaml``; made if missing. None writes nothing.
+        series: Write the time series of the run into ``output`` too.
+        timeout_s: Wall time that the run may take on this machine; None for no limit.
+
+    Raises:
+        MachineError: This machine lacks something.
+        VmError: The virtual machine failed.
+        RunError: The run in it failed; it has said why.
+    """
+    import json
+    import sys
+    import tempfile
+
+    from testbed.errors import RunError
+    from testbed.results import Result
+
+    build_plan(scenario, measure=False)  # what cannot be planned needs no machine
+    with tempfile.TemporaryDirectory(prefix="testbed-run-") as name, _result_folder(output):
+        private = Path(name).resolve()
+        folder = private if output is None else output.resolve()
+        _write_scenario(scenario.resolved(), private / "scenario.yaml")
+        command = [sys.executable, "-m", "testbed", "run", str(private / "scenario.yaml"), "--output", str(folder)]
+        command += ["--format", "json", "--series" if series and output is not None else "--no-series"]
+        code = run_in_vm(
+            ["sh", "-c", 'exec "$@" >/dev/null', "sh", *command],  # the result comes as a file
+            kernel=kernel,
+            virtual_time=True,
+            skip_idle=True,  # the run itself waits for timers alone
+            outputs=[folder],
+            timeout_s=timeout_s,
+            environment={},  # its options are given, and must not be read a second time
+            listener=listener,
+        )
+        try:
+            return Result.from_json_dict(json.loads((folder / "result.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"the run in the virtual machine left no result, and ended with exit code {code}",
+                hint="what it said is above",
+            ) from error
 
 
 def deploy(scenario: Scenario, name: str | None = None, *, listener: RunListener | None = None) -> Fabric:
@@ -489,24 +548,85 @@ def probe_machine() -> tuple[Finding, ...]:
     return (*probe_machine(), probe_capacity(_known_capacity_or_none()))
 
 
+def run_in_vm(
+    command: Sequence[str],
+    *,
+    kernel: KernelName | None = None,
+    virtual_time: bool = False,
+    skip_idle: bool = False,
+    outputs: Sequence[Path] = (),
+    memory_bytes: int = 2 << 30,
+    timeout_s: float | None = None,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    listener: VmListener | None = None,
+) -> int:
+    """Run a command as root under a full kernel, in a virtual machine around this machine's files. Needs root.
+
+    Its output goes to this process's. The guest sees this machine's root read-only, under a layer in its own memory.
+
+    Args:
+        command: Program and arguments.
+        kernel: Which; by default the newest that is tried.
+        virtual_time: Let a nanosecond pass with each guest instruction, whatever this machine does.
+        skip_idle: In virtual time, skip what the guest waits for: no figure depends on this machine, deadlines may be missed.
+        outputs: Folders that the command may write to, made if missing; all else it writes is lost.
+        memory_bytes: The guest's memory.
+        timeout_s: Wall time that the command may take; None for no limit.
+        folder: Its working directory; by default this process's.
+        environment: Variables that it gets beside PATH and the like; by default those of this process that begin with
+            ``TESTBED_`` or ``PYTEST_``.
+        listener: Told of the machine.
+
+    Returns:
+        The command's exit code.
+
+    Raises:
+        MachineError: This machine lacks something; the hint is what mends it.
+        VmError: The virtual machine died twice, or the command took too long.
+    """
+    import os
+
+    from testbed.kernel.netlink import require_root
+    from testbed.vm import DEFAULT_KERNEL, VmJob, find_kernel
+    from testbed.vm import run_in_vm as boot_and_run
+
+    if not command:
+        raise TestbedError("there is no command to run", hint="testbed vm run -- COMMAND")
+    require_root()
+    heard = listener or SilentListener()
+    for path in outputs:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TestbedError(f"{path} cannot be made: {error.strerror}", hint="use --output") from None
+    found = find_kernel(kernel or DEFAULT_KERNEL, report=heard.note)
+    if environment is None:
+        environment = {name: os.environ[name] for name in os.environ if name.startswith(("TESTBED_", "PYTEST_"))}
+    job = VmJob(
+        tuple(command),
+        (folder or Path.cwd()).resolve(),
+        tuple(path.resolve() for path in outputs),
+        environment,
+        virtual_time=virtual_time,
+        skip_idle=skip_idle,
+        memory_bytes=memory_bytes,
+        timeout_s=timeout_s,
+    )
+    return boot_and_run(job, found, heard)
+
+
 def save_result(result: Result, folder: Path) -> None:
     """Write ``result.json`` and ``scenario.yaml`` (the resolved scenario) into a folder, made if missing.
 
     Raises:
         TestbedError: They cannot be written.
     """
-    from ruamel.yaml import YAML
-
     from testbed.results import render_json
 
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    # Keys in the order of the file format; ruamel's annotation knows only the default.
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "scenario.yaml").open("w") as file:
-            yaml.dump(dict(result.scenario), file)
+        _write_scenario(result.scenario, folder / "scenario.yaml")
         draft = folder / "result.json.new"
         draft.write_text(render_json(result))
         draft.rename(folder / "result.json")  # whole, or not there
@@ -518,6 +638,18 @@ def lab_name_of(scenario: Scenario) -> str:
     """Return the name of a scenario's lab: its own in what characters a lab's name may have."""
     cleaned = re.sub(r"[^a-z0-9_.-]", "-", scenario.name.lower())[:_LAB_NAME_LENGTH]
     return cleaned.strip("_.-") or "lab"
+
+
+def _write_scenario(resolved: Mapping[str, object], path: Path) -> None:
+    """Write a resolved scenario as a file that can be loaded."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    # Keys in the order of the file format; ruamel's annotation knows only the default.
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    with path.open("w") as file:
+        yaml.dump(dict(resolved), file)
 
 
 @contextlib.contextmanager
@@ -584,16 +716,18 @@ def _attached(plan: Plan, name: str) -> Iterator[Fabric]:
 @contextlib.contextmanager
 def _ephemeral_fabric(plan: Plan) -> Iterator[Fabric]:
     """Build a lab for the block, named after the scenario, with a number where that name is taken."""
+    from testbed.carriers.choose import needs_any_workload
     from testbed.fabric import Fabric
 
     base = lab_name_of(plan.scenario)
+    shared = needs_any_workload(plan.scenario.transport.carrier)
     with contextlib.ExitStack() as stack:
         for number in range(1, _MAX_LABS_OF_A_SCENARIO + 1):
             name = base if number == 1 else f"{base}-{number}"
             if name in labs():
                 continue
             try:
-                fabric = stack.enter_context(Fabric.build(plan, name))
+                fabric = stack.enter_context(Fabric.build(plan, name, any_workload=shared))
             except LabError:
                 if name in labs():  # another run was quicker
                     continue
@@ -682,7 +816,7 @@ def _run_on(
 ) -> Result:
     """Run every workload item, at each of its sizes, over a fabric, one after the other."""
     from testbed.assemble import assemble_result
-    from testbed.carriers.engine import engine_carrier
+    from testbed.carriers.choose import open_carrier
     from testbed.host import MachineCounters, read_host_facts
     from testbed.measure.counters import FabricCounters, Snapshot
     from testbed.measure.verdict import judge
@@ -693,7 +827,7 @@ def _run_on(
     counters: list[FabricCounters] = []
     fidelities: list[Fidelity] = []
     waiting = "waiting for another run on this machine"
-    with engine_carrier(fabric, lambda: listener.note(waiting), series=series) as (carrier, refused):
+    with open_carrier(fabric, lambda: listener.note(waiting), series=series) as (carrier, refused):
         before = MachineCounters.read()
         for index, planned in enumerate(plan.workloads):
             listener.note(planned.title)

@@ -120,6 +120,7 @@ def collective_results(
             fidelity=fidelity,
             flows=flow_results(planned, sample),
             nvlink_bytes=max(sample.nvlink_bytes, default=None),
+            wrong_elements=sample.wrong_elements,
         )
         for planned, sample, counted, fidelity in zip(plan.workloads, samples, counters, fidelities, strict=True)
     )

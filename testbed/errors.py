@@ -9,6 +9,7 @@
     ├── KernelError              the kernel refused an operation
     ├── LabError                 a lab of that name exists, is missing, or is in use
     ├── RunError                 a run could not finish (a QP ran out of retries, a rank never completed)
+    ├── VmError                  a virtual machine could not be run to its end; says nothing of the command in it
     └── UntrustedError           a figure was asked for that cannot be trusted
 """
 
@@ -118,6 +119,15 @@ class LabError(TestbedError):
 
 class RunError(TestbedError):
     """A run could not finish; the message names rank, QP and link where known."""
+
+
+class VmError(TestbedError):
+    """A virtual machine died, or what it ran took too long: the infrastructure failed, not the command's own check.
+
+    The exit code is the one by which container engines tell their own failure from the command's.
+    """
+
+    exit_code = 125
 
 
 class UntrustedError(TestbedError):

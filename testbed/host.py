@@ -10,7 +10,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
+# Set in a guest of `testbed vm run`, to what its clock follows. No option reads it.
+GUEST_VARIABLE = "TESTBED_GUEST"
+VIRTUAL_TIME, REAL_TIME = "virtual-time", "real-time"
 _SOFTNET = Path("/proc/net/softnet_stat")
+
+
+def in_virtual_time() -> bool:
+    """Return whether time here passes with the instructions that are executed."""
+    return os.environ.get(GUEST_VARIABLE) == VIRTUAL_TIME
 
 
 def read_host_facts() -> dict[str, Any]:
@@ -23,6 +31,8 @@ def read_host_facts() -> dict[str, Any]:
         "kernel": platform.release(),
         "machine": platform.machine(),
         "cpu_model": _read_cpu_model(),
+        "virtual_machine": GUEST_VARIABLE in os.environ,
+        "virtual_time": in_virtual_time(),
         "cpus": os.cpu_count(),
         "cpus_available": len(os.sched_getaffinity(0)),
         "memory_bytes": memory.total,

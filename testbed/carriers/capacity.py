@@ -12,6 +12,7 @@ from typing import Any
 
 from testbed.carriers.engine import engine_carrier
 from testbed.fabric import Fabric
+from testbed.host import in_virtual_time
 from testbed.plan.compile import compile_plan
 from testbed.plan.dilation import WALL_TICK_NS
 from testbed.scenario import load_scenario
@@ -40,6 +41,9 @@ routing: {scheme: pinning}
 workload:
   - {collective: send_recv, order: rails, size: 1 MiB, iters: 1, warmup_iters: 0}
 """
+# A CPU of 10^9 instructions a second, engine and fabric together on it: what it carries, and the tick that leaves it room.
+VIRTUAL_PACKETS_PER_S = 20_000.0
+VIRTUAL_TICK_NS = 4_000_000
 
 
 class _Quiet:
@@ -74,8 +78,18 @@ def machine_key() -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
+def wall_tick_ns() -> int:
+    """Return the length of the engine's tick on this machine, with few senders."""
+    return VIRTUAL_TICK_NS if in_virtual_time() else WALL_TICK_NS
+
+
 def known_capacity() -> float | None:
-    """Return the cached capacity of this machine in packets per second, or None when it was not measured."""
+    """Return the cached capacity of this machine in packets per second, or None when it was not measured.
+
+    In virtual time all machines are one, whose capacity is known.
+    """
+    if in_virtual_time():
+        return VIRTUAL_PACKETS_PER_S
     try:
         data: dict[str, Any] = json.loads(cache_path().read_text())
         return float(data[machine_key()]["packets_per_s"])
@@ -130,7 +144,7 @@ def try_load(packets_per_s: float, *, leaves: int = 4, seconds: float = _STEP_WA
     dilation = hosts * _RATE_BITS_PER_S / _FRAME_BITS / packets_per_s
     size = max(1, round(packets_per_s * seconds / hosts)) * 4096
     settings = [f"time_dilation={dilation:.3f}", f"workload.0.size={size}", f"fabric.leaves={leaves}"]
-    plan = compile_plan(load_scenario(_REFERENCE, settings), capacity_packets_per_s=None)
+    plan = compile_plan(load_scenario(_REFERENCE, settings), capacity_packets_per_s=None, wall_tick_ns=wall_tick_ns())
     with Fabric.build(plan, f"capacity-{os.getpid()}") as fabric, engine_carrier(fabric) as (carrier, _):
         samples = carrier.run(0, _Quiet())
     if samples.retransmitted_packets or any(one.unaccounted_bytes for one in samples.machine):

@@ -26,6 +26,7 @@ class WorkloadSamples:
         nvlink_bytes: Payload that the model of the links inside hosts carried in each measured iteration.
         admission: What was noted about grants in each measured iteration; empty where there are none.
         job_cct_ns: Completion time of each measured iteration of each of the workload's jobs, from its start, emulated.
+        wrong_elements: Elements that were wrong at their receivers in the measured iterations; None where no carrier moved any.
     """
 
     cct_ns: tuple[float, ...]
@@ -38,6 +39,7 @@ class WorkloadSamples:
     nvlink_bytes: tuple[int, ...] = ()
     admission: tuple[AdmissionSamples, ...] = ()
     job_cct_ns: tuple[tuple[float, ...], ...] = ()
+    wrong_elements: int | None = None
 
 
 class ProgressListener(Protocol):
@@ -52,3 +54,6 @@ class Carrier(Protocol):
 
     def run(self, workload: int, listener: ProgressListener) -> WorkloadSamples:
         """Run all iterations of the workload of that index and return its raw figures."""
+
+    def warnings(self) -> list[str]:
+        """Return what a reader of the figures should know."""

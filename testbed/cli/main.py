@@ -1,7 +1,7 @@
 """The ``testbed`` command.
 
 Exit codes: 0 ok; 1 an error we name; 2 usage; 3 the run finished and a check failed; 4 the figure cannot be trusted; 128 + N
-ended by signal N.
+ended by signal N; of `vm run` the command's own, or 125 where the virtual machine failed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from testbed.cli import doctor, frames, graph, lab, plot, run, scenario
+from testbed.cli import doctor, frames, graph, lab, plot, run, scenario, vm
 from testbed.cli.signals import end_on_signals
 from testbed.cli.text import print_error
 from testbed.errors import TestbedError
@@ -38,6 +38,7 @@ app.command("inject")(frames.inject)
 app.command("capture")(frames.capture)
 app.command("destroy")(lab.destroy)
 app.command("gc")(lab.collect_garbage)
+app.add_typer(vm.app, name="vm")
 
 
 def main() -> None:

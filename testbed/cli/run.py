@@ -150,6 +150,14 @@ def run(
             help="Write the time series of queues and QPs into the results folder, for `testbed plot`.",
         ),
     ] = True,
+    virtual_time: Annotated[
+        bool,
+        typer.Option(
+            "--virtual-time",
+            envvar="TESTBED_VIRTUAL_TIME",
+            help="Run in a virtual machine whose clock counts instructions: slow, and the same beside any neighbour.",
+        ),
+    ] = False,
     require: Annotated[
         Required,
         typer.Option("--require", envvar="TESTBED_REQUIRE", help="Exit with 4 when the verdict is worse than this."),
@@ -162,6 +170,7 @@ def run(
     the figures cannot be trusted.
     """
     from testbed import api
+    from testbed.host import in_virtual_time
     from testbed.results import render_json
 
     sweep = {"size": minbytes, "max_size": maxbytes, "size_factor": stepfactor, "size_step": stepbytes}
@@ -169,16 +178,21 @@ def run(
     folder = output or _default_folder(scenario)
     if pcap is None and pcap_ports:
         raise typer.BadParameter("--pcap-port says where to capture, --pcap to which file: give both")
-    result = api.run(
-        scenario,
-        name=name,
-        listener=StderrListener(),
-        output=folder,
-        pcap=pcap,
-        pcap_ports=pcap_ports or (),
-        snap_bytes=snap_length,
-        series=series,
-    )
+    if virtual_time and not in_virtual_time():
+        if name is not None or pcap is not None:
+            raise typer.BadParameter("the run is in a machine of its own: neither --name nor --pcap goes with it")
+        result = api.run_in_virtual_time(scenario, listener=StderrListener(), output=folder, series=series)
+    else:
+        result = api.run(
+            scenario,
+            name=name,
+            listener=StderrListener(),
+            output=folder,
+            pcap=pcap,
+            pcap_ports=pcap_ports or (),
+            snap_bytes=snap_length,
+            series=series,
+        )
     if output_format is OutputFormat.JSON:
         sys.stdout.write(render_json(result))
     else:
@@ -282,7 +296,7 @@ def render_result(result: Result) -> str:
     host = result.host
     comments = [
         f"{result.scenario['name']}: time dilation {result.time_dilation:g}, seed {result.seed}; all figures are emulated",
-        f"{host.get('cpu_model')}, {host.get('cpus_available')} CPUs, Linux {host.get('kernel')}",
+        f"{host.get('cpu_model')}, {host.get('cpus_available')} CPUs, Linux {host.get('kernel')}{_clock(host)}",
     ]
     lines = [render_table(result.results, comments)]
     fabric = result.fabric
@@ -298,6 +312,13 @@ def render_result(result: Result) -> str:
         lines.append(f"# check: {check.expect}: {check.verdict} ({_observed(check, result)})\n")
     lines += [f"# warning: {warning}\n" for warning in result.warnings]
     return "".join(lines)
+
+
+def _clock(host: Mapping[str, Any]) -> str:
+    """Return what a reader must know of the machine's clock."""
+    if host.get("virtual_time"):
+        return ", in virtual time"
+    return ", a virtual machine" if host.get("virtual_machine") else ""
 
 
 def _congestion_lines(fabric: FabricResult) -> list[str]:

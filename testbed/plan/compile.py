@@ -31,14 +31,14 @@ from testbed.collectives import (
 )
 from testbed.errors import PlanError
 from testbed.plan.admission import forecast_admission
-from testbed.plan.dilation import choose_dilation, choose_tick_ns
+from testbed.plan.dilation import WALL_TICK_NS, choose_dilation, choose_tick_ns
 from testbed.plan.jobs import fluid_ends_ns, job_hosts, measured_sets, port_times_ns, ranks_of_hosts
 from testbed.plan.lint import find_warnings
 from testbed.plan.model import Plan, PlannedJob, PlannedWorkload
 from testbed.plan.predict import predict_cct_ratio
 from testbed.plan.qos import notification_interval_ns, response_ns
 from testbed.roce.queue_pairs import Connection, Endpoint, build_connections
-from testbed.roce.wire import IP_PROTOCOL_UDP, LINK_OVERHEAD_BYTES, ROCE_UDP_PORT, Opcode, frame_bytes
+from testbed.roce.wire import IP_PROTOCOL_TCP, IP_PROTOCOL_UDP, LINK_OVERHEAD_BYTES, ROCE_UDP_PORT, Opcode, frame_bytes
 from testbed.routing import (
     Demand,
     FlowKey,
@@ -53,6 +53,7 @@ from testbed.routing import (
     trace_routes,
 )
 from testbed.scenario import (
+    Carrier,
     CollectiveWorkload,
     FlowsWorkload,
     IncastWorkload,
@@ -153,7 +154,11 @@ def build_intra_host_links(scenario: Scenario) -> IntraHostLinks:
 
 
 def compile_plan(
-    scenario: Scenario, *, capacity_packets_per_s: float | None, wall_tick_lateness_ns: int | None = None
+    scenario: Scenario,
+    *,
+    capacity_packets_per_s: float | None,
+    wall_tick_lateness_ns: int | None = None,
+    wall_tick_ns: int = WALL_TICK_NS,
 ) -> Plan:
     """Return the plan of a scenario.
 
@@ -162,6 +167,7 @@ def compile_plan(
         capacity_packets_per_s: Packets per second this machine carries over four hops; None where it was not
             measured, then fidelity alone sets an automatic dilation.
         wall_tick_lateness_ns: How late this machine's ticks are at their 99th percentile; None where it was not measured.
+        wall_tick_ns: Length of the engine's tick with few senders.
 
     Raises:
         PlanError: No fabric can be planned from it.
@@ -180,7 +186,7 @@ def compile_plan(
             flowlet_gap_ns=scenario.routing.flowlet_gap_ns or 0,
             spray_order=str(scenario.routing.spray_order),
             adaptive_scope=str(scenario.routing.adaptive_scope),
-            traffic=tuple(_demands(sent, topology) for _, _, sent in items),
+            traffic=tuple(_demands(sent, topology, scenario.transport.carrier) for _, _, sent in items),
         ),
     )
     workloads = tuple(
@@ -216,7 +222,7 @@ def compile_plan(
         capacity_packets_per_s=capacity_packets_per_s,
         smallest_time_ns=smallest,
         smallest_time_name=smallest_name,
-        wall_tick_ns=choose_tick_ns(most_senders),
+        wall_tick_ns=choose_tick_ns(most_senders, wall_tick_ns),
     )
     tick_ns = round(dilation.wall_tick_ns / dilation.value)
     workloads = tuple(
@@ -380,12 +386,12 @@ def _spread_over_qps(traffic: _Traffic, scenario: Scenario, topology: Topology) 
     return _Sent(traffic, schedule, pieces, tuple(connections))
 
 
-def _demands(sent: _Sent, topology: Topology) -> tuple[Demand, ...]:
+def _demands(sent: _Sent, topology: Topology, carrier: Carrier) -> tuple[Demand, ...]:
     """Return the traffic matrix of a workload item, an entry per queue pair that carries something."""
     carried = np.zeros(len(sent.schedule.connections), np.int64)
     np.add.at(carried, sent.schedule.connection, sent.schedule.nbytes)
     return tuple(
-        Demand(topology.nics[connection.requester.local.nic].id, flow_of(connection), nbytes)
+        Demand(topology.nics[connection.requester.local.nic].id, flow_of(connection, carrier), nbytes)
         for connection, nbytes in zip(sent.connections, carried.tolist(), strict=False)
         if nbytes
     )
@@ -397,9 +403,13 @@ def _plan_workload(
     """Return a workload item with its paths and times; of jobs every set of them that is to be run."""
     mtu = scenario.transport.mtu_bytes
     traffic, schedule, pieces, connections = sent
-    paths = tuple(trace_connection(connection, topology, tables) for connection in connections)
+    carrier = scenario.transport.carrier
+    paths = tuple(trace_connection(connection, topology, tables, carrier) for connection in connections)
     routes, possible_routes = (
-        tuple(trace_connection_routes(connection, topology, tables, over_time=over_time) for connection in connections)
+        tuple(
+            trace_connection_routes(connection, topology, tables, carrier, over_time=over_time)
+            for connection in connections
+        )
         for over_time in (False, True)
     )
     wire = _largest_frame(schedule, len(connections), mtu)
@@ -578,30 +588,37 @@ def _ideal_arrivals_ns(
     )
 
 
-def flow_of(connection: Connection) -> FlowKey:
+def flow_of(connection: Connection, carrier: Carrier = Carrier.ENGINE) -> FlowKey:
     """Return the header fields that switches hash of a connection's data."""
     requester = connection.requester
+    tcp = carrier is Carrier.TCP
     return FlowKey(
         src_address=requester.local.address,
         dst_address=requester.remote.address,
         src_port=requester.udp_source_port,
         dst_port=ROCE_UDP_PORT,
-        protocol=IP_PROTOCOL_UDP,
-        dst_qp=requester.peer_qpn,
+        protocol=IP_PROTOCOL_TCP if tcp else IP_PROTOCOL_UDP,
+        dst_qp=0 if tcp else requester.peer_qpn,
     )
 
 
-def trace_connection(connection: Connection, topology: Topology, tables: ForwardingTables) -> Path:
+def trace_connection(connection: Connection, topology: Topology, tables: ForwardingTables, carrier: Carrier) -> Path:
     """Return the path of a connection's data."""
-    return trace_path(topology, tables, topology.nics[connection.requester.local.nic].id, flow_of(connection))
+    nic = topology.nics[connection.requester.local.nic]
+    return trace_path(topology, tables, nic.id, flow_of(connection, carrier))
 
 
 def trace_connection_routes(
-    connection: Connection, topology: Topology, tables: ForwardingTables, *, over_time: bool = False
+    connection: Connection,
+    topology: Topology,
+    tables: ForwardingTables,
+    carrier: Carrier,
+    *,
+    over_time: bool = False,
 ) -> tuple[Route, ...]:
     """Return all ways of a connection's packets; ``over_time`` as for `testbed.routing.trace_routes`."""
     nic = topology.nics[connection.requester.local.nic]
-    return trace_routes(topology, tables, nic.id, flow_of(connection), over_time=over_time)
+    return trace_routes(topology, tables, nic.id, flow_of(connection, carrier), over_time=over_time)
 
 
 def _retransmit_timeout_ns(scenario: Scenario, topology: Topology, workloads: tuple[PlannedWorkload, ...]) -> int:

@@ -37,9 +37,9 @@ class DilationBound(StrEnum):
     FIXED = "fixed"
 
 
-def choose_tick_ns(senders: int) -> int:
-    """Return the wall length of a tick for a number of hosts that send at once."""
-    return WALL_TICK_NS * max(1, -(-senders // SENDERS_PER_TICK))
+def choose_tick_ns(senders: int, least_ns: int = WALL_TICK_NS) -> int:
+    """Return the wall length of a tick for a number of hosts that send at once; ``least_ns`` with few of them."""
+    return least_ns * max(1, -(-senders // SENDERS_PER_TICK))
 
 
 @dataclass(frozen=True, slots=True)

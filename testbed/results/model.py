@@ -153,6 +153,8 @@ class CollectiveResult:
         beside: The jobs that ran at the same time; empty where it ran alone.
         slowdown: Median of `cct_ns` over that of the job alone, measured in the same run; None where it did not run alone.
         slowdown_by: What each other job alone costs it, by name: the same ratio of the run of both. Empty where not measured.
+        wrong_elements: Elements that were wrong at their receivers; None where the carrier moves no real contents, or they were
+            too many to be checked.
     """
 
     collective: str
@@ -178,6 +180,7 @@ class CollectiveResult:
     beside: tuple[str, ...] = ()
     slowdown: float | None = None
     slowdown_by: Mapping[str, float] = field(default_factory=dict)
+    wrong_elements: int | None = None
 
     @classmethod
     def from_samples(
@@ -200,6 +203,7 @@ class CollectiveResult:
         job: str | None = None,
         hosts: tuple[int, ...] = (),
         beside: tuple[str, ...] = (),
+        wrong_elements: int | None = None,
     ) -> Self:
         """Return the result with every figure that follows from the samples; None where there are none.
 
@@ -221,6 +225,7 @@ class CollectiveResult:
             job: See there.
             hosts: See there.
             beside: See there.
+            wrong_elements: See there.
 
         Source:
             nccl-tests, doc/PERFORMANCE.md (algbw and busbw).
@@ -248,6 +253,7 @@ class CollectiveResult:
             job=job,
             hosts=hosts,
             beside=beside,
+            wrong_elements=wrong_elements,
         )
 
 

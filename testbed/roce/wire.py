@@ -59,6 +59,7 @@ OPCODES_WITH_AETH = frozenset(
 )
 
 ETHERTYPE_IPV4 = 0x0800
+IP_PROTOCOL_TCP = 6
 IP_PROTOCOL_UDP = 17
 ROCE_UDP_PORT = 4791
 """UDP destination port of RoCEv2; the source port carries entropy."""

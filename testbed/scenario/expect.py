@@ -98,6 +98,7 @@ METRICS: dict[str, Callable[[str], Fraction]] = {
     "cts_delay_p50_ns": _parse_time_value,
     "cts_delay_p99_ns": _parse_time_value,
     "slowdown": parse_fraction,
+    "wrong_elements": parse_number,
 }
 """Every metric that may be named, and how its number is read."""
 

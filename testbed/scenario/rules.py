@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from testbed.scenario.congestion import CongestionControl
 from testbed.scenario.expect import JOB_METRIC
 from testbed.scenario.jobs import job_host_counts, job_rounds
 from testbed.scenario.keypath import KeyPath
@@ -17,6 +18,7 @@ from testbed.scenario.model import (
     MAX_HOSTS,
     AdmissionScheme,
     Algorithm,
+    Carrier,
     ClosFabric,
     Collective,
     CollectiveWorkload,
@@ -24,9 +26,12 @@ from testbed.scenario.model import (
     FlowsWorkload,
     IncastWorkload,
     Job,
+    LossRecovery,
     MeasuredJobs,
     PermutationWorkload,
+    QpStrategy,
     Scenario,
+    UdpSourcePort,
     Workload,
 )
 from testbed.scenario.sweep import MAX_SIZES, count_sizes
@@ -72,6 +77,7 @@ def find_violations(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         _check_timeout,
         _check_timely,
         _check_admission,
+        _check_carrier,
         _check_workload,
         _check_jobs,
         _check_expectations,
@@ -165,6 +171,25 @@ def _check_admission(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
             f"{format_size(admission.window_bytes)}"
         )
         yield Violation(paths[-1], rule, "use fewer grants, or a larger channel_buffer")
+
+
+def _check_carrier(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    """What only our own RoCEv2 can do must not be asked of the kernel's protocols."""
+    transport = scenario.transport
+    if not valid(("transport", "carrier")) or transport.carrier is Carrier.ENGINE:
+        return
+    hint = f"leave it out, or use `carrier: {Carrier.ENGINE}`"
+    asked = (
+        ("congestion_control", transport.congestion_control is not CongestionControl.NONE, "none"),
+        ("qp_strategy", transport.qp_strategy is QpStrategy.DYNAMIC, "split or round_robin"),
+        ("udp_source_port", transport.udp_source_port is not UdpSourcePort.PER_QP, "per_qp"),
+        ("loss_recovery", transport.loss_recovery is not LossRecovery.GO_BACK_N, "go_back_n"),
+        ("admission.scheme", transport.admission.scheme is not AdmissionScheme.NONE, "none"),
+    )
+    for key, wrong, must in asked:
+        path: KeyPath = ("transport", *key.split("."))
+        if wrong and valid(path):
+            yield Violation(path, f"must be {must} with carrier {transport.carrier}", hint)
 
 
 def idle_rtt_ns(scenario: Scenario) -> int:
