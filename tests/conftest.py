@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ from hypothesis import settings
 # How long an example may take says something about the machine alone: no deadline.
 settings.register_profile("testbed", deadline=None)
 settings.load_profile("testbed")
+
+# A shell starts what it runs in the background with Ctrl-C ignored; the commands that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Labs of this run of the tests are named so: others on the machine may come and go meanwhile.
 TEST_LAB_PREFIX = f"tbtest-{os.getpid()}-"

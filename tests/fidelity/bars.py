@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,9 @@ def run_once(settings: Sequence[str], group: Path | None = None) -> Summary:
         if group is not None:
             group.write_text(str(os.getpid()))
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=enter_group)
+    with tempfile.TemporaryDirectory(prefix="testbed-bars-") as folder:
+        command += ["--output", str(Path(folder) / "out")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=enter_group)
     if not done.stdout:
         return {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
     result = json.loads(done.stdout)

@@ -352,18 +352,20 @@ def expect_sound(fabric: Fabric, cct_ns: tuple[float, ...], retransmitted_packet
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["recorded", "built", "running"])
 def test_signal_leaves_nothing(number: signal.Signals, moment: str, tmp_path: Path) -> None:
+    name = lab_name("signalled")
     file = tmp_path / "signalled.yaml"
     file.write_text(
-        "{name: tbtest-signalled, fabric: {kind: clos, leaves: 2, spines: 2, hosts_per_leaf: 2, "
+        f"{{name: {name}, "
+        "fabric: {kind: clos, leaves: 2, spines: 2, hosts_per_leaf: 2, "
         "host_link: {rate: 400 Gbit/s}}, time_dilation: 20000, "
         "workload: [{collective: send_recv, size: 64 KiB, iters: 1000}]}"
     )
-    command = [sys.executable, "-m", "testbed", "run", str(file)]
+    command = [sys.executable, "-m", "testbed", "run", str(file), "--output", str(tmp_path / "out")]
     labs = REGISTRY_DIR / "labs"
 
     def is_there(state: str) -> bool:
         assert child.poll() is None, child.communicate()
-        return any(state in one.read_text() for one in labs.glob("tbtest-signalled*/state.json"))
+        return any(state in one.read_text() for one in labs.glob(f"{name}*/state.json"))
 
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stderr is not None
