@@ -429,7 +429,9 @@ def capture(
             emulated_time=emulated_time,
         ) as under_way,
     ):
-        (listener or SilentListener()).note(f"capturing at {len(chosen)} ports of lab {name}; Ctrl-C ends")
+        (listener or SilentListener()).note(
+            f"capturing at {len(chosen)} port{'s' * (len(chosen) != 1)} of lab {name}; Ctrl-C ends"
+        )
         with contextlib.suppress(KeyboardInterrupt):
             under_way.wait(wall_duration_s)
         return under_way.stop()
@@ -447,6 +449,9 @@ def describe_graph(scenario: Scenario) -> Graph:
 def describe_result_graph(file: Path) -> Graph:
     """Return the fabric of a run with the figures of its links, from its ``result.json``.
 
+    Args:
+        file: The file, or the folder that holds it.
+
     Raises:
         TestbedError: The file cannot be read, or is no result.
     """
@@ -456,6 +461,8 @@ def describe_result_graph(file: Path) -> Graph:
     from testbed.scenario import Scenario
 
     hint = "name the result.json that `testbed run` wrote"
+    if file.is_dir():
+        file /= "result.json"
     try:
         result = Result.from_json_dict(json.loads(file.read_text()))
         scenario = Scenario.model_validate(result.scenario)
@@ -772,7 +779,7 @@ def _graph_of(scenario: Scenario, measured: Mapping[str, LinkDirection]) -> Grap
 def _building(plan: Plan) -> str:
     topology, dilation = plan.topology, plan.dilation
     return (
-        f"building {len(topology.nodes)} nodes and {len(topology.links)} links "
+        f"building {len(topology.nodes)} nodes and {len(topology.links)} link{'s' * (len(topology.links) != 1)} "
         f"at time dilation {dilation.value:g} ({dilation.bound})"
     )
 

@@ -104,7 +104,7 @@ def write_series(job: SeriesJob, ring: SampleRing, control: int) -> None:
     rows = SampleRows(time_dilation=job.time_dilation, priority=job.priority, labels=labels, states=job.states)
     states = [RATE_COLUMN if name == RATE_STATE else state_column(name) for name in job.states]
     folder = Path(job.folder)
-    most = max(1, _BLOCK_ROWS // (job.ports + job.qps))
+    most = max(1, _BLOCK_ROWS // max(1, job.ports + job.qps))
     with (
         opened_series(
             folder / QUEUES_FILE, QUEUE_COLUMNS, {**job.header, "ports": job.port_details}, {"port": job.port_names}

@@ -26,9 +26,9 @@ def graph(
         Path | None,
         typer.Option(
             "--result",
-            metavar="result.json",
+            metavar="RESULT",
             envvar="TESTBED_RESULT",
-            help="Draw the fabric of this run instead, with the heat of its links.",
+            help="Draw the fabric of this run instead, with the heat of its links: its folder or result.json.",
             show_default=False,
         ),
     ] = None,

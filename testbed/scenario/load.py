@@ -22,6 +22,7 @@ from testbed.scenario.rules import find_violations
 
 MAX_MISTAKES = 100
 """No more are explained: nobody reads on, and looking for near keys takes time."""
+_RESULT_KEYS = {"schema_version", "scenario", "results"}  # what tells a result.json
 
 
 def load_scenario(path_or_text: Path | str, overrides: Sequence[str] = (), file_name: str | None = None) -> Scenario:
@@ -94,6 +95,9 @@ def _check(document: Document) -> tuple[Scenario | None, list[Mistake]]:
     if not isinstance(document.data, dict):
         add((), "must be a mapping with the keys name, fabric and workload")
         return None, mistakes
+    if document.data.keys() >= _RESULT_KEYS:
+        hint = "name the scenario.yaml beside it, or draw the run with `testbed graph --result`"
+        return None, [Mistake(0, "", "is the result of a run, not a scenario", "", hint)]
     scenario, mistaken, errors = _validate(document.data)
     errors = errors[: MAX_MISTAKES + 1]
     unknown = [path for path, error in errors if error["type"] == "extra_forbidden"]

@@ -35,6 +35,7 @@ workload:
 time_dilation: 20000
 """
 PATIENCE_S = 120.0
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -111,6 +112,12 @@ def test_no_series_is_written_where_none_is_wanted(incast: Path, tmp_path: Path)
     drawn = run_command("plot", tmp_path / "out")
     assert drawn.returncode == 1
     assert QUEUES_FILE in drawn.stderr
+
+
+def test_a_run_that_sends_nothing_over_the_network_has_no_series(tmp_path: Path) -> None:
+    done = run_command("run", ROOT / "scenarios" / "one-host.yaml", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out" / QUEUES_FILE).exists()
 
 
 @pytest.fixture

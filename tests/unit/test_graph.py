@@ -137,6 +137,7 @@ def test_graph_of_a_result_shows_load_queue_and_drops(tmp_path: Path) -> None:
     assert "spine0/down0 &gt; leaf0/up0: 0.0 %, 0 packets, peak queue 0 B, 5 drops" in svg
     assert "this large: 3 MiB at" in svg
     graph = api.describe_result_graph(file)
+    assert api.describe_result_graph(tmp_path) == graph  # the folder will do
     assert re.search(r"linkStyle \d+ stroke:#a3172a,stroke-width:5.86px", render_mermaid(graph))
     assert '#c4ccd4;0.5:#a3172a"' in render_dot(graph)
 
