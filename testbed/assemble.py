@@ -16,11 +16,13 @@ from testbed.carriers.protocol import WorkloadSamples
 from testbed.measure.counters import FabricCounters
 from testbed.measure.verdict import worst
 from testbed.plan.model import Plan, PlannedWorkload
+from testbed.plan.victims import find_victims
 from testbed.results import (
     Check,
     CollectiveResult,
     FabricCounts,
     FabricResult,
+    FaultResult,
     Fidelity,
     FidelityVerdict,
     FlowResult,
@@ -98,8 +100,10 @@ def collective_results(
 ) -> tuple[CollectiveResult, ...]:
     """Return the row of each workload item and size; of jobs one for each of them, whenever it ran."""
     rows = [
-        job_result(plan, planned, job, sample, counted, fidelity)
-        for planned, sample, counted, fidelity in zip(plan.workloads, samples, counters, fidelities, strict=True)
+        replace(job_result(plan, planned, job, sample, counted, fidelity), faults=fault_results(plan, index, sample))
+        for index, (planned, sample, counted, fidelity) in enumerate(
+            zip(plan.workloads, samples, counters, fidelities, strict=True)
+        )
         for job in range(len(planned.jobs))
     ]
     if rows:
@@ -121,8 +125,13 @@ def collective_results(
             flows=flow_results(planned, sample),
             nvlink_bytes=max(sample.nvlink_bytes, default=None),
             wrong_elements=sample.wrong_elements,
+            faults=fault_results(plan, index, sample),
+            warmup_cct_ns=sample.warmup_cct_ns,
+            retransmitted_bytes=sample.retransmitted_packets * plan.scenario.transport.mtu_bytes,
         )
-        for planned, sample, counted, fidelity in zip(plan.workloads, samples, counters, fidelities, strict=True)
+        for index, (planned, sample, counted, fidelity) in enumerate(
+            zip(plan.workloads, samples, counters, fidelities, strict=True)
+        )
     )
 
 
@@ -182,6 +191,32 @@ def compare_jobs(rows: Sequence[CollectiveResult]) -> tuple[CollectiveResult, ..
         known = {other: beside_one[row.job, other] for other in row.beside if (row.job, other) in beside_one}
         result.append(replace(row, slowdown=slowdown if row.beside else None, slowdown_by=known))
     return tuple(result)
+
+
+def fault_results(plan: Plan, workload: int, sample: WorkloadSamples) -> tuple[FaultResult, ...]:
+    """Return what came of each fault during a row's measured iterations."""
+    if not sample.faults:
+        return ()
+    found = []
+    for number, victims in enumerate(find_victims(plan, workload)):
+        seen = [iteration[number] for iteration in sample.faults if iteration[number].happened]
+        recoveries = [one.wall_recovery_ns for one in seen if one.wall_recovery_ns is not None]
+        found.append(
+            FaultResult(
+                text=victims.incident.text,
+                at_ns=victims.incident.begin_ns,
+                until_ns=victims.incident.end_ns,
+                happened_iters=len(seen),
+                victim_qps=int(victims.victims.sum()),
+                moved_qps=victims.moved,
+                detours=victims.detours,
+                lost_packets=sum(one.lost_packets for one in seen),
+                recovery_ns=round(statistics.median(recoveries) / plan.dilation.value)
+                if recoveries and len(recoveries) == len(seen)
+                else None,
+            )
+        )
+    return tuple(found)
 
 
 def flow_results(planned: PlannedWorkload, sample: WorkloadSamples) -> tuple[FlowResult, ...]:

@@ -38,7 +38,7 @@ TB_ARRAY(tb_ports, struct tb_port);
 TB_ARRAY(tb_queues, struct tb_queue);
 TB_ARRAY(tb_ingress, struct tb_ingress);
 TB_ARRAY(tb_nodes, struct tb_node);
-TB_ARRAY(tb_fib, __s32);      /* [node * slots + slot]: group, -1 = none */
+TB_ARRAY(tb_fib, __s32);      /* [node * slots + slot]: group, -1 = none, TB_UNREACHABLE */
 TB_ARRAY(tb_groups, struct tb_group);
 TB_ARRAY(tb_members, __u32);  /* egress port ids */
 TB_ARRAY(tb_qps, struct tb_qp);
@@ -132,17 +132,18 @@ static __always_inline void release_ingress(__u32 port, __u32 priority, const st
 	}
 }
 
-/* The frame left the egress queue of the port at the other end of the link. Returns 1 if the link then lost it. */
+/* The frame left the egress queue of the port at the other end of the link. Returns nonzero if the link then lost it. */
 static __always_inline int account_dequeue(const struct tb_port *port, const struct ethhdr *eth, __u32 priority,
 					   __u32 len)
 {
 	struct tb_queue *queue;
 	struct tb_node *node;
 	__u16 mark = MAC_INGRESS(eth->h_source);
+	int lost = port->flags & TB_PORT_DOWN;
 
 	/* Whatever source MAC a host writes, its egress program has counted the frame. */
 	if (!(port->flags & TB_PORT_PEER_HOST) && mark == TB_INGRESS_KERNEL)
-		return 0;
+		return lost;
 	queue = queue_of(port->peer, priority);
 	if (!queue)
 		return 0;
@@ -155,7 +156,7 @@ static __always_inline int account_dequeue(const struct tb_port *port, const str
 			release_ingress(mark, priority, node, len);
 		}
 	}
-	if (queue->discard || (queue->loss_threshold && bpf_get_prandom_u32() < queue->loss_threshold)) {
+	if (lost || queue->discard || (queue->loss_threshold && bpf_get_prandom_u32() < queue->loss_threshold)) {
 		__sync_fetch_and_add(&queue->lost_packets, 1);
 		return 1;
 	}
@@ -300,6 +301,8 @@ static __always_inline int receive_other(struct __sk_buff *skb, const struct tb_
 		skb->priority = bpf_ntohs(frame->opcode);
 		return bpf_redirect(skb->ifindex, 0);
 	}
+	if (port->flags & TB_PORT_DOWN)
+		return TC_ACT_SHOT; /* kicks are the emulator's own and pass */
 	if (eth->h_proto != bpf_htons(TB_ETH_P_MAC_CONTROL) || frame->opcode != bpf_htons(TB_PFC_OPCODE))
 		return TC_ACT_OK;
 #pragma unroll
@@ -357,6 +360,12 @@ int switch_ingress(struct __sk_buff *skb)
 		return TC_ACT_OK; /* the switch itself, TTL expiry, options: the kernel, whose routes mirror the tables */
 	key = port->node * config.slots + slot;
 	group_index = bpf_map_lookup_elem(&tb_fib, &key);
+	if (group_index && *group_index == TB_UNREACHABLE) {
+		queue = queue_of(port->peer, priority); /* lost behind the port it came from */
+		if (queue)
+			__sync_fetch_and_add(&queue->lost_packets, 1);
+		return TC_ACT_SHOT;
+	}
 	if (!group_index || *group_index < 0)
 		goto no_route;
 	key = *group_index;

@@ -40,7 +40,7 @@
 enum tb_port_flags {
 	TB_PORT_HOST = 1,      /* the port belongs to a host */
 	TB_PORT_PEER_HOST = 2, /* the other end belongs to a host */
-	TB_PORT_DOWN = 256,    /* its link is down: adaptive routing passes it over */
+	TB_PORT_DOWN = 256,    /* engine: its link is down: what arrives is lost, and adaptive routing passes it over */
 };
 
 struct tb_config {             /* .rodata.config, fixed at load */
@@ -71,7 +71,7 @@ struct tb_queue {              /* queues[id * 8 + priority]: the egress queue of
 	__u64 deq_bytes;           /* deq, at the other end of the veth */
 	__u64 deq_packets;         /* deq */
 	__u64 marked_packets;      /* enq: CE set here */
-	__u64 lost_packets;        /* deq: lost on the link behind this queue, or discarded by the watchdog */
+	__u64 lost_packets;        /* deq: lost on the link behind this queue, discarded by the watchdog, without a way on */
 	/* loader: marking by the depth after this frame, 0 up to kmin, 1 above kmax (0: never) */
 	__u32 kmin_bytes;
 	__u32 kmax_bytes;
@@ -115,6 +115,9 @@ struct tb_node {               /* nodes[index] */
 	__u64 shared_bytes;        /* loader: without the headrooms; lossy frames get no more */
 	__u64 reserved[4];
 };
+
+/* In the fib: every way there is lost, frames are dropped. -1 leaves them to the kernel. */
+#define TB_UNREACHABLE (-2)
 
 enum tb_selector {
 	TB_SELECT_HASH = 0,

@@ -9,20 +9,24 @@ from pathlib import Path
 import numpy as np
 
 from testbed.carriers.admission import admission
+from testbed.carriers.faults import FabricFaults, fabric_faults, port_rates_of, workload_faults
 from testbed.carriers.flow_control import flow_control
 from testbed.carriers.protocol import ProgressListener, WorkloadSamples
 from testbed.carriers.recording import Recording, recording
 from testbed.engine.dispatch import QpDispatcher
+from testbed.engine.faults import Faults, NoFaults
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.intra_host import run_inside_hosts
 from testbed.engine.loop import EngineSetup, IterationResult, TickLoop
 from testbed.engine.rate_limit import CongestionLimit, NoRateLimit, RateLimit
 from testbed.engine.stream import build_streams
+from testbed.errors import RunError
 from testbed.fabric import Fabric
 from testbed.kernel.host_tuning import tuned_host
 from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
 from testbed.measure.samples import MachineSamples
+from testbed.plan.faults import broken_at
 from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan, PlannedJob, PlannedWorkload
 from testbed.roce.congestion import CongestionControl, make
 from testbed.scenario import CongestionControl as ControlName
@@ -38,6 +42,7 @@ class EngineCarrier:
         clock: Source of time.
         flow: PFC on the fabric; also an attribute.
         recording: The time series that is written along the run, if any.
+        faults: What breaks, if anything does.
     """
 
     def __init__(
@@ -48,8 +53,10 @@ class EngineCarrier:
         clock: MonotonicClock,
         flow: FlowControl | NoFlowControl,
         recording: Recording | None = None,
+        faults: FabricFaults | None = None,
     ) -> None:
         self._fabric = fabric
+        self._faults = faults
         self.flow = flow
         self._sockets = sockets
         self._probe = probe
@@ -90,16 +97,24 @@ class EngineCarrier:
             else build_streams(schedule, mtu, networked)
         )
         warmups, iters = planned.workload.warmup_iters, planned.workload.iters
-        results = []
+        faults = workload_faults(self._fabric, workload, self._faults)
+        results, sightings, warm = [], [], []
         for number in range(warmups + iters):
             warmup = number < warmups
             shown = number if warmup else number - warmups
             listener.iteration(shown, warmups if warmup else iters, warmup=warmup)
             if recorder is not None:
                 recorder.begin_iteration(shown, warmup=warmup)
-            result = loop.run_iteration(schedule, streams)
-            if not warmup:
-                results.append(result)
+            try:
+                result = loop.run_iteration(schedule, streams, None if warmup else faults)
+            except RunError as error:
+                raise _explained(error, plan, None if warmup else faults) from None
+            if warmup:
+                warm.append(result.wall_ns / plan.dilation.value)
+                continue
+            results.append(result)
+            if isinstance(faults, Faults):
+                sightings.append(faults.sightings())
         return WorkloadSamples(
             tuple(result.wall_ns / plan.dilation.value for result in results),
             tuple(result.wall_seen_ns for result in results),
@@ -120,6 +135,8 @@ class EngineCarrier:
                 tuple(job_cct_ns(planned, job, result) / plan.dilation.value - job.start_ns for result in results)
                 for job in planned.jobs
             ),
+            warmup_cct_ns=tuple(warm),
+            faults=tuple(sightings),
         )
 
     def warnings(self) -> list[str]:
@@ -137,6 +154,18 @@ def job_cct_ns(planned: PlannedWorkload, job: PlannedJob, result: IterationResul
         inside = inside + networked * (qps - 1)
     ends = result.wall_end_ns.reshape(networked, qps)[of_network]
     return max(float(ends.max(initial=0.0)), float(result.wall_inside_end_ns[inside].max(initial=0.0)))
+
+
+def _explained(error: RunError, plan: Plan, faults: Faults | NoFaults | None) -> RunError:
+    """Return an error that says what was broken when it happened."""
+    step = plan.faults.steps[faults.step if isinstance(faults, Faults) else 0]
+    broken = broken_at(plan.faults, step.at_ns)
+    if not broken:
+        return error
+    return RunError(
+        f"{error.message}; broken then: {', '.join(broken)}",
+        hint="no way was left, or routing found it too late: see `routing.convergence_time`, `transport.retransmit_timeout`",
+    )
 
 
 def _run_inside_hosts(plan: Plan, planned: PlannedWorkload, listener: ProgressListener) -> WorkloadSamples:
@@ -184,7 +213,6 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
             bytes_per_s = plan.wall_rate_bytes_per_s(port.rate_bits_per_s)
             burst_ns[port.id] = 1e9 * plan.burst_bytes(port.id, shared=True) / bytes_per_s
             gain[port.id] = SHARED_SHAPER_SPEEDUP - 1.0
-    rates = [0.0] + [plan.wall_rate_bytes_per_s(port.rate_bits_per_s) for port in topology.ports]
     return EngineSetup(
         connections=planned.connections,
         one_way_ns=planned.one_way_ns,
@@ -192,7 +220,7 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
         wall_tick_ns=plan.dilation.wall_tick_ns,
         mtu=plan.scenario.transport.mtu_bytes,
         nic_port=np.array([nic.id for nic in topology.nics], np.int64),
-        wall_port_rate_bytes_per_s=np.array(rates),
+        wall_port_rate_bytes_per_s=port_rates_of(plan, plan.faults.steps[0]),
         data_priority=plan.scenario.qos.lossless_priority,
         retransmit_timeout_ns=plan.retransmit_timeout_ns,
         wall_burst_ns=burst_ns,
@@ -260,8 +288,9 @@ def engine_carrier(
         tuned_host(port_cpus, waiting) as host_warnings,
         engine_thread(engine_cpu) as warnings,
         flow_control(fabric, clock.now_ns()) as flow,
+        fabric_faults(fabric, flow, clock.now_ns()) as faults,
     ):
         yield (
-            EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock, flow, written),
+            EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock, flow, written, faults),
             host_warnings + warnings,
         )

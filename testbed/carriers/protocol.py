@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from testbed.engine.faults import Sighting
 from testbed.measure.samples import AdmissionSamples, MachineSamples
 
 
@@ -27,6 +28,9 @@ class WorkloadSamples:
         admission: What was noted about grants in each measured iteration; empty where there are none.
         job_cct_ns: Completion time of each measured iteration of each of the workload's jobs, from its start, emulated.
         wrong_elements: Elements that were wrong at their receivers in the measured iterations; None where no carrier moved any.
+        warmup_cct_ns: Completion time of each warm-up iteration, emulated: nothing breaks in those.
+        faults: What came of each fault in each measured iteration, in the order of `testbed.plan.victims.find_victims`; empty
+            where nothing breaks on the way.
     """
 
     cct_ns: tuple[float, ...]
@@ -40,6 +44,8 @@ class WorkloadSamples:
     admission: tuple[AdmissionSamples, ...] = ()
     job_cct_ns: tuple[tuple[float, ...], ...] = ()
     wrong_elements: int | None = None
+    warmup_cct_ns: tuple[float, ...] = ()
+    faults: tuple[tuple[Sighting, ...], ...] = ()
 
 
 class ProgressListener(Protocol):

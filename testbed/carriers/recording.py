@@ -162,6 +162,9 @@ def series_job(plan: Plan, ports: list[int], folder: Path, states: list[str], de
 def ports_with_data(plan: Plan) -> list[int]:
     """Return the ports that send data in some workload item, and the switch ports that receive it, ascending."""
     topology = plan.topology
+    if plan.faults.is_eventful:  # flows change their ways
+        switches = [port.id for port in topology.ports if topology.nodes[port.node].kind is not NodeKind.HOST]
+        return sorted({nic.id for nic in topology.nics} | set(switches))
     senders = {port for planned in plan.workloads for path in planned.paths for port in path.ports}
     peers = {topology.port(port).peer for port in senders}
     receivers = {port for port in peers if topology.nodes[topology.port(port).node].kind is not NodeKind.HOST}
@@ -188,6 +191,11 @@ def series_header(plan: Plan) -> dict[str, Any]:
                 "nranks": planned.nranks,
             }
             for planned in plan.workloads
+        ],
+        "faults": [
+            {"text": one.text, "at_ns": one.begin_ns, "until_ns": one.end_ns}
+            for one in plan.faults.incidents
+            if plan.faults.is_eventful
         ],
         "scenario": scenario.resolved(),
     }

@@ -305,6 +305,8 @@ def render_result(result: Result) -> str:
         f"{fabric.nak_packets} NAKs, {fabric.retransmitted_packets} retransmitted (packets)\n"
     )
     lines += _congestion_lines(fabric)
+    for row in result.results:
+        lines += _fault_lines(row, several=len(result.results) > 1)
     if result.fidelity is not None:
         lines.append(f"# verdict: {result.fidelity.verdict}\n")
         lines += [f"#   {reason}\n" for reason in _reasons(result)]
@@ -353,6 +355,35 @@ def _admission_lines(fabric: FabricResult) -> list[str]:
     if fabric.leaf_down_peak_bytes is not None:
         words.append(f"peak queue of a leaf's port to a host {format_size(fabric.leaf_down_peak_bytes)}")
     return [f"# admission: {', '.join(words)}\n"]
+
+
+def _fault_lines(row: CollectiveResult, *, several: bool) -> list[str]:
+    """Return what the faults of a row did and cost."""
+    from testbed.units import format_size, format_time
+
+    if not row.faults:
+        return []
+    where = f"{_name_row(row)}: " if several else ""
+    lines = []
+    for fault in row.faults:
+        until = "" if fault.until_ns is None else f" until {format_time(fault.until_ns)}"
+        head = f"# fault: {where}{fault.text} at {format_time(fault.at_ns)}{until}"
+        if not fault.happened_iters:
+            lines.append(f"{head}: no iteration lasted so long\n")
+            continue
+        recovered = (
+            "no recovery seen" if fault.recovery_ns is None else f"recovered in {format_time(fault.recovery_ns)}"
+        )
+        lines.append(
+            f"{head}: {fault.victim_qps} QPs hit, {fault.moved_qps} took another way, "
+            f"{fault.lost_packets} packets lost on its links, {recovered}\n"
+        )
+    again = "" if row.retransmitted_bytes is None else f", {format_size(row.retransmitted_bytes)} sent again"
+    if row.fault_cost_ratio is None or row.cct_without_fault_ns is None:
+        return [*lines, f"# fault cost: {where}not known without warm-up iterations{again}\n"]
+    without = format_time(round(row.cct_without_fault_ns), significant=5)
+    cost = f"{row.fault_cost_ratio:.4g} x the time of the warm-up iterations without ({without})"
+    return [*lines, f"# fault cost: {where}{cost}{again}\n"]
 
 
 def _reasons(result: Result) -> list[str]:

@@ -9,7 +9,7 @@ frame sent before the pause would have arrived. The wall time that the frame and
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,9 @@ class Gates(Protocol):
 
     def move(self, close: Sequence[int], open: Sequence[int]) -> None:
         """Close some gates and open others."""
+
+    def set_rates(self, wall_rates_bytes_per_s: Mapping[int, int]) -> None:
+        """Let ports that are open, or will be, have another rate; ports without a gate do not matter."""
 
 
 class PauseSender(Protocol):
@@ -83,6 +86,12 @@ class NoFlowControl:
     def forget_frames(self) -> None:
         """Do nothing."""
 
+    def set_dead(self, ports: frozenset[int], now_ns: int) -> None:
+        """Do nothing."""
+
+    def set_rates(self, wall_rates_bytes_per_s: Mapping[int, int]) -> None:
+        """Do nothing."""
+
 
 class FlowControl:
     """PFC of one priority on all links of a fabric.
@@ -138,6 +147,7 @@ class FlowControl:
         self._own_frames = self._frames_seen.astype(np.int64).tolist()
         self._pending: list[tuple[int, int, int, int, int]] = []
         self._number = 0
+        self._dead = [False] * count
         self._is_closed = [False] * count
         self._closed_ns = [0] * count
         self._until_ns = [0] * count
@@ -188,6 +198,42 @@ class FlowControl:
                 self._own_frames[index] += 1
                 self._asked[index] = False
 
+    def set_rates(self, wall_rates_bytes_per_s: Mapping[int, int]) -> None:
+        """Note that shapers have been given other rates, by port id: open gates have those from now on."""
+        self._gates.set_rates(wall_rates_bytes_per_s)
+        closed = [port for port in wall_rates_bytes_per_s if self.closed[port]]
+        if closed:  # the change has opened them
+            self._gates.move(closed, ())
+
+    def set_dead(self, ports: frozenset[int], now_ns: int) -> None:
+        """Note which links are down: no PFC frame crosses them, and what one has said is forgotten.
+
+        A port whose link goes down is no longer paused: what stands in its queue goes, and is lost. When the link is up again
+        and the other end still has too much, it says so anew.
+
+        Args:
+            ports: Both ends of all links that are down.
+            now_ns: The clock.
+        """
+        opening = []
+        for index, link in enumerate(self._links):
+            was, self._dead[index] = self._dead[index], link.sender in ports
+            if self._dead[index] and not was:
+                self._asked[index] = False
+                self._pending = [one for one in self._pending if one[2] != index]
+                if self._is_closed[index]:
+                    self._note_open(index, now_ns)
+                    opening.append(link.sender)
+                if self._storm[index]:
+                    self._set_storm(index, on=False)
+            elif was and not self._dead[index] and self._xoff[link.receiver]:
+                self._changes_seen[index] -= 1  # the next tick announces it
+        heapq.heapify(self._pending)
+        if opening:
+            self._gates.move((), opening)
+            self.closed[opening] = False
+            self.blocked[opening] = True
+
     def tick(self, now_ns: int) -> None:
         """Send what PFC frames are due and move the gates of ports that have received some."""
         changes = self._changes[self._receivers]
@@ -204,6 +250,8 @@ class FlowControl:
     def _announce(self, now_ns: int, changes: npt.NDArray[Any]) -> None:
         """Send PFC frames out of ports whose thresholds were crossed since the last tick."""
         for index in np.flatnonzero(changes != self._changes_seen).tolist():
+            if self._dead[index]:
+                continue
             port = self._links[index].receiver
             asks = bool(self._xoff[port])
             moves = int(changes[index] - self._changes_seen[index])

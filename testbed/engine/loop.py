@@ -13,6 +13,7 @@ from testbed.collectives import IntraHostLinks, Schedule
 from testbed.engine.admission import Admission, NoAdmission
 from testbed.engine.delay_line import DelayLine
 from testbed.engine.dispatch import QpDispatcher
+from testbed.engine.faults import Faults, NoFaults
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.frames import FrameWriter
 from testbed.engine.intra_host import IntraHostTransfers
@@ -253,7 +254,12 @@ class TickLoop:
                 row["cnp_interval_ns"] = self._setup.wall_cnp_interval_ns
         qps["active"][: 2 * len(connections)] = 1
 
-    def run_iteration(self, schedule: Schedule, streams: PacketStreams | QpDispatcher | None = None) -> IterationResult:
+    def run_iteration(
+        self,
+        schedule: Schedule,
+        streams: PacketStreams | QpDispatcher | None = None,
+        faults: Faults | NoFaults | None = None,
+    ) -> IterationResult:
         """Run a schedule once, from the release of its first transfers to its last arrival.
 
         Args:
@@ -261,11 +267,13 @@ class TickLoop:
             streams: ``build_streams(schedule, mtu, len(setup.connections))``, if the caller has it; a dispatcher of the schedule
                 where it is decided as the run goes what each QP sends. The schedule's connections are then pairs of ranks, the
                 setup's the QPs.
+            faults: What breaks meanwhile; it is mended at the end.
 
         Raises:
             RunError: A QP ran out of retries, or nothing moves any more.
         """
         streams = streams or build_streams(schedule, self._setup.mtu, len(self._nic))
+        faults = faults or NoFaults()
         intra_host = IntraHostTransfers(schedule, self._setup.intra_host, self._setup.time_dilation)
         dispatcher: QpDispatcher | None = None
         progress: Progress | QpDispatcher
@@ -329,11 +337,15 @@ class TickLoop:
         ticks = 0
         admission.restart(begin, offset, streams.packets if dispatcher is None else dispatcher.packets_of_connections)
         recorder.start(begin)
+        faults.begin(begin)
         while True:
             now = clock.now_ns()
             lateness = now - due
             recorder.sample(now, transmitted)
             flow.tick(now)
+            rates = faults.tick(now, self._rx_payload_bytes)
+            if rates is not None:
+                ns_per_byte[:] = self._set_rates(now, rates)[nic].tolist()
 
             self._arrivals.next_snapshot[0] = self._rx_messages
             arrivals = self._arrivals.advance(now)[0]
@@ -460,6 +472,9 @@ class TickLoop:
             due = max(due + tick_ns, now)
             clock.sleep_until_ns(due)
         self._shaping.finish()
+        rates = faults.end(now)
+        if rates is not None:
+            self._set_rates(now, rates)
         paused_ns = flow.paused_until(now) - paused_before
         gate_lateness_ns = np.array(flow.lateness_ns, np.int64)
         waits_ns = self._probe.waits_ns()
@@ -494,6 +509,13 @@ class TickLoop:
             admission=admission.finish(),
             wall_inside_end_ns=np.maximum(np.array(intra_host.end_ns) - begin, 0.0),
         )
+
+    def _set_rates(self, now_ns: int, wall_rate_bytes_per_s: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Let every port have another rate from now on; return the time of a byte on each NIC, shape ``(nics,)``."""
+        ns_per_byte: npt.NDArray[np.float64] = 1e9 / wall_rate_bytes_per_s[self._setup.nic_port]
+        self._pacer.set_rates(ns_per_byte)
+        self._shaping.set_rates(wall_rate_bytes_per_s)
+        return ns_per_byte
 
     def _gained_ns(self) -> float:
         """Return the time that the fastest of the congested switch ports gained in this iteration."""

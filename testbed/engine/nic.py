@@ -23,13 +23,18 @@ class NicPacer:
     """
 
     def __init__(self, wall_ns_per_byte: npt.NDArray[np.float64], frame_wire_bytes: int, wall_tick_ns: int) -> None:
-        self._ns_per_byte = wall_ns_per_byte
+        self._frame_wire_bytes = frame_wire_bytes
         self._tick_ns = wall_tick_ns
-        self._frame_ns = wall_ns_per_byte * frame_wire_bytes
-        self._frames_per_ns = 1.0 / self._frame_ns
+        self.set_rates(wall_ns_per_byte)
         self._free_at = np.zeros(len(wall_ns_per_byte))
         self._busy = np.zeros(len(wall_ns_per_byte), bool)
         self._scratch = np.zeros(len(wall_ns_per_byte))
+
+    def set_rates(self, wall_ns_per_byte: npt.NDArray[np.float64]) -> None:
+        """Let each NIC need another time for a byte from its next frame on, shape ``(nics,)``."""
+        self._ns_per_byte = wall_ns_per_byte
+        self._frame_ns = wall_ns_per_byte * self._frame_wire_bytes
+        self._frames_per_ns = 1.0 / self._frame_ns
 
     def budget(
         self,

@@ -44,6 +44,13 @@ class ShapingObserver:
         self.lost_ns[:] = 0.0
         self.backlogged_ns[:] = 0.0
 
+    def set_rates(self, wall_rate_bytes_per_s: npt.NDArray[np.float64]) -> None:
+        """Let every port have another rate from now on, shape ``(ports,)``; backlogs of ports whose rate changes end here."""
+        changed = (wall_rate_bytes_per_s / 1e9 != self._rate_per_ns) & (self._ticks > 0)
+        if changed.any():
+            self._finish(changed)
+        self._rate_per_ns = wall_rate_bytes_per_s / 1e9
+
     def observe(
         self,
         now_ns: int,

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from testbed.errors import LabError
 from testbed.fabric.apply import IFINDEX_BASE, apply_operations
 from testbed.fabric.signals import HeldSignals, signals_held
+from testbed.fabric.tables import TableWriter, count_rows
 from testbed.kernel import bpf, layout, registry
 from testbed.kernel.links import mac_bytes
 from testbed.kernel.namespaces import entered, open_namespace
@@ -28,7 +29,7 @@ from testbed.plan.model import Plan
 from testbed.plan.qos import switch_of
 from testbed.roce.queue_pairs import QPN_BASE
 from testbed.roce.wire import CONTROL_PRIORITIES
-from testbed.routing import Group, Selector
+from testbed.routing import NO_GROUP
 from testbed.topology import HOST_NETWORK, NodeKind
 
 # Rows of the QP table: enough for 8 QPs between all pairs of 32 hosts, or a ring of 1024 with 4.
@@ -38,16 +39,6 @@ _STUCK_S = 1.0
 # What a killed run leaves behind drains in less.
 _BUSY_S = 30.0
 _DRAIN_LOOK_S = 0.01
-
-
-# enum tb_selector in bpf/fabric.h
-SELECTOR_NUMBERS = {
-    Selector.HASH: 0,
-    Selector.ROUND_ROBIN: 1,
-    Selector.RANDOM: 2,
-    Selector.LEAST_DEPTH: 3,
-    Selector.FLOWLET: 4,
-}
 
 
 class Fabric:
@@ -142,7 +133,7 @@ class Fabric:
     @staticmethod
     def _build(plan: Plan, state: registry.LabState, any_workload: bool) -> layout.MappedArrays:
         """Load the programs, fill the maps, build everything and record the lab as ready."""
-        entries = _map_entries(plan)
+        entries = _map_entries(plan, any_failure=any_workload)
         loaded = bpf.load_object(
             map_entries=entries,
             initial_values={
@@ -161,8 +152,10 @@ class Fabric:
         )
         try:
             arrays = layout.MappedArrays(loaded.maps, entries)
-            _fill_tables(plan, arrays)
-            layout.write_overrides(loaded.maps[layout.OVERRIDES], plan.tables.overrides.items())
+            _fill_ports(plan, arrays)
+            arrays.fib[:] = NO_GROUP
+            overrides = loaded.maps[layout.OVERRIDES]
+            TableWriter(plan.topology, arrays, overrides, time_dilation=plan.dilation.value).write(plan.tables)
             _, port_cpus = choose_cpus()
             state.details = {
                 "maps": {name: bpf.read_id(fd) for name, fd in loaded.maps.items()},
@@ -351,8 +344,12 @@ def _wait_until_drained(name: str, arrays: layout.MappedArrays) -> None:
         time.sleep(_DRAIN_LOOK_S)
 
 
-def _map_entries(plan: Plan) -> dict[str, int]:
-    topology, tables = plan.topology, plan.tables
+def _map_entries(plan: Plan, *, any_failure: bool) -> dict[str, int]:
+    topology = plan.topology
+    # An iteration may end as any step has left the fabric, and the next begins with the first.
+    steps = [step.tables for step in plan.faults.steps]
+    in_order = [one for tables in steps for one in (plan.tables, tables)] + steps
+    groups, members, overrides = count_rows(topology, in_order, any_failure=any_failure)
     ports = len(topology.ports) + 1
     return {
         "tb_ports": ports,
@@ -360,25 +357,18 @@ def _map_entries(plan: Plan) -> dict[str, int]:
         "tb_ingress": ports * layout.PRIORITIES,
         "tb_nodes": len(topology.nodes),
         "tb_fib": len(topology.nodes) * topology.slots,
-        "tb_groups": len(tables.groups),
-        "tb_group_states": len(tables.groups),
-        "tb_flowlets": layout.FLOWLETS if any(group.gap_ns for group in tables.groups) else 1,
-        "tb_members": sum(len(group.members) for group in tables.groups),
-        layout.OVERRIDES: len(tables.overrides),
+        "tb_groups": groups,
+        "tb_group_states": groups,
+        "tb_flowlets": layout.FLOWLETS if any(group.gap_ns for group in plan.tables.groups) else 1,
+        "tb_members": members,
+        layout.OVERRIDES: overrides,
         "tb_qps": _QP_ROWS,
     }
 
 
-def pack_members(group: Group) -> list[int]:
-    """Return a group's members as the eBPF program reads them: with weights where depths are compared, else as they are."""
-    if group.selector is Selector.LEAST_DEPTH:
-        return [port | weight << 16 for port, weight in group.weights().items()]
-    return list(group.members)
-
-
-def _fill_tables(plan: Plan, arrays: layout.MappedArrays) -> None:
-    """Write ports, buffers and forwarding tables into the maps."""
-    topology, tables = plan.topology, plan.tables
+def _fill_ports(plan: Plan, arrays: layout.MappedArrays) -> None:
+    """Write ports and buffers into the maps."""
+    topology = plan.topology
     for port in topology.ports:
         node = topology.nodes[port.node]
         peer = topology.port(port.peer)
@@ -396,22 +386,6 @@ def _fill_tables(plan: Plan, arrays: layout.MappedArrays) -> None:
     _fill_qos(plan, arrays)
     for port_id, fraction in plan.losses.items():
         set_loss(arrays, port_id, fraction, lost_priorities(plan.scenario))
-    overridden = {key.node for key in tables.overrides}
-    first = 0
-    for index, group in enumerate(tables.groups):
-        members = pack_members(group)
-        arrays.members[first : first + len(members)] = members
-        arrays.groups[index] = (
-            first,
-            len(members),
-            int(group.hash_fields),
-            group.seed & 0xFFFFFFFF,
-            SELECTOR_NUMBERS[group.selector],
-            topology.port(group.members[0]).node in overridden,
-            round(group.gap_ns * plan.dilation.value),
-        )
-        first += len(members)
-    arrays.fib[:] = tables.fib.reshape(-1)
 
 
 def _fill_qos(plan: Plan, arrays: layout.MappedArrays) -> None:

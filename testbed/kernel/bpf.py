@@ -47,6 +47,9 @@ def _load_libbpf() -> ctypes.CDLL:
             ("bpf_map__fd", ctypes.c_int, [pointer]),
             ("bpf_program__fd", ctypes.c_int, [pointer]),
             ("bpf_map_update_elem", ctypes.c_int, [ctypes.c_int, pointer, pointer, ctypes.c_uint64]),
+            ("bpf_map_lookup_elem", ctypes.c_int, [ctypes.c_int, pointer, pointer]),
+            ("bpf_map_delete_elem", ctypes.c_int, [ctypes.c_int, pointer]),
+            ("bpf_map_get_next_key", ctypes.c_int, [ctypes.c_int, pointer, pointer]),
             ("bpf_map_get_fd_by_id", ctypes.c_int, [ctypes.c_uint32]),
             ("bpf_prog_get_fd_by_id", ctypes.c_int, [ctypes.c_uint32]),
         ):
@@ -172,6 +175,35 @@ def write_map(fd: int, key: bytes, value: bytes) -> None:
     """
     if _load_libbpf().bpf_map_update_elem(fd, key, value, 0) < 0:
         raise KernelError("bpftool map update", ctypes.get_errno())
+
+
+def read_map(fd: int, key_bytes: int, value_bytes: int) -> list[tuple[bytes, bytes]]:
+    """Return the entries of a map that nobody else writes meanwhile.
+
+    Raises:
+        KernelError: It may not be read.
+    """
+    library = _load_libbpf()
+    entries: list[tuple[bytes, bytes]] = []
+    before, key = None, ctypes.create_string_buffer(key_bytes)
+    value = ctypes.create_string_buffer(value_bytes)
+    while library.bpf_map_get_next_key(fd, before, key) == 0:
+        if library.bpf_map_lookup_elem(fd, key, value) == 0:
+            entries.append((key.raw, value.raw))
+        before = ctypes.create_string_buffer(key.raw, key_bytes)
+    if ctypes.get_errno() != errno.ENOENT:
+        raise KernelError("bpftool map dump", ctypes.get_errno())
+    return entries
+
+
+def delete_map_entry(fd: int, key: bytes) -> None:
+    """Delete an entry of a map, if it is there.
+
+    Raises:
+        KernelError: The map may not be written.
+    """
+    if _load_libbpf().bpf_map_delete_elem(fd, key) < 0 and ctypes.get_errno() != errno.ENOENT:
+        raise KernelError("bpftool map delete", ctypes.get_errno())
 
 
 def map_array(fd: int, nbytes: int) -> mmap.mmap:

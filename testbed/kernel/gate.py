@@ -39,6 +39,9 @@ class Gates(Protocol):
             KernelError: The kernel refused.
         """
 
+    def set_rates(self, wall_rates_bytes_per_s: Mapping[int, int]) -> None:
+        """Let ports have another rate when they are next opened; ports without a gate do not matter."""
+
 
 @dataclass(frozen=True, slots=True)
 class GatedPort:
@@ -76,6 +79,7 @@ class TbfGates:
     """
 
     def __init__(self, ports: Sequence[GatedPort], sockets: Mapping[int, socket.socket]) -> None:
+        self._ports = {port.port: port for port in ports}
         self._sockets = {port.port: sockets[port.peer] for port in ports}
         self._close = {port.port: _shaper(port, _CRAWL_BYTES_PER_S, port.frame_wire_bytes) for port in ports}
         self._open = {port.port: _shaper(port, port.wall_rate_bytes_per_s, port.burst_bytes) for port in ports}
@@ -92,6 +96,12 @@ class TbfGates:
         """Close the netlink sockets; gates stay as they are."""
         for route in set(self._route.values()):
             route.close()
+
+    def set_rates(self, wall_rates_bytes_per_s: Mapping[int, int]) -> None:
+        """Let ports have another rate when they are next opened; ports without a gate do not matter."""
+        for port, rate in wall_rates_bytes_per_s.items():
+            if port in self._ports:
+                self._open[port] = _shaper(self._ports[port], rate, self._ports[port].burst_bytes)
 
     def move(self, close: Sequence[int], open: Sequence[int]) -> None:
         """Close some gates and open others, a request per namespace, and kick what was opened."""

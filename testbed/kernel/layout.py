@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from testbed.kernel.bpf import map_array, write_map
+from testbed.kernel.bpf import delete_map_entry, map_array, read_map, write_map
 
 PRIORITIES = 8
 FABRIC_PROGRAMS = ("switch_ingress", "host_egress", "host_ingress")
 PROBE_PROGRAM = "probe_ingress"
 
-PORT_HOST, PORT_PEER_HOST = 1, 2
+PORT_HOST, PORT_PEER_HOST, PORT_DOWN = 1, 2, 256
 
 PORT = np.dtype(
     [("peer", "u2"), ("node", "u2"), ("peer_node", "u2"), ("flags", "u2"), ("peer_mac", "u1", 6), ("reserved", "u1", 2)]
@@ -152,6 +152,20 @@ def pack_crc_table() -> bytes:
     # With init and final XOR undone, the table entry of byte b is the CRC register after b from a zero register.
     entries = [zlib.crc32(bytes([byte]), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)]
     return struct.pack("=256I", *entries)
+
+
+def read_overrides(descriptor: int) -> dict[tuple[int, int, int, int], int]:
+    """Return the exact-match entries of the map of that descriptor: node, addresses and flow, and the egress port id."""
+    return {
+        _OVERRIDE_KEY.unpack(key): _OVERRIDE_VALUE.unpack(value)[0]
+        for key, value in read_map(descriptor, _OVERRIDE_KEY.size, _OVERRIDE_VALUE.size)
+    }
+
+
+def delete_overrides(descriptor: int, keys: Iterable[tuple[int, int, int, int]]) -> None:
+    """Delete exact-match entries from the map of that descriptor; those that are not there do not matter."""
+    for key in keys:
+        delete_map_entry(descriptor, _OVERRIDE_KEY.pack(*key))
 
 
 def write_overrides(descriptor: int, entries: Iterable[tuple[tuple[int, int, int, int], int]]) -> None:

@@ -32,6 +32,7 @@ from testbed.collectives import (
 from testbed.errors import PlanError
 from testbed.plan.admission import forecast_admission
 from testbed.plan.dilation import WALL_TICK_NS, choose_dilation, choose_tick_ns
+from testbed.plan.faults import FaultPlan, build_changes, build_steps
 from testbed.plan.jobs import fluid_ends_ns, job_hosts, measured_sets, port_times_ns, ranks_of_hosts
 from testbed.plan.lint import find_warnings
 from testbed.plan.model import Plan, PlannedJob, PlannedWorkload
@@ -43,6 +44,8 @@ from testbed.routing import (
     Demand,
     FlowKey,
     ForwardingTables,
+    Knowledge,
+    LinkState,
     Path,
     Route,
     RoutingSettings,
@@ -178,21 +181,26 @@ def compile_plan(
     ]
     if not items:
         raise PlanError("the workload is empty")
-    tables = build_tables(
-        topology,
-        routing_scheme(str(scenario.routing.scheme)),
-        hash_seed=scenario.routing.hash_seed,
-        settings=RoutingSettings(
-            flowlet_gap_ns=scenario.routing.flowlet_gap_ns or 0,
-            spray_order=str(scenario.routing.spray_order),
-            adaptive_scope=str(scenario.routing.adaptive_scope),
-            traffic=tuple(_demands(sent, topology, scenario.transport.carrier) for _, _, sent in items),
-        ),
+    settings = RoutingSettings(
+        flowlet_gap_ns=scenario.routing.flowlet_gap_ns or 0,
+        spray_order=str(scenario.routing.spray_order),
+        adaptive_scope=str(scenario.routing.adaptive_scope),
+        traffic=tuple(_demands(sent, topology, scenario.transport.carrier) for _, _, sent in items),
     )
+    scheme = routing_scheme(str(scenario.routing.scheme))
+
+    def tables_for(knowledge: Knowledge) -> ForwardingTables:
+        seed = scenario.routing.hash_seed
+        return build_tables(topology, scheme, hash_seed=seed, settings=settings, knowledge=knowledge)
+
+    changes, incidents = build_changes(scenario, topology)
+    faults = FaultPlan(build_steps(changes, scenario, tables_for), incidents)
+    tables, links = faults.steps[0].tables, faults.steps[0].state.links
+    _check_reachable(items, topology, tables, links)
     workloads = tuple(
         planned
         for index, item, sent in items
-        for planned in _plan_workload(index, item, sent, scenario, topology, tables)
+        for planned in _plan_workload(index, item, sent, scenario, topology, tables, links)
     )
 
     frame_bits = 8 * (frame_bytes(Opcode.WRITE_MIDDLE, scenario.transport.mtu_bytes) + LINK_OVERHEAD_BYTES)
@@ -244,6 +252,7 @@ def compile_plan(
         wall_tick_lateness_ns=wall_tick_lateness_ns,
         retransmit_timeout_ns=_retransmit_timeout_ns(scenario, topology, workloads),
         warnings=(),
+        faults=faults,
     )
     return replace(plan, warnings=find_warnings(plan))
 
@@ -398,7 +407,13 @@ def _demands(sent: _Sent, topology: Topology, carrier: Carrier) -> tuple[Demand,
 
 
 def _plan_workload(
-    index: int, item: Workload, sent: _Sent, scenario: Scenario, topology: Topology, tables: ForwardingTables
+    index: int,
+    item: Workload,
+    sent: _Sent,
+    scenario: Scenario,
+    topology: Topology,
+    tables: ForwardingTables,
+    links: LinkState,
 ) -> list[PlannedWorkload]:
     """Return a workload item with its paths and times; of jobs every set of them that is to be run."""
     mtu = scenario.transport.mtu_bytes
@@ -418,7 +433,7 @@ def _plan_workload(
         [round(path.delay_ns + sum(times)) for path, times in zip(paths, frame_ns, strict=True)], np.int64
     )
     admission = forecast_admission(scenario, topology, traffic.schedule, connections, paths, one_way)
-    predicted = _predict(sent, routes, scenario, topology)
+    predicted = _predict(sent, routes, scenario, topology, links)
     planned = PlannedWorkload(
         item=index,
         workload=item,
@@ -442,14 +457,20 @@ def _plan_workload(
     )
     if not traffic.jobs:
         return [replace(planned, ideal_cct_ns=_ideal_cct_ns(planned, topology, scenario, 0))]
-    alone = [_plan_job(job, sent, planned, scenario, topology) for job in traffic.jobs]
+    alone = [_plan_job(job, sent, planned, scenario, topology, links) for job in traffic.jobs]
     return [
-        _run_together(planned, [alone[job] for job in jobs], topology, scenario) for jobs in measured_sets(scenario)
+        _run_together(planned, [alone[job] for job in jobs], topology, scenario, links)
+        for jobs in measured_sets(scenario)
     ]
 
 
 def _plan_job(
-    job: _JobTraffic, sent: _Sent, planned: PlannedWorkload, scenario: Scenario, topology: Topology
+    job: _JobTraffic,
+    sent: _Sent,
+    planned: PlannedWorkload,
+    scenario: Scenario,
+    topology: Topology,
+    links: LinkState,
 ) -> PlannedJob:
     """Return one job as it would be alone, on the paths that it has among all."""
     messages = sent.traffic.schedule
@@ -472,6 +493,7 @@ def _plan_job(
             networked,
             scenario.fabric.nvlink.rate_bits_per_s,
             shares_follow_rates=sent.pieces is not None,
+            links=links,
         ),
         traffic_factor=job.traffic.traffic_factor,
         nvlink_bytes=int(schedule.nbytes[inside[schedule.connection]].sum()),
@@ -480,7 +502,7 @@ def _plan_job(
 
 
 def _run_together(
-    planned: PlannedWorkload, jobs: Sequence[PlannedJob], topology: Topology, scenario: Scenario
+    planned: PlannedWorkload, jobs: Sequence[PlannedJob], topology: Topology, scenario: Scenario, links: LinkState
 ) -> PlannedWorkload:
     """Return the workload with these jobs alone; the queue pairs of others are there and send nothing."""
     mine = np.isin(np.arange(len(planned.messages.connections)), np.concatenate([job.connections for job in jobs]))
@@ -490,7 +512,7 @@ def _run_together(
         schedule=keep_connections(planned.schedule, _qps_of(mine, planned)),
         pieces=None if planned.pieces is None else keep_connections(planned.pieces, mine),
     )
-    rates, loads, starts = port_rates(topology), [], [float(job.start_ns) for job in jobs]
+    rates, loads, starts = port_rates(topology, links), [], [float(job.start_ns) for job in jobs]
     for job in jobs:
         of_job = _qps_of(np.isin(np.arange(len(mine)), job.connections), planned)
         loads.append(port_times_ns(keep_connections(planned.schedule, of_job), planned.routes, rates))
@@ -517,17 +539,42 @@ def _qps_of(chosen: npt.NDArray[np.bool_], planned: PlannedWorkload) -> npt.NDAr
     return np.concatenate((np.repeat(chosen[:networked], planned.qps_per_connection), chosen[networked:]))
 
 
-def _predict(sent: _Sent, routes: Sequence[Sequence[Route]], scenario: Scenario, topology: Topology) -> float:
+def _check_reachable(
+    items: Sequence[tuple[int, Workload, _Sent]], topology: Topology, tables: ForwardingTables, links: LinkState
+) -> None:
+    """Check that what is broken from the beginning leaves every connection a way.
+
+    Raises:
+        PlanError: One has none.
+    """
+    if not links.dead_ports:
+        return
+    for connection in (connection for _, _, sent in items for connection in sent.connections):
+        for end in (connection.requester, connection.responder):
+            flow = flow_of(connection) if end is connection.requester else answers_of(connection)
+            try:
+                trace_path(topology, tables, topology.nics[end.local.nic].id, flow)
+            except PlanError as error:
+                between = f"ranks {connection.requester.local.rank} and {connection.requester.remote.rank}"
+                raise PlanError(
+                    f"faults: what is broken from the beginning leaves no way between {between}: {error.message}",
+                    hint="give the fault an `at` above 0 to see what happens, or break less",
+                ) from None
+
+
+def _predict(
+    sent: _Sent, routes: Sequence[Sequence[Route]], scenario: Scenario, topology: Topology, links: LinkState
+) -> float:
     """Return the expected CCT over ideal, from the ways of every queue pair's packets."""
     transport = scenario.transport
     nvlink = scenario.fabric.nvlink.rate_bits_per_s
     if sent.traffic.jobs:
         return 1.0  # each job has its own
     if transport.qp_strategy is QpStrategy.ROUND_ROBIN:
-        return predict_cct_ratio(topology, sent.schedule, routes, nvlink)
+        return predict_cct_ratio(topology, sent.schedule, routes, nvlink, links=links)
     together = _ways_of_messages(sent, routes, scenario)
     return predict_cct_ratio(
-        topology, sent.traffic.schedule, together, nvlink, shares_follow_rates=sent.pieces is not None
+        topology, sent.traffic.schedule, together, nvlink, shares_follow_rates=sent.pieces is not None, links=links
     )
 
 
@@ -599,6 +646,19 @@ def flow_of(connection: Connection, carrier: Carrier = Carrier.ENGINE) -> FlowKe
         dst_port=ROCE_UDP_PORT,
         protocol=IP_PROTOCOL_TCP if tcp else IP_PROTOCOL_UDP,
         dst_qp=0 if tcp else requester.peer_qpn,
+    )
+
+
+def answers_of(connection: Connection) -> FlowKey:
+    """Return the header fields that switches hash of what the responder sends back."""
+    responder = connection.responder
+    return FlowKey(
+        src_address=responder.local.address,
+        dst_address=responder.remote.address,
+        src_port=responder.udp_source_port,
+        dst_port=ROCE_UDP_PORT,
+        protocol=IP_PROTOCOL_UDP,
+        dst_qp=responder.peer_qpn,
     )
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from testbed.collectives import IntraHostLinks, Schedule
 from testbed.plan.admission import AdmissionForecast, grants_share_queue
 from testbed.plan.dilation import TimeDilation
+from testbed.plan.faults import FaultPlan
 from testbed.plan.loss import link_losses
 from testbed.plan.operations import (
     MAIN_TABLE,
@@ -250,6 +251,7 @@ class Plan:
         wall_tick_lateness_ns: How late this machine's ticks are at their 99th percentile; None where it was not measured.
         retransmit_timeout_ns: Emulated.
         warnings: What the lint found.
+        faults: What goes wrong in an iteration.
     """
 
     scenario: Scenario
@@ -260,6 +262,7 @@ class Plan:
     wall_tick_lateness_ns: int | None
     retransmit_timeout_ns: int
     warnings: tuple[str, ...]
+    faults: FaultPlan
 
     @property
     def largest_workloads(self) -> tuple[PlannedWorkload, ...]:
@@ -291,8 +294,9 @@ class Plan:
 
         They are NICs, and switch ports that no two flows of different NICs share. Ports without data are not among them. Where
         grants share the data's queue every switch port may carry those of other NICs.
+        Where links fail while traffic runs flows change their ways: then only NICs are among them.
         """
-        if grants_share_queue(self.scenario):
+        if grants_share_queue(self.scenario) or self.faults.is_eventful:
             return self.nic_ports()
         shared: set[int] = set()
         crossed: set[int] = set()

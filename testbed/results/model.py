@@ -126,6 +126,35 @@ class FlowResult:
 
 
 @dataclass(frozen=True, slots=True)
+class FaultResult:
+    """One fault that happened during the measured iterations of a row.
+
+    Attributes:
+        text: What happened, such as ``link_down leaf0:spine1``.
+        at_ns: When, from the release of each iteration.
+        until_ns: When it was over; None: it lasted to the end.
+        happened_iters: Measured iterations that lasted until it happened.
+        victim_qps: Connections whose data or answers crossed what failed.
+        moved_qps: Connections whose data took another way once all switches had reacted.
+        detours: Some of these in words.
+        lost_packets: Frames lost on the links that it touched, from then to the end, in all iterations.
+        recovery_ns: From the fault until the victims together delivered at least half of what they did before, over a window of
+            four round trips or 16 ticks, the longer of the two: the beginning of the first such window, median of the iterations.
+            0: they never fell below. None: they had nothing to deliver before, or were not seen to recover before the end.
+    """
+
+    text: str
+    at_ns: int
+    until_ns: int | None
+    happened_iters: int
+    victim_qps: int
+    moved_qps: int
+    detours: tuple[str, ...]
+    lost_packets: int
+    recovery_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class CollectiveResult:
     """One collective at one size: a row of the table; see `from_samples`.
 
@@ -155,6 +184,12 @@ class CollectiveResult:
         slowdown_by: What each other job alone costs it, by name: the same ratio of the run of both. Empty where not measured.
         wrong_elements: Elements that were wrong at their receivers; None where the carrier moves no real contents, or they were
             too many to be checked.
+        faults: What happened during the measured iterations; empty where nothing broke on the way.
+        cct_without_fault_ns: Median completion time of the warm-up iterations, in which nothing breaks but what is broken from
+            the beginning; None without faults or warm-up.
+        fault_cost_ratio: Median of `cct_ns` / `cct_without_fault_ns`.
+        recovery_ns: The longest of the faults' recoveries; None if there was none, or one is not known.
+        retransmitted_bytes: Payload that was sent again, each packet counted as a full one; None where nothing ran.
     """
 
     collective: str
@@ -181,6 +216,11 @@ class CollectiveResult:
     slowdown: float | None = None
     slowdown_by: Mapping[str, float] = field(default_factory=dict)
     wrong_elements: int | None = None
+    faults: tuple[FaultResult, ...] = ()
+    cct_without_fault_ns: float | None = None
+    fault_cost_ratio: float | None = None
+    recovery_ns: int | None = None
+    retransmitted_bytes: int | None = None
 
     @classmethod
     def from_samples(
@@ -204,6 +244,9 @@ class CollectiveResult:
         hosts: tuple[int, ...] = (),
         beside: tuple[str, ...] = (),
         wrong_elements: int | None = None,
+        faults: tuple[FaultResult, ...] = (),
+        warmup_cct_ns: Sequence[float] = (),
+        retransmitted_bytes: int | None = None,
     ) -> Self:
         """Return the result with every figure that follows from the samples; None where there are none.
 
@@ -226,12 +269,17 @@ class CollectiveResult:
             hosts: See there.
             beside: See there.
             wrong_elements: See there.
+            faults: See there.
+            warmup_cct_ns: Completion time of each warm-up iteration.
+            retransmitted_bytes: See there.
 
         Source:
             nccl-tests, doc/PERFORMANCE.md (algbw and busbw).
         """
         median_ns = statistics.median(cct_ns) if cct_ns else None
         algbw = size_bytes * 1e9 / median_ns if median_ns else None
+        without_ns = statistics.median(warmup_cct_ns) if faults and warmup_cct_ns else None
+        recoveries = [fault.recovery_ns for fault in faults if fault.happened_iters]
         return cls(
             collective=collective,
             algorithm=algorithm,
@@ -254,6 +302,13 @@ class CollectiveResult:
             hosts=hosts,
             beside=beside,
             wrong_elements=wrong_elements,
+            faults=faults,
+            cct_without_fault_ns=without_ns,
+            fault_cost_ratio=median_ns / without_ns if median_ns and without_ns else None,
+            recovery_ns=None
+            if None in recoveries
+            else max((one for one in recoveries if one is not None), default=None),
+            retransmitted_bytes=retransmitted_bytes,
         )
 
 
@@ -398,6 +453,10 @@ class Result:
                         flows=tuple(_load(FlowResult, flow) for flow in row.get("flows", ())),
                         hosts=tuple(row.get("hosts", ())),
                         beside=tuple(row.get("beside", ())),
+                        faults=tuple(
+                            _load(FaultResult, fault, detours=tuple(fault["detours"]))
+                            for fault in row.get("faults", ())
+                        ),
                     )
                     for row in fields["results"]
                 ),

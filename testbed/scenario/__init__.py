@@ -2,6 +2,7 @@
 
 from testbed.scenario.congestion import CongestionControl
 from testbed.scenario.expect import FLOW_METRIC, JOB_METRIC, Expectation, Verdict, evaluate, parse_expectation
+from testbed.scenario.faults import Fault, FaultKind
 from testbed.scenario.jobs import job_host_counts, job_rounds
 from testbed.scenario.load import load_scenario
 from testbed.scenario.loss import LinkLoss, LostFrames
@@ -50,6 +51,8 @@ __all__ = [
     "EcnPreset",
     "Expectation",
     "FabricKind",
+    "Fault",
+    "FaultKind",
     "Flow",
     "FlowsWorkload",
     "IncastWorkload",

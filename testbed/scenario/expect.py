@@ -99,6 +99,9 @@ METRICS: dict[str, Callable[[str], Fraction]] = {
     "cts_delay_p99_ns": _parse_time_value,
     "slowdown": parse_fraction,
     "wrong_elements": parse_number,
+    "fault_cost_ratio": parse_fraction,
+    "recovery_ns": _parse_time_value,
+    "retransmitted_bytes": parse_number,
 }
 """Every metric that may be named, and how its number is read."""
 

@@ -21,6 +21,7 @@ from testbed.routing import ROUTING_SCHEMES
 from testbed.scenario import kinds
 from testbed.scenario.congestion import CongestionControl, Dcqcn, Timely, congestion_parameters
 from testbed.scenario.expect import Expectation
+from testbed.scenario.faults import Fault
 from testbed.scenario.loss import LinkLoss as LinkLoss
 from testbed.scenario.loss import LostFrames as LostFrames
 from testbed.scenario.nvlink import Nvlink as Nvlink
@@ -45,7 +46,6 @@ _FLAG = kinds.flag()
 _UINT32 = kinds.integer(0, 2**32 - 1)
 _PRIORITY = kinds.integer(0, 7)
 _RANK = kinds.integer(0, MAX_HOSTS - 1)
-_NODE = kinds.text(40, r"[A-Za-z0-9:/._-]+", 'must be a node or link such as "leaf0" or "leaf0:spine1"')
 
 
 class FabricKind(StrEnum):
@@ -342,6 +342,25 @@ class Routing(_Section):
         "paths behind them can carry.",
         default="local",
     )
+    detection_time_ns: Annotated[int, _TIME] = _key(
+        "detection_time",
+        "From a link's failure or repair until the switches at its ends route by it; adaptive passes over a dead port at once. "
+        "The default is the shortest of what RFC 7938 section 7.1 calls milliseconds.",
+        default="1 ms",
+    )
+    convergence_time_ns: Annotated[int, _TIME] = _key(
+        "convergence_time",
+        "From a link's failure or repair until all switches route by it. The default is a guess for one hop of BGP with fast "
+        "fallover; what a fabric takes depends on its switches' software.",
+        default="5 ms",
+    )
+    te_loop_time_ns: Annotated[int, _TIME] = _key(
+        "te_loop_time",
+        "From a link's failure, repair or change of rate until the entries that the controller of scheme te, or the weights "
+        "of adaptive_scope capacity, follow it; until then flows whose entry leads nowhere fall back to ECMP. The default is a "
+        "guess: controllers of wide-area fabrics take seconds.",
+        default="1 s",
+    )
 
 
 class Admission(_Section):
@@ -596,32 +615,6 @@ class Job(_Section):
     )
 
 
-class LinkRate(_Section):
-    """A link that has become slower."""
-
-    link: Annotated[str, _NODE] = _key("link", "The link.", example="leaf0:spine0")
-    rate_bits_per_s: Annotated[int, _RATE] = _key("rate", "Its rate from now on.", example="100 Gbit/s")
-
-
-class SlowReceiver(_Section):
-    """A host that takes frames more slowly than its link carries them."""
-
-    host: Annotated[str, _NODE] = _key("host", "The host.", example="host0")
-    rate_bits_per_s: Annotated[int, _RATE] = _key("rate", "What it can take.", example="100 Gbit/s")
-
-
-class Fault(_Section):
-    """Something that breaks while traffic runs."""
-
-    at_ns: Annotated[int, _TIME] = _key("at", "When, counted from the first measured iteration.", example="2 ms")
-    for_ns: Annotated[int | None, _TIME] = _key("for", "For how long; without it, to the end.", default=None)
-    link_down: Annotated[str | None, _NODE] = _key("link_down", "Link that goes down.", default=None)
-    switch_down: Annotated[str | None, _NODE] = _key("switch_down", "Switch that goes down.", default=None)
-    loss: LinkLoss | None = _key("loss", "Link that loses packets at random.", default=None)
-    rate: LinkRate | None = _key("rate", "Link that becomes slower.", default=None)
-    slow_receiver: SlowReceiver | None = _key("slow_receiver", "Host that receives slowly.", default=None)
-
-
 class Scenario(_Section):
     """One experiment: a fabric, how it is run, what runs across it, what is expected."""
 
@@ -661,7 +654,7 @@ class Scenario(_Section):
     )
     faults: tuple[Fault, ...] = _list_key(
         "faults",
-        "What breaks, and when.",
+        "What breaks, and when. Warm-up iterations run without, but for what is broken from the beginning to the end.",
         example=[{"at": "2 ms", "link_down": "leaf0:spine1", "for": "1 ms"}],
     )
     expect: tuple[Annotated[Expectation, kinds.expectation()], ...] = _list_key(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from testbed.scenario.congestion import CongestionControl
 from testbed.scenario.expect import JOB_METRIC
+from testbed.scenario.faults import MAX_FLAPS, FaultKind
 from testbed.scenario.jobs import job_host_counts, job_rounds
 from testbed.scenario.keypath import KeyPath
 from testbed.scenario.model import (
@@ -74,6 +75,7 @@ def find_violations(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         _check_size,
         _check_buffer,
         _check_routing,
+        _check_faults,
         _check_timeout,
         _check_timely,
         _check_admission,
@@ -149,6 +151,28 @@ def _check_routing(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         yield Violation(gap, "is required by scheme flowlet", "give a pause longer than what paths differ in delay")
     elif gap_ns == 0:
         yield Violation(gap, "must be above 0", "use `scheme: spray` for a path per packet")
+
+
+def _check_faults(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    carrier: KeyPath = ("transport", "carrier")
+    if scenario.faults and valid(carrier) and scenario.transport.carrier is not Carrier.ENGINE:
+        yield Violation(carrier, "must be engine where there are faults: its tick makes them happen", "remove `faults`")
+    for index, fault in enumerate(scenario.faults):
+        path: KeyPath = ("faults", index)
+        if not valid(path):
+            continue
+        names = ", ".join(FaultKind)
+        if len(fault.kinds) != 1:
+            got = " and ".join(fault.kinds) or "none"
+            yield Violation(path, f"must say one thing that happens, not {got}", f"give one of {names}")
+        elif fault.heal is not None and fault.for_ns is not None:
+            yield Violation((*path, "for"), "does not go with `heal`, which lasts", "remove it")
+        elif fault.flap is not None and fault.for_ns is None:
+            yield Violation((*path, "for"), "is required by `flap`", "say for how long the link flaps")
+        elif fault.flap is not None and fault.for_ns is not None:
+            flaps = fault.for_ns // (fault.flap.down_ns + fault.flap.up_ns)
+            if flaps > MAX_FLAPS:
+                yield Violation((*path, "for"), f"must let the link flap at most {MAX_FLAPS} times, not {flaps}")
 
 
 def _check_timely(scenario: Scenario, valid: Valid) -> Iterator[Violation]:

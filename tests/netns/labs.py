@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.carriers.engine import EngineCarrier
+from testbed.carriers.faults import fabric_faults
 from testbed.carriers.flow_control import flow_control
 from testbed.fabric import Fabric
 from testbed.kernel.namespaces import entered, open_namespace
@@ -204,5 +205,6 @@ def plain_carrier(fabric: Fabric, hook: Callable[[], None] = lambda: None) -> It
         fabric.packet_sockets() as sockets,
         contextlib.closing(ProbeLink(fabric.probe_cpu, clock.now_ns)) as probe,
         flow_control(fabric, clock.now_ns()) as flow,
+        fabric_faults(fabric, flow, clock.now_ns()) as faults,
     ):
-        yield EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock, flow)
+        yield EngineCarrier(fabric, [one.fileno() for one in sockets], probe, clock, flow, faults=faults)

@@ -15,6 +15,7 @@ import pytest
 from testbed.fabric import Fabric
 from testbed.fabric import fabric as fabric_module
 from testbed.fabric.apply import IFINDEX_BASE, ifindex_of
+from testbed.fabric.tables import SELECTOR_NUMBERS, pack_members
 from testbed.kernel import bpf, layout
 from testbed.roce.queue_pairs import QPN_BASE
 from testbed.routing import FlowKey, Group, HashField, OverrideKey, Selector
@@ -39,7 +40,7 @@ class Switch:
     def __init__(self, fabric: Fabric, group: Group, overrides: dict[OverrideKey, int]) -> None:
         plan = fabric.plan
         topology = plan.topology
-        entries = fabric_module._map_entries(plan) | {
+        entries = fabric_module._map_entries(plan, any_failure=False) | {
             "tb_members": 256,
             "tb_flowlets": layout.FLOWLETS,
             "tb_overrides": 1000,
@@ -56,14 +57,15 @@ class Switch:
         initial = {".rodata.config": config, ".rodata.crc": layout.pack_crc_table()}
         self._loaded = bpf.load_object(map_entries=entries, initial_values=initial, programs=("switch_ingress",))
         self.arrays = layout.MappedArrays(self._loaded.maps, entries)
-        fabric_module._fill_tables(plan, self.arrays)
+        fabric_module._fill_ports(plan, self.arrays)
+        self.arrays.fib[:] = plan.tables.fib.reshape(-1)
         leaf = topology.leaves[0]
         remote = [slot for slot in range(topology.slots) if topology.slot_leaf(slot) is not leaf]
         self.group_index = int(plan.tables.fib[leaf.index, remote[0]])
-        members = fabric_module.pack_members(group)
+        members = pack_members(group)
         first = 100
         self.arrays.members[first : first + len(members)] = members
-        number = fabric_module.SELECTOR_NUMBERS[group.selector]
+        number = SELECTOR_NUMBERS[group.selector]
         row = (first, len(members), int(group.hash_fields), group.seed, number, bool(overrides), group.gap_ns)
         self.arrays.groups[self.group_index] = row
         self.arrays.nodes["limit_bytes"] = 1 << 62
