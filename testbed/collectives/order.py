@@ -16,18 +16,25 @@ class RingOrder(StrEnum):
     RAILS = "rails"
     """One rank of each rack in turn, GPU 0 of each rack's first host first: with equal racks every hop crosses the spine, and
     joins GPUs of the same number."""
+    MIN_CUT = "min_cut"
+    """Zone after zone, within each as ``rails``: one hop leaves each zone. With one zone alone it is ``rails``."""
     RANDOM = "random"
     """Any order, drawn at random."""
 
 
 def ring_order(
-    kind: str | Sequence[int], ranks_per_leaf: Sequence[int], rng: np.random.Generator | None = None
+    kind: str | Sequence[int],
+    ranks_per_leaf: Sequence[int],
+    rng: np.random.Generator | None = None,
+    *,
+    zones: int = 1,
 ) -> tuple[int, ...]:
     """Return the ranks in the order in which the ring, or another algorithm, visits them.
 
     Args:
         kind: A `RingOrder` or its text, or the ranks themselves.
         ranks_per_leaf: Number of ranks under each leaf, in leaf order.
+        zones: Into how many zones the leaves divide, evenly; those of a zone follow each other.
         rng: Draws a ``random`` order; not used, and not needed, for others.
 
     Returns:
@@ -55,6 +62,13 @@ def ring_order(
         if rng is None:
             raise ValueError("a random order needs a source of random numbers")
         return tuple(rng.permutation(nranks).tolist())
+    if kind == RingOrder.MIN_CUT and zones > 1:
+        size, zoned = len(ranks_per_leaf) // zones, []
+        for zone in range(zones):
+            begin = sum(ranks_per_leaf[: zone * size])
+            within = ring_order(RingOrder.RAILS, ranks_per_leaf[zone * size : (zone + 1) * size])
+            zoned += [begin + rank for rank in within]
+        return tuple(zoned)
     first = [sum(ranks_per_leaf[:leaf]) for leaf in range(len(ranks_per_leaf))]
     return tuple(
         first[leaf] + number

@@ -66,11 +66,12 @@ from testbed.scenario import (
     StarFabric,
     UdpSourcePort,
     Workload,
+    ZonesFabric,
     expand_sizes,
     job_rounds,
 )
 from testbed.scenario.rules import MAX_CONNECTIONS
-from testbed.topology import LinkSpec, RankMap, Topology, build_clos, build_star
+from testbed.topology import LinkSpec, RankMap, Topology, build_clos, build_star, build_zones, check_port_numbers
 
 # Retransmission timeout "auto": several loop times beside what the deepest queue of the path can add.
 _TIMEOUT_LOOPS = 4
@@ -124,6 +125,18 @@ def build_topology(scenario: Scenario) -> Topology:
     if isinstance(fabric, StarFabric):
         return build_star(hosts=fabric.nhosts, host_link=host_link, nics_per_host=fabric.nics_per_host)
     uplink = LinkSpec(fabric.uplink.rate_bits_per_s, fabric.uplink.delay_ns)
+    if isinstance(fabric, ZonesFabric):
+        between = fabric.superspine_link
+        return build_zones(
+            zones=fabric.zones,
+            hosts_per_leaf=fabric.host_counts,
+            spines=fabric.spines,
+            superspines=fabric.superspines,
+            host_link=host_link,
+            uplink=uplink,
+            superspine_link=LinkSpec(between.rate_bits_per_s, between.delay_ns),
+            nics_per_host=fabric.nics_per_host,
+        )
     return build_clos(
         hosts_per_leaf=fabric.host_counts,
         spines=fabric.spines,
@@ -176,6 +189,7 @@ def compile_plan(
         PlanError: No fabric can be planned from it.
     """
     topology = build_topology(scenario)
+    check_port_numbers(topology)
     items = [
         (index, item, _spread_over_qps(traffic, scenario, topology)) for index, item, traffic in _all_traffic(scenario)
     ]
@@ -186,6 +200,7 @@ def compile_plan(
         spray_order=str(scenario.routing.spray_order),
         adaptive_scope=str(scenario.routing.adaptive_scope),
         traffic=tuple(_demands(sent, topology, scenario.transport.carrier) for _, _, sent in items),
+        hash_seed_per_tier=scenario.routing.hash_seed_per_tier,
     )
     scheme = routing_scheme(str(scenario.routing.scheme))
 
@@ -329,7 +344,8 @@ def _collective(item: CollectiveWorkload, scenario: Scenario, ranks: Sequence[in
     by_leaf = [[number for number, rank in enumerate(ranks) if rank in leaf] for leaf in _ranks_of_leaves(scenario)]
     racked = [number for leaf in by_leaf for number in leaf]
     counts = [len(leaf) for leaf in by_leaf]
-    order = ring_order(kind, counts, np.random.default_rng([scenario.seed, _ORDER_STREAM]))
+    zones = scenario.fabric.zones if isinstance(scenario.fabric, ZonesFabric) else 1
+    order = ring_order(kind, counts, np.random.default_rng([scenario.seed, _ORDER_STREAM]), zones=zones)
     if isinstance(kind, str):
         order = tuple(racked[place] for place in order)
     algorithm = find_algorithm(str(item.collective), str(item.algorithm)).on_hosts(scenario.fabric.gpus_per_host)

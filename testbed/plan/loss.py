@@ -5,8 +5,10 @@ from __future__ import annotations
 from fractions import Fraction
 
 from testbed.errors import PlanError
-from testbed.scenario import ClosFabric, LostFrames, Scenario
-from testbed.topology import Topology
+from testbed.scenario import ClosFabric, LostFrames, Scenario, ZonesFabric
+from testbed.scenario import Link as LinkClass
+from testbed.scenario.model import Fabric
+from testbed.topology import Link, NodeKind, Topology
 
 PRIORITIES = 8
 
@@ -20,10 +22,7 @@ def link_losses(scenario: Scenario, topology: Topology) -> dict[int, Fraction]:
     fabric = scenario.fabric
     losses: dict[int, Fraction] = {}
     for link in topology.links:
-        on_host_link = topology.is_nic_port(link.a)
-        assert on_host_link or isinstance(fabric, ClosFabric)
-        kind = fabric.host_link if on_host_link or not isinstance(fabric, ClosFabric) else fabric.uplink
-        losses[link.a] = losses[link.b] = kind.loss_fraction
+        losses[link.a] = losses[link.b] = _kind_of(fabric, topology, link).loss_fraction
     named: set[str] = set()
     for index, lossy in enumerate(fabric.lossy_links):
         key = f"fabric.lossy_links[{index}].link"
@@ -39,6 +38,16 @@ def link_losses(scenario: Scenario, topology: Topology) -> dict[int, Fraction]:
         named.add(lossy.link)
         losses[link.a] = losses[link.b] = lossy.fraction
     return {port: fraction for port, fraction in losses.items() if fraction}
+
+
+def _kind_of(fabric: Fabric, topology: Topology, link: Link) -> LinkClass:
+    """Return what the fabric says of a link's tier."""
+    lower = topology.nodes[topology.port(link.a).node].kind
+    if lower is NodeKind.SPINE and isinstance(fabric, ZonesFabric):
+        return fabric.superspine_link
+    if lower is NodeKind.LEAF and isinstance(fabric, ClosFabric):
+        return fabric.uplink
+    return fabric.host_link
 
 
 def lost_priorities(scenario: Scenario) -> tuple[int, ...]:

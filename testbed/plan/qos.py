@@ -17,7 +17,7 @@ from testbed.errors import PlanError
 from testbed.plan.dilation import TimeDilation
 from testbed.roce.congestion import cnp_interval_ns
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
-from testbed.scenario import CongestionControl, EcnPreset, Scenario, Switch, Transport
+from testbed.scenario import CongestionControl, EcnPreset, Scenario, Switch, Transport, ZonesFabric
 from testbed.topology import Node, NodeKind, Port, Topology
 
 QUANTUM_BITS = 512
@@ -118,7 +118,10 @@ def notification_interval_ns(transport: Transport) -> int:
 
 def switch_of(scenario: Scenario, node: Node) -> Switch:
     """Return the packet memory of a switch."""
-    return scenario.fabric.spine_switch if node.kind is NodeKind.SPINE else scenario.fabric.switch
+    fabric = scenario.fabric
+    if node.kind is NodeKind.SUPERSPINE and isinstance(fabric, ZonesFabric):
+        return fabric.superspine_switch
+    return fabric.spine_switch if node.kind is NodeKind.SPINE else fabric.switch
 
 
 def pause_thresholds(

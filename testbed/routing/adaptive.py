@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from testbed.errors import PlanError
+from testbed.routing.links import ALL_UP
 from testbed.routing.protocol import NO_SETTINGS, RoutingSettings
 from testbed.routing.tables import (
     ForwardingTables,
@@ -45,24 +46,25 @@ class Adaptive:
         """
         builder = TablesBuilder(topology)
         route_downwards(builder, topology)
-        for leaf in topology.leaves:
-            if len(topology.uplinks(leaf)) > MAX_UPLINKS:
+        for switch in (*topology.leaves, *topology.spines):
+            if len(topology.uplinks(switch)) > MAX_UPLINKS:
                 raise PlanError(
-                    f"{leaf.name} has {len(topology.uplinks(leaf))} uplinks, adaptive routing compares at most {MAX_UPLINKS}",
+                    f"{switch.name} has {len(topology.uplinks(switch))} uplinks, adaptive routing compares at most {MAX_UPLINKS}",
                     hint="use fewer spines, or `routing.scheme: spray`",
                 )
         knows_capacity = settings.adaptive_scope == "capacity"
         route_upwards(
             builder,
             topology,
-            lambda leaf, other: Group(
+            lambda switch, other: Group(
                 Selector.LEAST_DEPTH,
                 HashField(0),
-                hash_seed,
-                weighted_uplinks(topology, leaf, other, settings.links)
+                settings.seed_at(switch, hash_seed),
+                weighted_uplinks(topology, switch, other, settings.links)
                 if knows_capacity
-                else tuple(port.id for port in topology.uplinks(leaf)),
+                else tuple(dict.fromkeys(weighted_uplinks(topology, switch, other))),
             ),
+            settings.links if knows_capacity else ALL_UP,
         )
         return builder.build()
 

@@ -25,7 +25,7 @@ class EnhancedEcmp:
         self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS
     ) -> ForwardingTables:
         """Return the tables: one group of all uplinks per leaf for everything outside its rack."""
-        return hashed_tables(topology, HashField.FIVE_TUPLE | HashField.DST_QP, hash_seed)
+        return hashed_tables(topology, HashField.FIVE_TUPLE | HashField.DST_QP, hash_seed, settings)
 
 
 SCHEME = EnhancedEcmp()

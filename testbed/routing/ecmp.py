@@ -20,7 +20,8 @@ class Ecmp:
     """Hashes each flow's five-tuple over all uplinks of its leaf.
 
     RoCEv2's destination port is constant, so all entropy is in the addresses and the UDP source port: few,
-    large flows collide. All leaves share the seed ``hash_seed``; spines have one way down and do not hash. Where paths
+    large flows collide. All leaves share the seed ``hash_seed``; spines have one way down and do not hash there. Between zones
+    spines hash over the superspines, and these over the spines of the other zone, each tier with a seed of its own. Where paths
     differ in capacity they get as much of the hash's range (weighted ECMP).
 
     Source:
@@ -35,19 +36,23 @@ class Ecmp:
         self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS
     ) -> ForwardingTables:
         """Return the tables: one group of all uplinks per leaf for everything outside its rack."""
-        return hashed_tables(topology, HashField.FIVE_TUPLE, hash_seed)
+        return hashed_tables(topology, HashField.FIVE_TUPLE, hash_seed, settings)
 
 
 SCHEME = Ecmp()
 
 
-def hashed_tables(topology: Topology, hash_fields: HashField, seed: int) -> ForwardingTables:
-    """Return tables whose leaves hash ``hash_fields`` over their uplinks, all with one seed."""
+def hashed_tables(
+    topology: Topology, hash_fields: HashField, seed: int, settings: RoutingSettings = NO_SETTINGS
+) -> ForwardingTables:
+    """Return tables whose switches hash ``hash_fields`` over their ways, all of a tier with one seed."""
     builder = TablesBuilder(topology)
     route_downwards(builder, topology)
     route_upwards(
         builder,
         topology,
-        lambda leaf, other: Group(Selector.HASH, hash_fields, seed, weighted_uplinks(topology, leaf, other)),
+        lambda switch, other: Group(
+            Selector.HASH, hash_fields, settings.seed_at(switch, seed), weighted_uplinks(topology, switch, other)
+        ),
     )
     return builder.build()

@@ -47,8 +47,12 @@ class Flowlet:
         route_upwards(
             builder,
             topology,
-            lambda leaf, other: Group(
-                Selector.FLOWLET, fields, hash_seed, weighted_uplinks(topology, leaf, other), gap_ns
+            lambda switch, other: Group(
+                Selector.FLOWLET,
+                fields,
+                settings.seed_at(switch, hash_seed),
+                weighted_uplinks(topology, switch, other),
+                gap_ns,
             ),
         )
         return builder.build()

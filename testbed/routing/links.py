@@ -26,6 +26,8 @@ class LinkState:
 
     def rate_bits_per_s(self, port: Port) -> int:
         """Return the rate at which a port sends."""
+        if not self.rates_bits_per_s:
+            return port.rate_bits_per_s
         return next((rate for changed, rate in self.rates_bits_per_s if changed == port.id), port.rate_bits_per_s)
 
 

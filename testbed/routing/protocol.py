@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from testbed.routing.hashing import FlowKey
+from testbed.routing.hashing import FlowKey, tier_seed
 from testbed.routing.links import ALL_UP, LinkState
 from testbed.routing.tables import ForwardingTables
-from testbed.topology import Topology
+from testbed.topology import Node, Topology
 
 
 class Demand(NamedTuple):
@@ -35,6 +35,7 @@ class RoutingSettings:
         adaptive_scope: What adaptive routing goes by: ``local`` for queues alone, ``capacity`` for queues over what their
             paths can carry.
         traffic: The traffic matrix of every item of the workload; items run one after the other.
+        hash_seed_per_tier: Whether leaves, spines and superspines hash with seeds of their own, see `seed_at`.
         links: What state links are in, as far as a scheme that looks at it beyond what every switch does has been told.
             Rerouting around dead links is not the schemes' own work: see `testbed.routing.failures`.
     """
@@ -43,7 +44,12 @@ class RoutingSettings:
     spray_order: str = "round_robin"
     adaptive_scope: str = "local"
     traffic: tuple[tuple[Demand, ...], ...] = ()
+    hash_seed_per_tier: bool = True
     links: LinkState = ALL_UP
+
+    def seed_at(self, switch: Node, hash_seed: int) -> int:
+        """Return the seed of a switch's hash, given the leaves'; that of the tier above differs unless the settings say no."""
+        return tier_seed(hash_seed, switch.kind.tier) if self.hash_seed_per_tier else hash_seed
 
 
 NO_SETTINGS = RoutingSettings()
@@ -73,6 +79,6 @@ class RoutingScheme(Protocol):
             topology: The fabric.
             hash_seed: Seed of the leaf tier's hash, 0 to 2**32 - 1. All switches of a tier share a seed, as
                 real fleets configure them; a scheme that hashes at another tier must derive another seed for
-                it (`testbed.routing.hashing.tier_seed`), or the second choice repeats the first (polarisation).
+                it (``settings.seed_at``), or the second choice repeats the first (polarisation).
             settings: What else it may go by; most schemes need none of it.
         """

@@ -42,7 +42,9 @@ class Spray:
         route_upwards(
             builder,
             topology,
-            lambda leaf, other: Group(selector, HashField(0), hash_seed, weighted_uplinks(topology, leaf, other)),
+            lambda switch, other: Group(
+                selector, HashField(0), settings.seed_at(switch, hash_seed), weighted_uplinks(topology, switch, other)
+            ),
         )
         return builder.build()
 

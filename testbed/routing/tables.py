@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.routing.links import ALL_UP, LinkState
-from testbed.topology import Node, Topology
+from testbed.topology import Node, NodeKind, Topology
 
 NO_GROUP = -1
 """Entry of ``fib`` where a node has no route to a slot."""
@@ -192,6 +192,12 @@ class TablesBuilder:
             index = self._groups[group] = len(self._groups)
         self._fib[node, slot] = index
 
+    def route_slots(self, node: int, slots: npt.NDArray[np.intp], group: Group) -> None:
+        """Let a switch use a group for several slots; as `route`."""
+        if len(slots):
+            self.route(node, int(slots[0]), group)
+            self._fib[node, slots] = self._groups[group]
+
     def drop(self, node: int, slot: int) -> None:
         """Let a switch drop what is for a slot: it has no way there any more."""
         self._fib[node, slot] = UNREACHABLE
@@ -223,52 +229,87 @@ def single_member(port_id: int) -> Group:
 
 
 def route_downwards(builder: TablesBuilder, topology: Topology) -> None:
-    """Add the routes that every scheme on a CLOS shares: there is one way down to each NIC.
+    """Add the routes that every scheme on a CLOS shares: there is one way down to each NIC of a zone.
 
-    Leaves send the slots of their own hosts to those hosts, spines send the slots of each leaf to that leaf.
+    Leaves send the slots of their own hosts to those hosts, spines send the slots of each leaf of their zone to that leaf.
     Empty slots get no route.
     """
     for leaf in topology.leaves:
         for port in topology.down_ports(leaf):
             builder.route(leaf.index, topology.slot_of_port(port.id), single_member(port.id))
+    slots = {leaf.index: np.array(filled_slots(topology, leaf), np.intp) for leaf in topology.leaves}
     for spine in topology.spines:
         for port in topology.down_ports(spine):
-            group = single_member(port.id)
-            for slot in filled_slots(topology, topology.peer_node(port.id)):
-                builder.route(spine.index, slot, group)
+            builder.route_slots(spine.index, slots[topology.peer_node(port.id).index], single_member(port.id))
 
 
-def route_upwards(builder: TablesBuilder, topology: Topology, group_of: Callable[[Node, Node], Group | None]) -> None:
-    """Let every leaf use one group for all of another leaf's hosts.
+def route_upwards(
+    builder: TablesBuilder,
+    topology: Topology,
+    group_of: Callable[[Node, Node], Group | None],
+    links: LinkState = ALL_UP,
+) -> None:
+    """Let every switch use one group for all hosts of each leaf that it is not joined to.
+
+    Between zones that is done three times: at the leaf, at the spine, for the superspines, and at the superspine, for the spines
+    of the other zone.
 
     Args:
         builder: Where to add the routes.
         topology: The fabric.
-        group_of: The group of a leaf for another leaf; None leaves those without a route. Not asked in a fabric of one leaf.
+        group_of: The group of a switch for a leaf; None leaves that without a route. Asked once for leaves that are alike: of
+            one zone, with uplinks of the same capacities to the same spines. Not asked in a fabric of one leaf.
+        links: What the capacity of links is.
     """
+    alike: dict[tuple[object, ...], list[Node]] = {}
     for leaf in topology.leaves:
-        for other in topology.leaves:
-            group = group_of(leaf, other) if other is not leaf else None
+        ups = (
+            (topology.port(up.peer).node, links.rate_bits_per_s(topology.port(up.peer)))
+            for up in topology.uplinks(leaf)
+        )
+        alike.setdefault((leaf.zone, *ups), []).append(leaf)
+    slots_of = {leaf.index: filled_slots(topology, leaf) for leaf in topology.leaves}
+    classes = [
+        (leaves, np.array([slot for leaf in leaves for slot in slots_of[leaf.index]], np.intp))
+        for leaves in alike.values()
+    ]
+    for switch in (*topology.leaves, *topology.spines, *topology.superspines):
+        for leaves, slots in classes:
+            if switch.kind is NodeKind.SPINE and switch.zone == leaves[0].zone:
+                continue  # joined to it
+            other = next((leaf for leaf in leaves if leaf is not switch), None)
+            group = group_of(switch, other) if other is not None else None
             if group is not None:
-                for slot in filled_slots(topology, other):
-                    builder.route(leaf.index, slot, group)
+                own = slots_of.get(switch.index, ())
+                builder.route_slots(switch.index, slots[~np.isin(slots, own)] if switch in leaves else slots, group)
 
 
-def weighted_uplinks(topology: Topology, leaf: Node, other: Node, links: LinkState = ALL_UP) -> tuple[int, ...]:
-    """Return a leaf's uplinks as members of a group, each as often as its path to another leaf has capacity.
+def weighted_uplinks(topology: Topology, switch: Node, other: Node, links: LinkState = ALL_UP) -> tuple[int, ...]:
+    """Return the ports by which a switch may reach a leaf, as members of a group, each as often as its path has capacity.
 
-    The capacity of a path is that of its slower link, up or down. Paths that are all alike stand once each; the weights of
-    others are their capacities over the greatest common divisor, see `small_weights`. Links whose capacity has changed count
-    with what ``links`` says; those that are down stand there as the others do.
+    They are a leaf's or spine's uplinks, and a superspine's ports to the spines of the leaf's zone. The capacity of a path is
+    that of its slowest link; beyond the first, links between zones are taken for all of those that share the load. Paths that are
+    all alike stand once each; the weights of others are their capacities over the greatest common divisor, see `small_weights`.
+    Links whose capacity has changed count with what ``links`` says; those that are down stand there as the others do.
     """
+    # What a spine of the leaf's zone can send it.
     downward = {
         topology.peer_node(up.id).index: links.rate_bits_per_s(topology.port(up.peer)) for up in topology.uplinks(other)
     }
-    uplinks = [port for port in topology.uplinks(leaf) if topology.peer_node(port.id).index in downward]
-    weights = small_weights(
-        [min(links.rate_bits_per_s(port), downward[topology.peer_node(port.id).index]) for port in uplinks]
-    )
-    return tuple(port.id for port, weight in zip(uplinks, weights, strict=True) for _ in range(weight))
+    capacity: dict[int, int] = {}
+    if switch.kind is NodeKind.SUPERSPINE or switch.zone == other.zone:
+        ports = topology.down_ports(switch) if switch.kind is NodeKind.SUPERSPINE else topology.uplinks(switch)
+        for port in ports:
+            behind = downward.get(topology.peer_node(port.id).index)
+            if behind is not None:
+                capacity[port.id] = min(links.rate_bits_per_s(port), behind)
+    else:
+        for port in topology.uplinks(switch):
+            further = topology.uplinks(topology.peer_node(port.id))
+            beyond = sum(links.rate_bits_per_s(one) for one in further)
+            capacity[port.id] = min(links.rate_bits_per_s(port), beyond) if further else links.rate_bits_per_s(port)
+    weights = small_weights(list(capacity.values()))
+    return tuple(port for port, weight in zip(capacity, weights, strict=True) for _ in range(weight))
 
 
 _MAX_WEIGHT = 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from testbed.routing.ecmp import hashed_tables
 from testbed.routing.hashing import override_key
@@ -17,7 +17,9 @@ class TrafficEngineering:
 
     The controller has topology and traffic matrix. Flows are placed one by one, the largest first, each on the path whose
     fullest link stays emptiest (constrained shortest path: among the shortest, the least loaded); then flows of the fullest
-    links change places with others as long as that relieves them. Flows that the matrix does not name fall back on ECMP.
+    links change places with others as long as that relieves them. Flows between zones are placed first, one by one, with an
+    entry at the leaf, the spine and the superspine each; they do not change places. Flows that the matrix does not name fall back
+    on ECMP.
 
     Source:
         Gangidi et al., SIGCOMM 2024 (centralised traffic engineering, CSPF, exact-match entries over BGP).
@@ -30,18 +32,24 @@ class TrafficEngineering:
         self, topology: Topology, *, hash_seed: int, settings: RoutingSettings = NO_SETTINGS
     ) -> ForwardingTables:
         """Return ECMP's tables with an entry at the leaf for every flow that crosses the spines."""
-        fallback = hashed_tables(topology, HashField.FIVE_TUPLE, hash_seed)
+        fallback = hashed_tables(topology, HashField.FIVE_TUPLE, hash_seed, settings)
         builder = TablesBuilder(topology, fallback)
         known: set[OverrideKey] = set()
         for item in settings.traffic:
             crossing = [
                 demand for demand in item if topology.peer_node(demand.src_port) != _target_leaf(topology, demand)
             ]
-            for demand, uplink in _place(topology, crossing, settings.links):
-                key = override_key(topology.port(uplink).node, demand.flow)
-                if key not in known:  # items run one after the other; the first that names a flow decides
-                    known.add(key)
-                    builder.override(key, uplink)
+            far = [demand for demand in crossing if not _in_one_zone(topology, demand)]
+            load: dict[int, float] = {}
+            placed = _place_between_zones(topology, far, settings.links, load)
+            near = [demand for demand in crossing if _in_one_zone(topology, demand)]
+            placed += [(demand, (uplink,)) for demand, uplink in _place(topology, near, settings.links, load)]
+            for demand, ports in placed:
+                for port in ports:
+                    key = override_key(topology.port(port).node, demand.flow)
+                    if key not in known:  # items run one after the other; the first that names a flow decides
+                        known.add(key)
+                        builder.override(key, port)
         return builder.build()
 
 
@@ -64,10 +72,14 @@ class _Placement:
         load: Time that each port needs for what it carries, by port id.
     """
 
-    def __init__(self, topology: Topology, demands: Sequence[Demand], links: LinkState) -> None:
+    def __init__(
+        self, topology: Topology, demands: Sequence[Demand], links: LinkState, already: Mapping[int, float]
+    ) -> None:
         self.ways = [_ways(topology, demand, links) for demand in demands]
         self.chosen = [-1] * len(demands)
-        self.load: dict[int, float] = {port: 0.0 for ways in self.ways for way in ways.values() for port in way}
+        self.load: dict[int, float] = {
+            port: already.get(port, 0.0) for ways in self.ways for way in ways.values() for port in way
+        }
         self._flows: dict[int, set[int]] = {port: set() for port in self.load}
         self._nbytes = [demand.nbytes for demand in demands]
         self._rate = {port: links.rate_bits_per_s(topology.port(port)) for port in self.load}
@@ -155,10 +167,12 @@ class _Placement:
         return sorted(loads, reverse=True)
 
 
-def _place(topology: Topology, demands: Sequence[Demand], links: LinkState) -> list[tuple[Demand, int]]:
+def _place(
+    topology: Topology, demands: Sequence[Demand], links: LinkState, already: Mapping[int, float]
+) -> list[tuple[Demand, int]]:
     """Return the uplink of its leaf that each flow is to take; flows that have no way left are not among them."""
     demands = [demand for demand in demands if _ways(topology, demand, links)]
-    placement = _Placement(topology, demands, links)
+    placement = _Placement(topology, demands, links, already)
     placement.improve()
     chosen = [ways[spine][0] for ways, spine in zip(placement.ways, placement.chosen, strict=True)]
     return list(zip(demands, chosen, strict=True))
@@ -170,6 +184,48 @@ def _ways(topology: Topology, demand: Demand, links: LinkState) -> dict[int, _Wa
     down = {topology.peer_node(up.id).index: up.peer for up in topology.uplinks(target) if links.is_up(up)}
     uplinks = [port for port in topology.uplinks(topology.peer_node(demand.src_port)) if links.is_up(port)]
     return {spine: (port.id, down[spine]) for port in uplinks if (spine := topology.peer_node(port.id).index) in down}
+
+
+def _place_between_zones(
+    topology: Topology, demands: Sequence[Demand], links: LinkState, load: dict[int, float]
+) -> list[tuple[Demand, tuple[int, ...]]]:
+    """Return the ports of leaf, spine and superspine that each flow is to take, and add to the load what all ports then carry.
+
+    The largest flow goes first, each on the way whose fullest port stays emptiest. Flows without a way are not among them.
+    """
+    placed = []
+    for demand in sorted(demands, key=lambda one: -one.nbytes):
+
+        def loads(ways: tuple[int, ...], nbytes: int = demand.nbytes) -> list[float]:
+            added = (load.get(port, 0.0) + nbytes / links.rate_bits_per_s(topology.port(port)) for port in ways)
+            return sorted(added, reverse=True)
+
+        ways = _ways_between_zones(topology, demand, links)
+        if ways:
+            best = min(ways, key=lambda way: (loads(way), way))
+            for port in best:
+                load[port] = load.get(port, 0.0) + demand.nbytes / links.rate_bits_per_s(topology.port(port))
+            placed.append((demand, best[:-1]))  # the other zone's spine has one port down to the leaf
+    return placed
+
+
+def _ways_between_zones(topology: Topology, demand: Demand, links: LinkState) -> list[tuple[int, ...]]:
+    """Return the ports of all live ways of a flow to another zone: of leaf, spine, superspine and the other zone's spine."""
+    target = _target_leaf(topology, demand)
+    down = {topology.peer_node(up.id).index: up.peer for up in topology.uplinks(target) if links.is_up(up)}
+    return [
+        (up.id, onward.id, back.id, down[spine])
+        for up in topology.uplinks(topology.peer_node(demand.src_port))
+        if links.is_up(up)
+        for onward in topology.uplinks(topology.peer_node(up.id))
+        if links.is_up(onward)
+        for back in topology.down_ports(topology.peer_node(onward.id))
+        if links.is_up(back) and (spine := topology.peer_node(back.id).index) in down
+    ]
+
+
+def _in_one_zone(topology: Topology, demand: Demand) -> bool:
+    return topology.peer_node(demand.src_port).zone == _target_leaf(topology, demand).zone
 
 
 def _target_leaf(topology: Topology, demand: Demand) -> Node:

@@ -33,6 +33,7 @@ from testbed.scenario.model import (
     UdpSourcePort,
     Uplink,
     Workload,
+    ZonesFabric,
     render_json_schema,
 )
 from testbed.scenario.qos import EcnPreset, WatchdogAction
@@ -76,6 +77,7 @@ __all__ = [
     "Verdict",
     "WatchdogAction",
     "Workload",
+    "ZonesFabric",
     "evaluate",
     "expand_sizes",
     "job_host_counts",

@@ -137,6 +137,7 @@ class RankOrder(StrEnum):
     """Order in which a collective visits the ranks."""
 
     RAILS = "rails"
+    MIN_CUT = "min_cut"
     PACKED = "packed"
     RANDOM = "random"
 
@@ -172,7 +173,7 @@ _ORDER = kinds.integers_or(
     0,
     MAX_HOSTS - 1,
     MAX_HOSTS,
-    'must be rails, packed, random or a list of ranks such as "[0, 2, 1, 3]"',
+    'must be rails, min_cut, packed, random or a list of ranks such as "[0, 2, 1, 3]"',
 )
 _PLACEMENT = kinds.integers_or(
     kinds.choice(Placement), 0, MAX_HOSTS - 1, MAX_HOSTS, "must be packed, fragmented, random or a list of host numbers"
@@ -254,7 +255,22 @@ class _Fabric(_Section):
     @classmethod
     def _fill_spine_switch(cls, data: Any) -> Any:
         """Let spines be as the other switches unless they are given."""
-        return {"spine_switch": data.get("switch", {}), **data} if isinstance(data, Mapping) else data
+        return _with_spine_switch(data)
+
+
+def _with_spine_switch(data: Any) -> Any:
+    return {"spine_switch": data.get("switch", {}), **data} if isinstance(data, Mapping) else data
+
+
+def _with_uplink(data: Any) -> Any:
+    if not isinstance(data, Mapping):
+        return data
+    host_link, uplink = data.get("host_link"), data.get("uplink", {})
+    if not isinstance(host_link, Mapping) or not isinstance(uplink, Mapping):
+        return data
+    default_delay = Link.model_fields["delay_ns"].default
+    inherited = {"rate": host_link.get("rate"), "delay": host_link.get("delay", default_delay)}
+    return {**data, "uplink": {**inherited, **uplink}}
 
 
 class StarFabric(_Fabric):
@@ -292,14 +308,7 @@ class ClosFabric(_Fabric):
     @classmethod
     def _fill_uplink(cls, data: Any) -> Any:
         """Fill in what the uplink takes over from the host link."""
-        if not isinstance(data, Mapping):
-            return data
-        host_link, uplink = data.get("host_link"), data.get("uplink", {})
-        if not isinstance(host_link, Mapping) or not isinstance(uplink, Mapping):
-            return data
-        default_delay = Link.model_fields["delay_ns"].default
-        inherited = {"rate": host_link.get("rate"), "delay": host_link.get("delay", default_delay)}
-        return {**data, "uplink": {**inherited, **uplink}}
+        return _with_uplink(data)
 
     @property
     def host_counts(self) -> tuple[int, ...]:
@@ -309,13 +318,62 @@ class ClosFabric(_Fabric):
         return (self.hosts_per_leaf,) * self.leaves
 
 
+class ZonesFabric(ClosFabric):
+    """Zones, each with leaves and spines of its own, whose spines are joined by superspines."""
+
+    kind: Annotated[FabricKind, kinds.only(_FABRIC_KIND, "zones")] = _key(
+        "kind", "Shape of the fabric: zones.", example="zones"
+    )
+    zones: Annotated[int, kinds.integer(1, MAX_SWITCHES)] = _key("zones", "Number of zones.", example=2)
+    leaves: Annotated[int, kinds.integer(1, MAX_SWITCHES)] = _key("leaves", "Leaf switches of each zone.", example=2)
+    spines: Annotated[int, kinds.integer(1, MAX_SWITCHES)] = _key("spines", "Spine switches of each zone.", example=1)
+    superspines: Annotated[int, kinds.integer(1, MAX_SWITCHES)] = _key(
+        "superspines", "Superspines, which join the zones.", example=1
+    )
+    hosts_per_leaf: Annotated[int | tuple[int, ...], _HOSTS_PER_LEAF] = _key(
+        "hosts_per_leaf", "Hosts under every leaf, or a list with the number under each, zone by zone.", example=1
+    )
+    superspine_link: Uplink = _derived_key(
+        "superspine_link",
+        "The link between a spine and a superspine. Zones are oversubscribed by leaves x uplink rate to superspines x this rate: "
+        "what a spine can get from its leaves to what it can send to other zones. Default: as `uplink`.",
+    )
+    superspine_switch: Switch = _derived_key(
+        "superspine_switch", "The superspines, where they differ. Default: as `spine_switch`."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_superspines(cls, data: Any) -> Any:
+        """Let superspines and their links be as spines and uplinks unless they are given."""
+        if not isinstance(data, Mapping):
+            return data
+        filled = _with_uplink(_with_spine_switch(data))
+        filled = {"superspine_switch": filled.get("spine_switch"), **filled}
+        uplink, given = filled.get("uplink"), filled.get("superspine_link", {})
+        if isinstance(uplink, Mapping) and isinstance(given, Mapping):
+            inherited = {key: uplink[key] for key in ("rate", "delay") if uplink.get(key) is not None}
+            filled["superspine_link"] = {**inherited, **given}
+        return filled
+
+    @property
+    def host_counts(self) -> tuple[int, ...]:
+        """Hosts under each leaf, zone by zone."""
+        if isinstance(self.hosts_per_leaf, tuple):
+            return self.hosts_per_leaf
+        return (self.hosts_per_leaf,) * (self.zones * self.leaves)
+
+
 def _select_fabric(data: Any) -> str:
     kind = data.get("kind") if isinstance(data, Mapping) else getattr(data, "kind", None)
-    return "<star>" if kind == "star" else "<clos>"
+    return f"<{kind}>" if kind in ("star", "zones") else "<clos>"
 
 
 Fabric: TypeAlias = Annotated[
-    Annotated[ClosFabric, Tag("<clos>")] | Annotated[StarFabric, Tag("<star>")], Discriminator(_select_fabric)
+    Annotated[ClosFabric, Tag("<clos>")]
+    | Annotated[StarFabric, Tag("<star>")]
+    | Annotated[ZonesFabric, Tag("<zones>")],
+    Discriminator(_select_fabric),
 ]
 
 
@@ -329,6 +387,12 @@ class Routing(_Section):
     )
     hash_seed: Annotated[int, _UINT32] = _derived_key(
         "hash_seed", "Seed of the switches' hash. Default: the scenario's seed."
+    )
+    hash_seed_per_tier: Annotated[bool, _FLAG] = _key(
+        "hash_seed_per_tier",
+        "Whether leaves, spines and superspines hash with seeds of their own, all from `hash_seed`. With one seed for all a "
+        "spine sees only flows of like hashes and sends them all to the same superspine: polarisation.",
+        default=True,
     )
     flowlet_gap_ns: Annotated[int | None, _TIME] = _key(
         "flowlet_gap", "Idle time after which a flow may change its path; scheme flowlet needs it.", default=None
@@ -494,8 +558,9 @@ class CollectiveWorkload(_Sized):
     )
     order: Annotated[RankOrder | tuple[int, ...], _ORDER] = _key(
         "order",
-        "Order in which the algorithm visits the ranks: rails changes the leaf at every hop, packed stays in a host and "
-        "under a leaf as long as it can, random is drawn from the scenario's seed, alike for all items; or a list of all ranks.",
+        "Order in which the algorithm visits the ranks: rails changes the leaf at every hop, min_cut does so within a zone and "
+        "visits zone after zone, packed stays in a host and under a leaf as long as it can, random is drawn from the scenario's "
+        "seed, alike for all items; or a list of all ranks.",
         default="rails",
     )
     size_bytes: Annotated[int, _SIZE] = _key(
@@ -574,7 +639,7 @@ Workload: TypeAlias = Annotated[
     | Annotated[FlowsWorkload, Tag("<flows>")],
     Discriminator(_select_workload),
 ]
-UNION_TAGS = frozenset({"<clos>", "<star>", "<collective>", "<incast>", "<permutation>", "<flows>"})
+UNION_TAGS = frozenset({"<clos>", "<star>", "<zones>", "<collective>", "<incast>", "<permutation>", "<flows>"})
 """What pydantic inserts into the location of a mistake, behind the place of the fabric or of a workload's item."""
 
 _ONE_WORKLOAD = {"collective": "all_reduce", "size": "64 MiB"}

@@ -23,7 +23,6 @@ from testbed.scenario.model import (
     ClosFabric,
     Collective,
     CollectiveWorkload,
-    FabricKind,
     FlowsWorkload,
     IncastWorkload,
     Job,
@@ -34,6 +33,7 @@ from testbed.scenario.model import (
     Scenario,
     UdpSourcePort,
     Workload,
+    ZonesFabric,
 )
 from testbed.scenario.sweep import MAX_SIZES, count_sizes
 from testbed.units import format_size, format_time
@@ -90,6 +90,8 @@ def find_violations(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
 _KIND: KeyPath = ("fabric", "kind")
 _LEAVES: KeyPath = ("fabric", "leaves")
 _SPINES: KeyPath = ("fabric", "spines")
+_ZONES: KeyPath = ("fabric", "zones")
+_SUPERSPINES: KeyPath = ("fabric", "superspines")
 _HOSTS: KeyPath = ("fabric", "hosts_per_leaf")
 _NICS: KeyPath = ("fabric", "nics_per_host")
 _GPUS: KeyPath = ("fabric", "gpus_per_host")
@@ -99,15 +101,18 @@ _MTU: KeyPath = ("transport", "mtu")
 
 def _check_shape(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     fabric = scenario.fabric
-    if not isinstance(fabric, ClosFabric) or fabric.kind is not FabricKind.CLOS or not valid(_KIND):
+    if not isinstance(fabric, ClosFabric) or not valid(_KIND):
         return
+    zones = isinstance(fabric, ZonesFabric)
+    leaves = fabric.leaves * (fabric.zones if isinstance(fabric, ZonesFabric) else 1)
     if valid(_LEAVES, _SPINES) and fabric.spines == 0 and fabric.leaves > 1:
         yield Violation(
             _SPINES, f"must be at least 1 to join {fabric.leaves} leaves", "add spines, or use `kind: star`"
         )
-    if valid(_LEAVES, _HOSTS) and len(fabric.host_counts) != fabric.leaves:
-        rule = f"must have one number per leaf: {fabric.leaves}, not {len(fabric.host_counts)}"
-        yield Violation(_HOSTS, rule, "give one number for all leaves, or a list as long as `leaves`")
+    if valid(_LEAVES, _ZONES, _HOSTS) and len(fabric.host_counts) != leaves:
+        rule = f"must have one number per leaf: {leaves}, not {len(fabric.host_counts)}"
+        length = "with one for every leaf of every zone" if zones else "as long as `leaves`"
+        yield Violation(_HOSTS, rule, f"give one number for all leaves, or a list {length}")
 
 
 def _check_size(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
@@ -117,7 +122,7 @@ def _check_size(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
             f"must be a multiple of nics_per_host ({fabric.nics_per_host}): the NICs of a host serve as many GPUs each"
         )
         yield Violation(_GPUS, rule, f"give `gpus_per_host: {fabric.nics_per_host}`, or more")
-    if not valid(_KIND, _LEAVES, _HOSTS, _NICS, _GPUS):
+    if not valid(_KIND, _LEAVES, _ZONES, _HOSTS, _NICS, _GPUS):
         return
     if fabric.nranks < 2:
         yield Violation(
@@ -127,10 +132,12 @@ def _check_size(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         yield Violation(_HOSTS, f"must give at most {MAX_HOSTS} hosts in total, not {fabric.nhosts}")
     elif fabric.nranks > MAX_HOSTS:
         yield Violation(_GPUS, f"must give at most {MAX_HOSTS} ranks in total, not {fabric.nranks}")
-    elif not isinstance(fabric, ClosFabric) or valid(_SPINES):
+    elif not isinstance(fabric, ClosFabric) or valid(_SPINES, _SUPERSPINES):
         nlinks = fabric.nhosts * fabric.nics_per_host
         if isinstance(fabric, ClosFabric):
-            nlinks += fabric.leaves * fabric.spines
+            nlinks += len(fabric.host_counts) * fabric.spines
+        if isinstance(fabric, ZonesFabric):
+            nlinks += fabric.zones * fabric.spines * fabric.superspines
         if nlinks > MAX_LINKS:
             yield Violation(_SPINES, f"must keep the fabric at {MAX_LINKS} links or less, not {nlinks}")
 
@@ -225,6 +232,8 @@ def idle_rtt_ns(scenario: Scenario) -> int:
     links = [fabric.host_link] * 2
     if isinstance(fabric, ClosFabric) and fabric.leaves > 1:
         links += [fabric.uplink] * 2
+    if isinstance(fabric, ZonesFabric) and fabric.zones > 1:
+        links += [fabric.superspine_link] * 2
     wire_bits = 8 * (scenario.transport.mtu_bytes + MAX_FRAME_HEADER_BYTES + WIRE_OVERHEAD_BYTES)
     return sum(2 * link.delay_ns + wire_bits * 10**9 // link.rate_bits_per_s for link in links)
 
@@ -269,7 +278,7 @@ _JOBS: KeyPath = ("jobs",)
 
 
 def _check_jobs(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
-    if not valid(_KIND, _LEAVES, _HOSTS, _GPUS):
+    if not valid(_KIND, _LEAVES, _ZONES, _HOSTS, _GPUS):
         return
     measured: KeyPath = ("measure_jobs",)
     if valid(measured) and scenario.measure_jobs is not MeasuredJobs.TOGETHER and len(scenario.jobs) < 2:

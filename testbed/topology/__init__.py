@@ -12,10 +12,12 @@ from testbed.topology.model import (
     NodeKind,
     Port,
     Topology,
+    check_port_numbers,
     format_address,
 )
 from testbed.topology.ranks import RankMap
 from testbed.topology.star import build_star
+from testbed.topology.zones import build_zones
 
 __all__ = [
     "HOST_NETWORK",
@@ -31,5 +33,7 @@ __all__ = [
     "Topology",
     "build_clos",
     "build_star",
+    "build_zones",
+    "check_port_numbers",
     "format_address",
 ]

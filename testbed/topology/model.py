@@ -1,12 +1,12 @@
 """The fabric as values: nodes, their ports, the links between them, and every address.
 
 A topology says what there is and how it is called; it knows nothing of forwarding tables, qdiscs or
-namespaces. The builders are ``build_clos`` and ``build_star``.
+namespaces. The builders are ``build_clos``, ``build_star`` and ``build_zones``.
 
 Addresses (docs/architecture.md): every link is an IPv4 /31. The host link of NIC slot ``s`` is
-``10.0.0.0 + 2 s`` on the leaf's side and ``+ 1`` on the host's; uplink ``k`` is ``10.128.0.0 + 2 k`` on the
-leaf's side and ``+ 1`` on the spine's. The slots of one leaf form an aligned power-of-two block, so that one
-prefix covers a rack.
+``10.0.0.0 + 2 s`` on the leaf's side and ``+ 1`` on the host's; uplink ``k``, of a leaf or then of a spine, is
+``10.128.0.0 + 2 k`` on the lower side and ``+ 1`` on the upper. The slots of one leaf form an aligned power-of-two
+block, so that one prefix covers a rack.
 """
 
 from __future__ import annotations
@@ -43,6 +43,15 @@ class NodeKind(StrEnum):
     HOST = "host"
     LEAF = "leaf"
     SPINE = "spine"
+    SUPERSPINE = "superspine"
+
+    @property
+    def tier(self) -> int:
+        """How far above the leaves: -1 for hosts, 0 for leaves, 1 for spines, 2 for superspines."""
+        return _TIERS[self]
+
+
+_TIERS = {kind: tier for tier, kind in enumerate(NodeKind, -1)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +81,18 @@ class Node:
     """A host or a switch.
 
     Attributes:
-        index: Position in ``Topology.nodes``: hosts by number, then leaves, then spines.
+        index: Position in ``Topology.nodes``: hosts by number, then leaves, then spines, then superspines.
         name: Such as ``host0``, ``leaf0``, ``spine0``, ``switch0``.
         kind: What it does.
         ports: Its port ids, in the order of the interface names: all ``down``, then all ``up``.
+        zone: Number of its zone; None for superspines, which belong to none, and 0 where there is one zone alone.
     """
 
     index: int
     name: str
     kind: NodeKind
     ports: tuple[int, ...]
+    zone: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +127,7 @@ class Link:
     """A cable between two ports.
 
     Attributes:
-        index: Position in ``Topology.links``: host links host by host, NIC by NIC, then uplinks leaf by leaf.
+        index: Position in ``Topology.links``: host links host by host, NIC by NIC, then uplinks leaf by leaf, spine by spine.
         name: Its two nodes from the bottom up, such as ``host0:leaf0`` or ``leaf0:spine1``; of hosts with several NICs
             ``host0/eth1:leaf0``.
         a: Port id of the lower end (host, or leaf of an uplink).
@@ -157,9 +168,9 @@ class Topology:
     """A fabric: nodes, ports and links, with their names and addresses.
 
     Attributes:
-        nodes: Hosts by number, then leaves, then spines; ``nodes[i].index == i``.
+        nodes: Hosts by number, then leaves, then spines, then superspines; ``nodes[i].index == i``.
         ports: ``ports[i].id == i + 1``; link ``k`` has the ports ``2 k + 1`` (its ``a``) and ``2 k + 2`` (its ``b``).
-        links: Host links host by host, NIC by NIC, then uplinks leaf by leaf; ``links[i].index == i``.
+        links: Host links host by host, NIC by NIC, then uplinks leaf by leaf, then spine by spine; ``links[i].index == i``.
         slot_stride: NIC slots reserved per leaf, a power of two.
     """
 
@@ -187,6 +198,11 @@ class Topology:
     def spines(self) -> tuple[Node, ...]:
         """The switches that join leaves."""
         return tuple(node for node in self.nodes if node.kind is NodeKind.SPINE)
+
+    @cached_property
+    def superspines(self) -> tuple[Node, ...]:
+        """The switches that join the spines of zones; none in a fabric of two tiers."""
+        return tuple(node for node in self.nodes if node.kind is NodeKind.SUPERSPINE)
 
     @cached_property
     def _nodes_by_name(self) -> dict[str, Node]:
@@ -259,14 +275,12 @@ class Topology:
         return NodeKind.HOST in (self.nodes[port.node].kind, self.peer_node(port.id).kind)
 
     def down_ports(self, switch: Node) -> tuple[Port, ...]:
-        """Return the switch's ports towards hosts (of a leaf) or leaves (of a spine)."""
-        if switch.kind is NodeKind.HOST:
-            return ()
-        return tuple(port for port in map(self.port, switch.ports) if not self._is_uplink(port))
+        """Return the switch's ports towards the tier below it: hosts, leaves or spines."""
+        return self._split_ports[switch.index][0]
 
-    def uplinks(self, leaf: Node) -> tuple[Port, ...]:
-        """Return the leaf's ports towards the spines, in order of the spines; none on other nodes."""
-        return tuple(port for port in map(self.port, leaf.ports) if self._is_uplink(port))
+    def uplinks(self, switch: Node) -> tuple[Port, ...]:
+        """Return the switch's ports towards the tier above it, in order of the switches there; none on hosts."""
+        return self._split_ports[switch.index][1]
 
     def slot_of_port(self, port_id: int) -> int:
         """Return the NIC slot of a host link, given either of its ports.
@@ -316,7 +330,8 @@ class Topology:
         one, or a reply would take another way than the request came. A leaf sends all of the fabric but its own block
         over all spines; a spine knows the block of each leaf. Of its own block a leaf reaches its host links, which are
         connected routes; the rest is unreachable, or packets for an empty slot would travel up and down until their TTL
-        ends. Routes to the switches' uplink addresses are left out.
+        ends. A spine of one of several zones sends the rest of the fabric over all superspines, and a superspine reaches the
+        block of each leaf over all spines of its zone. Routes to the switches' uplink addresses are left out.
 
         Returns:
             The routes in order of their prefixes, those with a source behind.
@@ -333,16 +348,35 @@ class Topology:
                 KernelRoute(HOST_NETWORK, FABRIC_PREFIX_LENGTH, self._next_hops(uplinks)),
                 KernelRoute(*self.subnet_of_leaf(node), ()),
             ]
+        if node.kind is NodeKind.SUPERSPINE:
+            down = [(self.peer_node(port.id).zone, port) for port in self.down_ports(node)]
+            ways = {zone: self._next_hops(port for other, port in down if other == zone) for zone, _ in down}
+            return [KernelRoute(*self.subnet_of_leaf(leaf), ways[leaf.zone]) for leaf in self.leaves]
+        uplinks = self.uplinks(node)
         return [
-            KernelRoute(*self.subnet_of_leaf(self.peer_node(port.id)), self._next_hops([port]))
-            for port in self.down_ports(node)
+            *([KernelRoute(HOST_NETWORK, FABRIC_PREFIX_LENGTH, self._next_hops(uplinks))] if uplinks else ()),
+            *(
+                KernelRoute(*self.subnet_of_leaf(self.peer_node(port.id)), self._next_hops([port]))
+                for port in self.down_ports(node)
+            ),
         ]
 
     def _next_hops(self, ports: Iterable[Port]) -> tuple[NextHop, ...]:
         return tuple(NextHop(self.port(port.peer).address, port.id) for port in ports)
 
-    def _is_uplink(self, port: Port) -> bool:
-        return self.nodes[port.node].kind is NodeKind.LEAF and self.peer_node(port.id).kind is NodeKind.SPINE
+    @cached_property
+    def _split_ports(self) -> list[tuple[tuple[Port, ...], tuple[Port, ...]]]:
+        """Return the ports towards the tier below and above of each node; none of hosts."""
+        result = []
+        for node in self.nodes:
+            ports = [] if node.kind is NodeKind.HOST else [self.port(port) for port in node.ports]
+            is_up = [self.peer_node(port.id).kind.tier > node.kind.tier for port in ports]
+            down, up = (
+                tuple(port for port, upward in zip(ports, is_up, strict=True) if upward is wanted)
+                for wanted in (False, True)
+            )
+            result.append((down, up))
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +385,7 @@ class NodeSpec:
 
     name: str
     kind: NodeKind
+    zone: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,20 +415,15 @@ def assemble(nodes: Sequence[NodeSpec], cables: Sequence[CableSpec], *, slot_str
     """Return the topology of these nodes and cables, giving every port its id and its MAC address.
 
     Args:
-        nodes: Hosts by number, then leaves, then spines.
-        cables: Host links host by host, NIC by NIC, then uplinks leaf by leaf, so that a node's ports come in the order of
-            their interface names.
+        nodes: Hosts by number, then leaves, then spines, then superspines.
+        cables: Host links host by host, NIC by NIC, then uplinks leaf by leaf, then spine by spine, so that a node's ports come
+            in the order of their interface names.
         slot_stride: NIC slots per leaf; a power of two.
 
     Raises:
-        PlanError: If there are more ports or slots than the addresses can tell apart.
+        PlanError: If there are more slots than the addresses can tell apart.
     """
     leaves = sum(node.kind is NodeKind.LEAF for node in nodes)
-    if 2 * len(cables) > MAX_PORTS:
-        raise PlanError(
-            f"the fabric has {2 * len(cables)} ports, at most {MAX_PORTS} can be numbered",
-            hint="use fewer hosts, leaves or spines",
-        )
     if leaves * slot_stride > MAX_SLOTS:
         raise PlanError(
             f"the fabric has {leaves * slot_stride} NIC slots ({leaves} leaves of {slot_stride}), "
@@ -417,11 +447,22 @@ def assemble(nodes: Sequence[NodeSpec], cables: Sequence[CableSpec], *, slot_str
         name = _link_name(nodes, cable, parallel[cable.a, cable.b])
         links.append(Link(index, name, a, b, rate_bits_per_s, delay_ns))
     return Topology(
-        nodes=tuple(Node(index, node.name, node.kind, tuple(ports_of[index])) for index, node in enumerate(nodes)),
+        nodes=tuple(
+            Node(index, node.name, node.kind, tuple(ports_of[index]), node.zone) for index, node in enumerate(nodes)
+        ),
         ports=tuple(ports),
         links=tuple(links),
         slot_stride=slot_stride,
     )
+
+
+def check_port_numbers(topology: Topology) -> None:
+    """Raise PlanError if a fabric has more ports than can be emulated: a forwarded frame names two of them in its source MAC."""
+    if len(topology.ports) > MAX_PORTS:
+        raise PlanError(
+            f"the fabric has {len(topology.ports)} ports, at most {MAX_PORTS} can be numbered",
+            hint="use fewer hosts, leaves or spines",
+        )
 
 
 def build_host_cables(
@@ -461,9 +502,12 @@ def uplink_addresses(uplink: int) -> tuple[int, int]:
 
 
 def port_mac(port_id: int, kind: NodeKind) -> str:
-    """Return the MAC address of a port, ``02:00:PP:PP:00:00`` on hosts and ``02:00:PP:PP:ff:ff`` on switches."""
+    """Return the MAC address of a port, ``02:00:PP:PP:00:00`` on hosts and ``02:00:PP:PP:ff:ff`` on switches.
+
+    Beyond `MAX_PORTS` the second byte goes on counting, so that fabrics which are never built have addresses too.
+    """
     mark = "00:00" if kind is NodeKind.HOST else "ff:ff"
-    return f"02:00:{port_id >> 8:02x}:{port_id & 0xFF:02x}:{mark}"
+    return f"02:{port_id >> 16:02x}:{port_id >> 8 & 0xFF:02x}:{port_id & 0xFF:02x}:{mark}"
 
 
 def format_address(address: int) -> str:
