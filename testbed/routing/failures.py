@@ -40,7 +40,7 @@ def build_tables(
     tables = scheme.build_tables(topology, hash_seed=hash_seed, settings=replace(settings, links=known.controller))
     if not known.fabric.dead_ports and not known.adjacent.dead_ports:
         return tables
-    fallback = Ecmp().build_tables(topology, hash_seed=hash_seed)
+    fallback = Ecmp().build_tables(topology, hash_seed=hash_seed, settings=settings)
     tables = prune_tables(topology, tables, known.fabric, fallback=fallback)
     return prune_tables(topology, tables, known.adjacent, fallback=fallback, adjacent_only=True)
 
