@@ -11,13 +11,14 @@ import numpy as np
 from testbed.carriers.admission import admission
 from testbed.carriers.faults import FabricFaults, fabric_faults, port_rates_of, workload_faults
 from testbed.carriers.flow_control import flow_control
+from testbed.carriers.jobs import job_cct_ns
 from testbed.carriers.protocol import ProgressListener, WorkloadSamples
 from testbed.carriers.recording import Recording, recording
 from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.faults import Faults, NoFaults
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.intra_host import run_inside_hosts
-from testbed.engine.loop import EngineSetup, IterationResult, TickLoop
+from testbed.engine.loop import EngineSetup, TickLoop
 from testbed.engine.rate_limit import CongestionLimit, NoRateLimit, RateLimit
 from testbed.engine.stream import build_streams
 from testbed.errors import RunError
@@ -27,7 +28,7 @@ from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread, read_max_backlog
 from testbed.measure.samples import MachineSamples
 from testbed.plan.faults import broken_at
-from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan, PlannedJob, PlannedWorkload
+from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan, PlannedWorkload
 from testbed.roce.congestion import CongestionControl, make
 from testbed.scenario import CongestionControl as ControlName
 
@@ -115,6 +116,7 @@ class EngineCarrier:
             results.append(result)
             if isinstance(faults, Faults):
                 sightings.append(faults.sightings())
+        dilation = plan.dilation.value
         return WorkloadSamples(
             tuple(result.wall_ns / plan.dilation.value for result in results),
             tuple(result.wall_seen_ns for result in results),
@@ -132,7 +134,10 @@ class EngineCarrier:
             nvlink_bytes=tuple(result.nvlink_bytes for result in results),
             admission=tuple(result.admission for result in results if result.admission is not None),
             job_cct_ns=tuple(
-                tuple(job_cct_ns(planned, job, result) / plan.dilation.value - job.start_ns for result in results)
+                tuple(
+                    job_cct_ns(planned, job, one.wall_end_ns / dilation, one.wall_inside_end_ns / dilation)
+                    for one in results
+                )
                 for job in planned.jobs
             ),
             warmup_cct_ns=tuple(warm),
@@ -142,18 +147,6 @@ class EngineCarrier:
     def warnings(self) -> list[str]:
         """Return what a reader of the time series should know."""
         return self._recording.warnings() if self._recording else []
-
-
-def job_cct_ns(planned: PlannedWorkload, job: PlannedJob, result: IterationResult) -> float:
-    """Return when the last byte of one job arrived in an iteration, wall time from the iteration's release."""
-    qps = planned.qps_per_connection
-    networked = len(planned.connections) // qps
-    of_network = job.connections[job.connections < networked]
-    inside = job.connections[job.connections >= networked]
-    if planned.pieces is None:  # connections inside hosts stand behind the queue pairs, else behind the pairs of ranks
-        inside = inside + networked * (qps - 1)
-    ends = result.wall_end_ns.reshape(networked, qps)[of_network]
-    return max(float(ends.max(initial=0.0)), float(result.wall_inside_end_ns[inside].max(initial=0.0)))
 
 
 def _explained(error: RunError, plan: Plan, faults: Faults | NoFaults | None) -> RunError:

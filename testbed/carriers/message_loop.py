@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from testbed.carriers.buffers import RankBuffers
 from testbed.carriers.flow_control import flow_control
+from testbed.carriers.jobs import job_cct_ns
 from testbed.carriers.protocol import ProgressListener, WorkloadSamples
 from testbed.collectives import Schedule
 from testbed.collectives.schedule import Collective
@@ -75,6 +76,7 @@ class _Iteration:
     wall_end_ns: npt.NDArray[np.float64]
     together_bytes_per_wall_s: npt.NDArray[np.float64]
     nvlink_bytes: int
+    wall_inside_end_ns: npt.NDArray[np.float64]
     wrong_elements: int | None
 
 
@@ -149,6 +151,13 @@ class MessageCarrier:
             end_ns=np.median([one.wall_end_ns for one in found], axis=0) / dilation,
             together_bytes_per_s=np.median([one.together_bytes_per_wall_s for one in found], axis=0) * dilation,
             nvlink_bytes=tuple(one.nvlink_bytes for one in found),
+            job_cct_ns=tuple(
+                tuple(
+                    job_cct_ns(planned, job, one.wall_end_ns / dilation, one.wall_inside_end_ns / dilation)
+                    for one in found
+                )
+                for job in planned.jobs
+            ),
             wrong_elements=None if None in wrong else sum(one for one in wrong if one is not None),
         )
 
@@ -255,6 +264,7 @@ class MessageCarrier:
             wall_end_ns=end_ns - begin,
             together_bytes_per_wall_s=together_bytes * 1e9 / max(1, together_ns - begin),
             nvlink_bytes=intra_host.arrived_bytes,
+            wall_inside_end_ns=np.maximum(np.array(intra_host.end_ns) - begin, 0.0),
             wrong_elements=_count_wrong(planned, buffers),
         )
 
@@ -280,8 +290,8 @@ def _message_streams(schedule: Schedule, networked: int) -> PacketStreams:
 
 
 def _count_wrong(planned: PlannedWorkload, buffers: RankBuffers) -> int | None:
-    """Return how many elements are wrong at their receivers; None where there are too many to be checked."""
-    if buffers.inputs.size * 4 > _MAX_CHECKED_BYTES:
+    """Return how many elements are wrong at their receivers; None for several jobs, or where there are too many to be checked."""
+    if planned.jobs or buffers.inputs.size * 4 > _MAX_CHECKED_BYTES:
         return None
     if not isinstance(planned.workload, CollectiveWorkload):
         return buffers.count_undelivered()

@@ -312,7 +312,7 @@ def test_order_of_uneven_racks_explicit_and_wrong() -> None:
     assert ring_order([2, 0, 1], [2, 1]) == (2, 0, 1)
     with pytest.raises(ValueError, match="each rank from 0 to 2 once"):
         ring_order([0, 1], [2, 1])
-    with pytest.raises(ValueError, match="packed, rails, random or a list of ranks, got 'rail'"):
+    with pytest.raises(ValueError, match="packed, rails, min_cut, random or a list of ranks, got 'rail'"):
         ring_order("rail", [2, 1])
 
 

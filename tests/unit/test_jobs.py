@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from testbed.assemble import compare_jobs, judge_check
-from testbed.carriers.engine import job_cct_ns
+from testbed.carriers.jobs import job_cct_ns
 from testbed.collectives import find_algorithm, ideal_arrivals_ns, keep_connections, merge_schedules, place_schedule
-from testbed.engine.loop import IterationResult
 from testbed.errors import ScenarioError
-from testbed.measure.samples import MachineSamples
 from testbed.plan.compile import compile_plan
 from testbed.plan.jobs import fluid_ends_ns
 from testbed.plan.model import Plan
@@ -190,16 +188,10 @@ def test_the_completion_time_of_a_job_is_that_of_its_own_connections(strategy: s
         ranks = set(job.order)
         ends = np.array([connection.requester.local.rank in ranks for connection in planned.connections]) * 100.0
         inside = np.array([src in ranks for src, _ in schedule.connections]) * 50.0
-        assert job_cct_ns(planned, job, _iteration(ends, inside)) == 100
+        assert job_cct_ns(planned, job, ends, inside) == 100
         inside[: networked if planned.pieces is None else networked // 2] = 0
         expected = 50.0 if job.nvlink_bytes else 0.0
-        assert job_cct_ns(planned, job, _iteration(np.zeros(networked), inside)) == expected
-
-
-def _iteration(ends: np.ndarray, inside: np.ndarray) -> IterationResult:
-    nothing = np.zeros(0, np.int64)
-    machine = MachineSamples(1, nothing, nothing, nothing, np.zeros(0), np.zeros(0), 0.0, np.zeros(0), 1, 0, 0.0)
-    return IterationResult(0, 0, 0, machine, np.zeros(0), ends, nothing, 0, wall_inside_end_ns=inside)
+        assert job_cct_ns(planned, job, np.zeros(networked), inside) == expected
 
 
 def _row(job: str, beside: tuple[str, ...], cct_ns: int) -> CollectiveResult:
