@@ -140,6 +140,8 @@ def _render_plan(plan: Plan, *, operations: bool) -> str:
     lines.append(
         render_columns(("link", "ends", "rate", "wall rate", "delay"), links, right=("rate", "wall rate")) + "\n"
     )
+    if report["oversubscription"] is not None:
+        lines.append(f"zones oversubscribed 1:{report['oversubscription']:.3g}\n\n")
     lines += _switch_lines(report["switches"])
     lines += [f"retransmit timeout  {format_time(plan.retransmit_timeout_ns, significant=4)}\n"]
     lines += _dilation_lines(report["dilation"])

@@ -11,6 +11,7 @@ from testbed.plan.admission import forecast_peak_bytes
 from testbed.plan.model import Plan, PlannedJob, PlannedWorkload
 from testbed.plan.operations import CreateLink, Operation
 from testbed.routing import find_collisions, link_loads
+from testbed.scenario import ZonesFabric
 from testbed.topology import NodeKind, Topology, format_address
 
 
@@ -183,7 +184,7 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
         plan: The plan.
         operations: Add ``operations[]``: the equal shell commands, in order, each with its node.
     """
-    topology, dilation = plan.topology, plan.dilation
+    topology, dilation, fabric = plan.topology, plan.dilation, plan.scenario.fabric
     ports: list[Mapping[str, Any]] = [
         {
             "name": topology.port_name(port.id),
@@ -200,6 +201,7 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
     ]
     report: dict[str, Any] = {
         "name": plan.scenario.name,
+        "oversubscription": float(fabric.oversubscription) if isinstance(fabric, ZonesFabric) else None,
         "time_dilation": dilation.value,
         "dilation": {
             "value": dilation.value,

@@ -357,6 +357,13 @@ class ZonesFabric(ClosFabric):
         return filled
 
     @property
+    def oversubscription(self) -> Fraction:
+        """What a spine can get from its leaves over what it can send to other zones."""
+        return Fraction(
+            self.leaves * self.uplink.rate_bits_per_s, self.superspines * self.superspine_link.rate_bits_per_s
+        )
+
+    @property
     def host_counts(self) -> tuple[int, ...]:
         """Hosts under each leaf, zone by zone."""
         if isinstance(self.hosts_per_leaf, tuple):
