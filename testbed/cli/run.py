@@ -305,6 +305,7 @@ def render_result(result: Result) -> str:
         f"{fabric.nak_packets} NAKs, {fabric.retransmitted_packets} retransmitted (packets)\n"
     )
     lines += _congestion_lines(fabric)
+    lines += _slowdown_lines(result)
     for row in result.results:
         lines += _fault_lines(row, several=len(result.results) > 1)
     if result.fidelity is not None:
@@ -384,6 +385,17 @@ def _fault_lines(row: CollectiveResult, *, several: bool) -> list[str]:
     without = format_time(round(row.cct_without_fault_ns), significant=5)
     cost = f"{row.fault_cost_ratio:.4g} x the time of the warm-up iterations without ({without})"
     return [*lines, f"# fault cost: {where}{cost}{again}\n"]
+
+
+def _slowdown_lines(result: Result) -> list[str]:
+    """Return what each job costs each other one, where pairs of jobs ran by themselves."""
+    all_jobs = len({row.job for row in result.results})
+    lines = []
+    for row in result.results:
+        if row.slowdown_by and len(row.beside) == all_jobs - 1:
+            each = (f"{factor:.3f} times as long beside {other}" for other, factor in row.slowdown_by.items())
+            lines.append(f"# job {row.job}: {', '.join(each)}\n")
+    return lines
 
 
 def _reasons(result: Result) -> list[str]:

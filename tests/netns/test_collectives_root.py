@@ -173,16 +173,30 @@ def test_queue_pairs_carry_what_leaves_the_host_and_nvlink_the_rest(strategy: st
             assert_drained(fabric)
 
 
-def test_jobs_run_at_the_same_time_and_each_is_timed_by_itself() -> None:
-    jobs = (
-        "workload=[]",
-        "jobs=[{name: a, placement: [0, 2], workload: [{collective: all_reduce, size: 256 KiB, iters: 1, warmup_iters: 0}]},"
-        " {name: b, placement: [1, 3], start: 20 us, workload: [{pattern: flows, flows: [{src: 0, dst: 1, size: 64 KiB}],"
-        " iters: 1, warmup_iters: 0}]}]",
-        "measure_jobs=alone",
-        "routing.scheme=pinning",
-    )
-    with small_fabric(*jobs, name="jobs") as fabric, plain_carrier(fabric) as carrier:
+JOBS = (
+    "workload=[]",
+    "jobs=[{name: a, placement: [0, 2], workload: [{collective: all_reduce, size: 256 KiB, iters: 1, warmup_iters: 0}]},"
+    " {name: b, placement: [1, 3], start: 20 us, workload: [{pattern: flows, flows: [{src: 0, dst: 1, size: 64 KiB}],"
+    " iters: 1, warmup_iters: 0}]}]",
+    "measure_jobs=alone",
+    "routing.scheme=pinning",
+)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("fabric.gpus_per_host=2", "jobs[0].workload[0].order=packed", "transport.qps_per_connection=2"),
+        (
+            *("fabric.gpus_per_host=2", "jobs[0].workload[0].order=packed", "transport.qps_per_connection=2"),
+            "transport.qp_strategy=dynamic",
+        ),
+    ],
+    ids=["a QP each", "NVLink and two QPs", "dynamic"],
+)
+def test_jobs_run_at_the_same_time_and_each_is_timed_by_itself(overrides: tuple[str, ...]) -> None:
+    with small_fabric(*JOBS, *overrides, name="jobs") as fabric, plain_carrier(fabric) as carrier:
         sent = []
         for index, planned in enumerate(fabric.plan.workloads):
             samples = carrier.run(index, Quiet())
@@ -193,7 +207,8 @@ def test_jobs_run_at_the_same_time_and_each_is_timed_by_itself() -> None:
             for job, time in zip(planned.jobs, times, strict=True):
                 assert time >= 0.99 * job.ideal_cct_ns - 100
             ends = [job.start_ns + time for job, time in zip(planned.jobs, times, strict=True)]
-            assert max(ends) == pytest.approx(samples.cct_ns[0], abs=1)
+            if planned.connections:  # what stays inside hosts is computed
+                assert max(ends) == pytest.approx(samples.cct_ns[0], abs=1)
             sent.append(int(planned.schedule.nbytes.sum()))
             assert_drained(fabric)
         assert sent[2] == sent[0] + sent[1]

@@ -9,13 +9,14 @@ import pytest
 
 from testbed.assemble import compare_jobs, judge_check
 from testbed.carriers.jobs import job_cct_ns
+from testbed.cli.run import render_result
 from testbed.collectives import find_algorithm, ideal_arrivals_ns, keep_connections, merge_schedules, place_schedule
 from testbed.errors import ScenarioError
 from testbed.plan.compile import compile_plan
 from testbed.plan.jobs import fluid_ends_ns
 from testbed.plan.model import Plan
 from testbed.plan.placement import place_jobs
-from testbed.results import CollectiveResult, Fidelity, FidelityVerdict, render_table
+from testbed.results import CollectiveResult, Fidelity, FidelityVerdict, Result, render_table
 from testbed.scenario import load_scenario, parse_expectation
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios" / "jobs"
@@ -228,6 +229,10 @@ def test_rows_of_jobs_say_what_the_others_cost() -> None:
     table = render_table(rows)
     assert "(time/alone)" in table
     assert ["a", "b,c", "3.0000"] in [line.split()[:3] for line in table.splitlines()]
+
+    text = render_result(Result(scenario={"name": "jobs"}, seed=1, time_dilation=1.0, host={}, results=rows))
+    assert "# job a: 1.500 times as long beside b\n" in text
+    assert "# job c" not in text
 
     def judge(line: str) -> tuple[str, float | None]:
         check = judge_check(parse_expectation(line), rows)
