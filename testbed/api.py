@@ -35,12 +35,13 @@ if TYPE_CHECKING:
     from testbed.fabric.capture import Capture, CaptureReport
     from testbed.fabric.inject import Injection
     from testbed.kernel.probe import Finding
+    from testbed.kernel.registry import LabState
     from testbed.measure.counters import FabricCounters
     from testbed.plan.model import Plan
     from testbed.plan.report import PathReport
     from testbed.results import Fidelity, LinkDirection, Result
     from testbed.results.graph import Graph
-    from testbed.scenario import Scenario
+    from testbed.scenario import Fault, Scenario
     from testbed.vm import KernelName, VmListener
 
 # Room for "-99" behind a name, within what a lab's name may be.
@@ -245,6 +246,7 @@ def deploy(scenario: Scenario, name: str | None = None, *, listener: RunListener
         KernelError: The kernel refused something; nothing is left behind.
     """
     from testbed.fabric import Fabric
+    from testbed.fabric.broken import set_broken, standing_faults
     from testbed.kernel.netlink import require_root
     from testbed.kernel.registry import check_lab_name
 
@@ -254,7 +256,14 @@ def deploy(scenario: Scenario, name: str | None = None, *, listener: RunListener
     check_lab_name(lab_name)
     plan = _plan_with_capacity(scenario, heard)
     heard.note(_building(plan))
-    return Fabric.deploy(plan, lab_name)
+    fabric = Fabric.deploy(plan, lab_name)
+    try:
+        if standing := standing_faults(plan):
+            set_broken(fabric, standing)
+    except BaseException:
+        fabric.destroy()
+        raise
+    return fabric
 
 
 def inspect(name: str | None = None) -> Lab:
@@ -269,6 +278,79 @@ def inspect(name: str | None = None) -> Lab:
     from testbed.fabric import read_lab
 
     return read_lab(find_lab(name))
+
+
+def break_lab(name: str, what: str, *, loss: str | None = None, rate: str | None = None) -> list[str]:
+    """Break a link or a switch of a deployed lab until it is healed. Needs root.
+
+    Frames on a link that is down are lost, and the lab's switches forward by what is left. Runs with the lab's name have it
+    as a fault that stands from the beginning.
+
+    Args:
+        name: The lab.
+        what: A link such as ``leaf0:spine1``, or a switch.
+        loss: Share of its frames that the link loses, such as ``1/100``, instead of all.
+        rate: The link's rate from now on, such as ``100 Gbit/s``; it stays up.
+
+    Returns:
+        All that is broken now, in words.
+
+    Raises:
+        LabError: There is no such lab, or another process uses it.
+        PlanError: The lab has no such link or switch.
+        TestbedError: Loss or rate cannot be read.
+    """
+    from pydantic import ValidationError
+
+    from testbed.fabric.broken import read_broken
+    from testbed.scenario import Fault
+
+    if loss is not None and rate is not None:
+        raise TestbedError("a link is either lossy or slow at once", hint="break it twice to have both")
+    fault: dict[str, object] = {"at": "0 ns"}
+    if loss is not None:
+        fault["loss"] = {"link": what, "fraction": loss}
+    elif rate is not None:
+        fault["rate"] = {"link": what, "rate": rate}
+    else:
+        fault["link_down" if ":" in what else "switch_down"] = what
+    try:
+        new = Fault.model_validate(fault)
+    except ValidationError as error:
+        raise TestbedError(f"{what}: {error.errors()[0]['msg']}") from None
+    return _change_broken(name, lambda state: (*read_broken(state), new))
+
+
+def heal_lab(name: str, what: str | None = None) -> list[str]:
+    """Heal a link or a switch of a deployed lab; without ``what``, all. Needs root.
+
+    Returns:
+        All that is still broken, in words.
+
+    Raises:
+        LabError: There is no such lab, another process uses it, or nothing is broken there.
+    """
+    from testbed.fabric.broken import heal, read_broken
+
+    return _change_broken(name, lambda state: heal(read_broken(state), what))
+
+
+def _change_broken(name: str, change: Callable[[LabState], Sequence[Fault]]) -> list[str]:
+    from testbed.fabric import Fabric
+    from testbed.fabric.broken import set_broken
+    from testbed.kernel.netlink import require_root
+    from testbed.kernel.registry import read_state
+    from testbed.plan.faults import describe_fault
+    from testbed.scenario import Scenario
+
+    require_root()
+    scenario = Scenario.model_validate(read_state(name).scenario)
+    # What the lab is made of, whatever is broken in it.
+    plan = _plan_at_dilation(scenario.model_copy(update={"faults": ()}), name)
+    with Fabric.attach(plan, name) as fabric:
+        broken = tuple(change(fabric.state))
+        set_broken(fabric, broken)
+    return [describe_fault(fault) for fault in broken]
 
 
 def labs() -> list[str]:
@@ -697,11 +779,21 @@ def _plan_with_capacity(scenario: Scenario, listener: RunListener) -> Plan:
 
 
 def _plan_for_lab(scenario: Scenario, name: str) -> Plan:
-    """Return the plan of a scenario at the time dilation of a deployed lab.
+    """Return the plan of a scenario at the time dilation of a deployed lab, with what is broken there.
 
     Raises:
         LabError: There is no such lab, it was never finished, or the scenario asks for another dilation.
     """
+    from testbed.fabric.broken import read_broken
+    from testbed.kernel.registry import read_state
+
+    known = scenario.faults
+    broken = tuple(fault for fault in read_broken(read_state(name)) if fault not in known)
+    return _plan_at_dilation(scenario.model_copy(update={"faults": (*broken, *known)}), name)
+
+
+def _plan_at_dilation(scenario: Scenario, name: str) -> Plan:
+    """Return the plan of a scenario at the time dilation of a deployed lab, as `_plan_for_lab` does."""
     from testbed.kernel.registry import read_state
 
     dilation = read_state(name).details.get("time_dilation")

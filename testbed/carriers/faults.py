@@ -11,8 +11,9 @@ import numpy.typing as npt
 from testbed.engine.faults import Faults, NoFaults, Watch
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.fabric import Fabric
+from testbed.fabric.broken import broken_state, read_broken
 from testbed.fabric.faults import StateWriter, state_writer
-from testbed.plan.faults import FabricState, FaultStep
+from testbed.plan.faults import FaultStep
 from testbed.plan.model import Plan
 from testbed.plan.victims import find_victims
 
@@ -51,21 +52,23 @@ class FabricFaults:
 
 @contextlib.contextmanager
 def fabric_faults(fabric: Fabric, flow: FlowControl | NoFlowControl, now_ns: int) -> Iterator[FabricFaults | None]:
-    """Let a fabric be as its plan's iterations begin for the block, and whole again behind it; yield what makes the rest happen.
+    """Let a fabric be as its plan's iterations begin for the block, and as it was behind it; yield what makes the rest happen.
 
     Yields:
-        None where nothing ever breaks.
+        None where nothing happens.
 
     Raises:
         KernelError: The kernel refused something.
     """
-    steps = fabric.plan.faults.steps
+    plan, steps = fabric.plan, fabric.plan.faults.steps
     first = steps[0].state
-    if len(steps) == 1 and first == FabricState():
+    own = broken_state(plan.scenario, plan.topology, read_broken(fabric.state))
+    if len(steps) == 1 and first == own:
+        flow.set_dead(first.dead_ports, now_ns)
         yield None
         return
-    ports = sorted({port for step in steps for port, _ in step.state.rates_bits_per_s})
-    with state_writer(fabric, FabricState(), ports) as writer:
+    ports = sorted({port for state in (own, *(step.state for step in steps)) for port, _ in state.rates_bits_per_s})
+    with state_writer(fabric, own, ports) as writer:
         before = writer.tables.read()
         try:
             changed = writer.write(first, steps[0].tables)
@@ -74,7 +77,7 @@ def fabric_faults(fabric: Fabric, flow: FlowControl | NoFlowControl, now_ns: int
             flow.set_dead(first.dead_ports, now_ns)
             yield FabricFaults(fabric.plan, writer, flow)
         finally:
-            flow.set_rates(writer.write(FabricState(), None))
+            flow.set_rates(writer.write(own, None))
             flow.set_dead(frozenset(), now_ns)
             writer.tables.restore(before)
 

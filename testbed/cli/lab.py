@@ -51,6 +51,37 @@ def inspect(
     print(render_json(lab) if output_format is OutputFormat.JSON else _render_lab(lab))
 
 
+def break_(
+    lab: Annotated[str, typer.Argument(metavar="LAB", help="The lab.", show_default=False)],
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="A link such as leaf0:spine1, or a switch.", show_default=False)
+    ],
+    loss: Annotated[
+        str | None,
+        typer.Option("--loss", metavar="FRACTION", help="Let the link lose that share of its frames instead."),
+    ] = None,
+    rate: Annotated[
+        str | None, typer.Option("--rate", metavar="RATE", help='Let the link have another rate, such as "100 Gbit/s".')
+    ] = None,
+) -> None:
+    """Break a link or a switch of a deployed lab until it is healed; its switches route around what is down."""
+    from testbed import api
+
+    print("\n".join(f"broken: {one}" for one in api.break_lab(lab, what, loss=loss, rate=rate)))
+
+
+def heal(
+    lab: Annotated[str, typer.Argument(metavar="LAB", help="The lab.", show_default=False)],
+    what: Annotated[
+        str | None, typer.Argument(metavar="[WHAT]", help="The link or switch; else all.", show_default=False)
+    ] = None,
+) -> None:
+    """Heal a link or a switch of a deployed lab, or all that is broken."""
+    from testbed import api
+
+    print("\n".join(f"broken: {one}" for one in api.heal_lab(lab, what)) or "nothing is broken")
+
+
 def execute(
     node: Annotated[str, typer.Argument(metavar="NODE", help="Such as host0 or leaf1.", show_default=False)],
     command: Annotated[
@@ -143,7 +174,8 @@ def _render_lab(lab: Lab) -> str:
     from testbed.units import format_byte_rate, format_rate
 
     dilation = "-" if lab.time_dilation is None else f"{lab.time_dilation:g}"
-    text = f"lab {lab.name} (scenario {lab.scenario}, {_state(lab)}), time dilation {dilation}\n\n"
+    text = f"lab {lab.name} (scenario {lab.scenario}, {_state(lab)}), time dilation {dilation}\n"
+    text += "".join(f"broken: {what}\n" for what in lab.broken) + "\n"
     text += render_columns(
         ("node", "kind", "namespace"), [(node.name, node.kind, node.namespace) for node in lab.nodes]
     )

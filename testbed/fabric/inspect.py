@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.errors import KernelError
+from testbed.fabric.broken import read_broken
 from testbed.fabric.fabric import open_arrays
 from testbed.kernel import registry
 from testbed.plan.compile import build_topology
+from testbed.plan.faults import describe_fault
 from testbed.scenario import Scenario
 from testbed.topology import Port, Topology, format_address
 
@@ -83,6 +85,7 @@ class Lab:
         time_dilation: Wall time / emulated time; None until it is ready.
         nodes: Its nodes.
         links: Its links.
+        broken: What is broken by hand, such as ``link_down leaf0:spine1``.
     """
 
     name: str
@@ -93,6 +96,7 @@ class Lab:
     time_dilation: float | None
     nodes: tuple[LabNode, ...]
     links: tuple[LabLink, ...]
+    broken: tuple[str, ...] = ()
 
 
 def read_lab(name: str) -> Lab:
@@ -132,6 +136,7 @@ def read_lab(name: str) -> Lab:
             )
             for link in topology.links
         ),
+        broken=tuple(describe_fault(fault) for fault in read_broken(state)),
     )
 
 

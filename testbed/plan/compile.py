@@ -209,7 +209,7 @@ def compile_plan(
         return build_tables(topology, scheme, hash_seed=seed, settings=settings, knowledge=knowledge)
 
     changes, incidents = build_changes(scenario, topology)
-    faults = FaultPlan(build_steps(changes, scenario, tables_for), incidents)
+    faults = FaultPlan(build_steps(changes, scenario, tables_for), tables_for, incidents)
     tables, links = faults.steps[0].tables, faults.steps[0].state.links
     _check_reachable(items, topology, tables, links)
     workloads = tuple(

@@ -81,10 +81,12 @@ class FaultPlan:
 
     Attributes:
         steps: In order of time; the first is how the iteration begins.
-        incidents: The faults behind them, in order of time; those that stand from the beginning first.
+        tables_for: The tables of the scenario's scheme, given what has been noticed of the links.
+        incidents: The faults behind the steps, in order of time.
     """
 
     steps: tuple[FaultStep, ...]
+    tables_for: Callable[[Knowledge], ForwardingTables]
     incidents: tuple[Incident, ...] = ()
 
     @property

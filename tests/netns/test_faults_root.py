@@ -8,20 +8,24 @@ import socket
 import numpy as np
 import pytest
 
+from testbed import api
 from testbed.carriers.protocol import WorkloadSamples
-from testbed.errors import RunError
+from testbed.errors import LabError, RunError
 from testbed.fabric import Fabric
 from testbed.fabric.faults import state_writer
 from testbed.kernel import bpf, layout
 from testbed.plan.faults import FabricState
 from testbed.plan.victims import find_victims
 from testbed.routing import dead_ports_of
+from testbed.scenario import load_scenario
 from tests.netns.labs import (
+    SCENARIO,
     Quiet,
     address_of,
     assert_drained,
     in_node,
     ip_frame,
+    lab_name,
     plain_carrier,
     run_in,
     small_fabric,
@@ -199,3 +203,33 @@ def test_a_paused_port_whose_link_dies_does_not_stay_paused() -> None:
         assert fabric.arrays.queues["lost_packets"].any()
         assert_drained(fabric)
         assert not fabric.arrays.ingress["used_bytes"].any()
+
+
+def test_what_is_broken_by_hand_is_routed_around_shown_and_healed() -> None:
+    name = lab_name("broken")
+    wide = ("fabric.spines=4", "routing.scheme=pinning", "transport.qps_per_connection=1")
+    with api.deploy(load_scenario(SCENARIO, wide), name) as fabric:
+        topology = fabric.plan.topology
+        # The uplink that host0's pings to host2 take.
+        port = fabric.plan.tables.group_at(topology.leaves[0].index, topology.slot_of_port(topology.host_port(2).id))
+        assert port is not None
+        link = f"leaf0:{topology.peer_node(port.members[0]).name}"
+    try:
+        assert api.break_lab(name, link) == [f"link_down {link}"]
+        assert ping(fabric, 0, 2)  # another way
+        assert api.inspect(name).broken == (f"link_down {link}",)
+        assert not (fabric.arrays.queues["lost_packets"]).any()
+        assert len(api.break_lab(name, "host2:leaf1")) == 2
+        assert not ping(fabric, 0, 2)  # there is no other
+        assert ping(fabric, 0, 3)
+        with pytest.raises(LabError, match="nothing is broken at 'leaf1'"):
+            api.heal_lab(name, "leaf1")
+        assert api.heal_lab(name, "host2:leaf1") == [f"link_down {link}"]
+        assert ping(fabric, 0, 2)
+        assert api.break_lab(name, "leaf1:spine0", loss="1/1")[1:] == ["loss leaf1:spine0 1"]
+        assert fabric.arrays.queues["loss_threshold"][topology.link("leaf1:spine0").a].all()
+        assert api.heal_lab(name) == []
+        assert_whole(fabric)
+        assert api.inspect(name).broken == ()
+    finally:
+        api.destroy(name)

@@ -1,0 +1,162 @@
+"""Traffic engineering against E-ECMP when uplinks fail: what each comes to, before and after the controller reacts.
+
+::
+
+    .venv/bin/python -m benchmarks.failures [--seeds 40] [--write docs/failures-results.md]
+    .venv/bin/python -m benchmarks.failures --emulate 4          # root: seeds 1 to 4 of some rows on this machine too
+
+Predictions need no root. The fabric is 4 racks of 4 NICs on 4 spines, all links alike; a permutation is another one for every seed.
+m is the completion time over that of a core that never blocks. "te, before" is what stands between the failure and the
+controller's reaction: entries that lead nowhere are withdrawn, and their flows hashed over the ways that are left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from testbed.plan.compile import compile_plan, trace_connection_routes
+from testbed.plan.model import Plan
+from testbed.plan.predict import predict_cct_ratio
+from testbed.scenario import Carrier, load_scenario
+
+SCENARIO = """
+name: failures
+fabric:
+  {kind: clos, leaves: 4, spines: 4, hosts_per_leaf: 4, host_link: {rate: 400 Gbit/s, delay: 600 ns}, switch: {buffer: 64 MiB}}
+routing: {detection_time: 0 ns, convergence_time: 0 ns, te_loop_time: 1 s}
+workload: [{pattern: permutation, size: 16 MiB}]
+time_dilation: 4000
+"""
+WORKLOADS = {
+    "permutation": "{pattern: permutation, size: 16 MiB, iters: 1, warmup_iters: 1}",
+    "ring all-reduce, every hop over the spines": (
+        "{collective: all_reduce, algorithm: ring, order: rails, size: 16 MiB, iters: 1, warmup_iters: 1}"
+    ),
+}
+SCHEMES = {
+    "te, before": ("te", 1, "1 ns"),
+    "te, after": ("te", 1, "0 ns"),
+    "e-ecmp, 16 QPs": ("e-ecmp", 16, "0 ns"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Which links are down."""
+
+    name: str
+    links: tuple[str, ...]
+
+
+def cases() -> Iterator[Case]:
+    """Yield k uplinks of one leaf down, then one uplink on each of k leaves, each time another spine's."""
+    yield Case("none", ())
+    for count in (1, 2, 3):
+        yield Case(f"{count} of leaf0", tuple(f"leaf0:spine{spine}" for spine in range(count)))
+    for count in (2, 3, 4):
+        yield Case(f"1 of each of {count} leaves", tuple(f"leaf{leaf}:spine{leaf}" for leaf in range(count)))
+
+
+def overrides_of(workload: str, case: Case, label: str, seed: int) -> list[str]:
+    """Return what makes the scenario that case of that workload under that scheme."""
+    scheme, qps, at = SCHEMES[label]
+    faults = ", ".join(f'{{at: {at}, link_down: "{link}"}}' for link in case.links)
+    return [
+        f"workload[0]={WORKLOADS[workload]}",
+        f"routing.scheme={scheme}",
+        f"transport.qps_per_connection={qps}",
+        f"faults=[{faults}]",
+        f"seed={seed}",
+    ]
+
+
+def predict(workload: str, case: Case, label: str, seed: int) -> float:
+    """Return the predicted m of one seed, once the switches have reacted."""
+    plan = compile_plan(load_scenario(SCENARIO, overrides_of(workload, case, label, seed)), capacity_packets_per_s=None)
+    return predict_reacted(plan)
+
+
+def predict_reacted(plan: Plan) -> float:
+    """Return m by the tables that the first moments of an iteration leave behind."""
+    (planned,) = plan.workloads
+    reacted = [step.tables for step in plan.faults.steps if step.at_ns <= 1][-1]
+    if reacted is plan.tables:
+        return planned.predicted_cct_ratio
+    assert planned.qps_per_connection == 1
+    routes = [trace_connection_routes(one, plan.topology, reacted, Carrier.ENGINE) for one in planned.connections]
+    return predict_cct_ratio(plan.topology, planned.schedule, routes)
+
+
+def emulate(workload: str, case: Case, label: str, seed: int) -> float:
+    """Return the measured m of one seed. Needs root."""
+    from testbed import api
+
+    result = api.run(load_scenario(SCENARIO, overrides_of(workload, case, label, seed)))
+    ratio = result.results[0].cct_ratio
+    assert ratio is not None
+    return ratio
+
+
+def render(workload: str, seeds: Sequence[int], emulated_seeds: Sequence[int]) -> str:
+    """Return a workload's table, and where the schemes cross."""
+    lines = [
+        f"**{workload}**",
+        "",
+        "| uplinks down | te, before | te, after | e-ecmp, 16 QPs | best |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    means: dict[tuple[str, str], float] = {}
+    for case in cases():
+        cells = []
+        for label in SCHEMES:
+            found = [predict(workload, case, label, seed) for seed in seeds]
+            means[case.name, label] = statistics.fmean(found)
+            cells.append(
+                f"{statistics.fmean(found):.2f} ({np.percentile(found, 5):.2f}-{np.percentile(found, 95):.2f})"
+            )
+        best = min(SCHEMES, key=lambda label: means[case.name, label])
+        lines.append(f"| {case.name} | {' | '.join(cells)} | {best} |")
+    lines += ["", f"Mean predicted m over {len(seeds)} seeds (5th to 95th percentile)."]
+    for label in ("te, before", "te, after"):
+        worse = [case.name for case in cases() if means[case.name, label] > means[case.name, "e-ecmp, 16 QPs"]]
+        lines.append(f"{label} is worse than e-ecmp with: {', '.join(worse) or 'none of these'}.")
+    if emulated_seeds:
+        lines += [
+            "",
+            "| uplinks down | scheme | seed | predicted m | emulated m | difference |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        wanted = [case for case in cases() if case.name in ("none", "1 of leaf0", "2 of leaf0")]
+        for case in wanted:
+            for label in SCHEMES:
+                for seed in emulated_seeds:
+                    expected, measured = predict(workload, case, label, seed), emulate(workload, case, label, seed)
+                    lines.append(
+                        f"| {case.name} | {label} | {seed} | {expected:.3f} | {measured:.3f} | {measured / expected - 1:+.1%} |"
+                    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--emulate", type=int, default=0, metavar="SEEDS")
+    parser.add_argument("--write", type=Path)
+    options = parser.parse_args()
+    text = "\n".join(
+        render(workload, range(1, options.seeds + 1), range(1, options.emulate + 1)) for workload in WORKLOADS
+    )
+    print(text, end="")
+    if options.write:
+        options.write.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
