@@ -5,7 +5,7 @@
     .venv/bin/python -m benchmarks.failures [--seeds 40] [--write docs/failures-results.md]
     .venv/bin/python -m benchmarks.failures --emulate 4          # root: seeds 1 to 4 of some rows on this machine too
 
-Predictions need no root. The fabric is 4 racks of 4 NICs on 4 spines, all links alike; a permutation is another one for every seed.
+Predictions need no root. The fabric is 4 racks of 4 NICs on 4 spines, all links alike; each seed has a permutation of its own.
 m is the completion time over that of a core that never blocks. "te, before" is what stands between the failure and the
 controller's reaction: entries that lead nowhere are withdrawn, and their flows hashed over the ways that are left.
 """
