@@ -42,6 +42,7 @@ TB_ARRAY(tb_fib, __s32);      /* [node * slots + slot]: group, -1 = none, TB_UNR
 TB_ARRAY(tb_groups, struct tb_group);
 TB_ARRAY(tb_members, __u32);  /* egress port ids */
 TB_ARRAY(tb_qps, struct tb_qp);
+TB_ARRAY(tb_windows, struct tb_window);
 TB_ARRAY(tb_probe, __u64);    /* [0] arrival of the last fidelity probe, CLOCK_MONOTONIC ns; [1] its number */
 
 /* CRC-32 of one byte (IEEE 802.3, reflected): 256 entries written by the loader, which gets them from zlib. */
@@ -453,7 +454,7 @@ struct answer_frame {
 	struct iphdr ip;
 	struct udphdr udp;
 	struct bth bth;
-	__be32 words[4]; /* AETH of an ACK; sixteen zero bytes of a CNP */
+	__be32 words[6]; /* AETH of an ACK, and what came out of order; sixteen zero bytes of a CNP */
 	__u32 spare;
 } __attribute__((packed));
 
@@ -471,9 +472,17 @@ static __always_inline void note_answered(struct answered *to, const struct ethh
 	__builtin_memcpy(to->mac, eth->h_dest, 6);
 }
 
+/* What an ACK says of packets beyond the acknowledged ones: bit i of low is packet `first` + i, of high `first` + 64 + i. */
+struct sack_block {
+	__u64 first;
+	__u64 low;
+	__u64 high;
+};
+
 /* Turn the very packet into an answer of `len` bytes; returns 0 if that fails. */
 static __always_inline int write_answer(struct __sk_buff *skb, const struct answered *to, const struct tb_qp *qp,
-					__u8 opcode, __u8 becn, __u32 psn, __u32 aeth, const __u32 len)
+					__u8 opcode, __u8 becn, __u32 psn, __u32 aeth, const struct sack_block *block,
+					const __u32 len)
 {
 	struct answer_frame *frame;
 	struct tb_port *port = port_of(skb->ifindex - config.ifindex_base);
@@ -515,6 +524,15 @@ static __always_inline int write_answer(struct __sk_buff *skb, const struct answ
 	frame->words[0] = bpf_htonl(aeth);
 	if (len == TB_CNP_LEN)
 		frame->words[1] = frame->words[2] = frame->words[3] = 0;
+	if (len == TB_SACK_LEN && block) {
+		__u32 first = (qp->initial_rx_psn + (__u32)block->first) & 0xffffff;
+
+		frame->words[1] = bpf_htonl((__u32)TB_SACK_TYPE << 24 | first);
+		frame->words[2] = bpf_htonl(block->low >> 32);
+		frame->words[3] = bpf_htonl((__u32)block->low);
+		frame->words[4] = bpf_htonl(block->high >> 32);
+		frame->words[5] = bpf_htonl((__u32)block->high);
+	}
 
 	/* ICRC: eight bytes of ones, then the headers with the variant fields as ones. */
 	covered = (__u8 *)&frame->ip;
@@ -542,7 +560,7 @@ static __always_inline int answer(struct __sk_buff *skb, const struct answered *
 {
 	__u32 aeth = (__u32)syndrome << 24 | (__u32)(qp->rx_messages & 0xffffff);
 
-	if (!write_answer(skb, to, qp, 0x11, 0, psn, aeth, TB_ACK_LEN))
+	if (!write_answer(skb, to, qp, 0x11, 0, psn, aeth, NULL, TB_ACK_LEN))
 		return TC_ACT_SHOT;
 	return bpf_redirect(skb->ifindex, 0); /* through host_egress, which accounts it */
 }
@@ -559,7 +577,7 @@ static __always_inline void notify(struct __sk_buff *skb, const struct answered 
 	if (now - qp->cnp_sent_ns < qp->cnp_interval_ns)
 		return;
 	qp->cnp_sent_ns = now;
-	if (!write_answer(skb, to, qp, 0x81, 1, 0, 0, TB_CNP_LEN))
+	if (!write_answer(skb, to, qp, 0x81, 1, 0, 0, NULL, TB_CNP_LEN))
 		return;
 	qp->sent_cnps_packets++;
 	bpf_clone_redirect(skb, skb->ifindex, 0);
@@ -584,9 +602,13 @@ static __always_inline int respond(struct __sk_buff *skb, struct tb_qp *qp, cons
 		return answer(skb, to, qp, psn, 0x1f);
 	}
 	if (ahead < 0x800000) {
+		__u64 highest = qp->rx_highest;
+
+		qp->rx_highest = qp->rx_packets + ahead + 1;
 		qp->out_of_order_packets++;
-		if (qp->nak_armed_at == qp->rx_packets + 1)
-			return TC_ACT_SHOT; /* one NAK per gap */
+		/* One NAK per gap; another when the requester has gone back, and what it was to send again is missing again. */
+		if (qp->nak_armed_at == qp->rx_packets + 1 && qp->rx_highest > highest)
+			return TC_ACT_SHOT;
 		qp->nak_armed_at = qp->rx_packets + 1;
 		qp->sent_naks_packets++;
 		return answer(skb, to, qp, qp->initial_rx_psn + (__u32)qp->rx_packets, 0x60);
@@ -599,6 +621,8 @@ static __always_inline int respond(struct __sk_buff *skb, struct tb_qp *qp, cons
 	qp->sent_acks_packets++;
 	return answer(skb, to, qp, qp->initial_rx_psn + (__u32)qp->rx_packets - 1, 0x1f);
 }
+
+#include "selective.h"
 
 static __always_inline void acknowledge(struct tb_qp *qp, const struct bth *bth, __u32 aeth)
 {
@@ -712,12 +736,16 @@ int host_ingress(struct __sk_buff *skb)
 		note_answered(&to, eth, ip);
 		if ((ip->tos & 3) == 3)
 			notify(skb, &to, qp);
+		if (qp->selective)
+			return respond_selective(skb, qp, key, &to, opcode, psn_word, frame - overhead);
 		return respond(skb, qp, &to, opcode, psn_word, frame - overhead);
 	}
 	case 0x81:
 		qp->cnps_packets++;
 		return TC_ACT_SHOT;
 	case 0x11:
+		if (qp->selective)
+			return acknowledge_selective(skb, qp, key);
 		acknowledge(qp, bth, bpf_ntohl(*(__be32 *)(bth + 1)));
 		return TC_ACT_SHOT;
 	default:

@@ -26,6 +26,16 @@
 #define TB_CTS_INDEX_OFFSET (TB_HEADERS_LEN + 16 + 40)                           /* 110 */
 #define TB_CTS_LEN (TB_HEADERS_LEN + 16 + 64 + TB_ICRC_LEN)                      /* 138 */
 
+/* Selective retransmission: packets that may be under way beyond the acknowledged ones, a power of two. */
+#define TB_WINDOW 4096
+#define TB_WINDOW_WORDS (TB_WINDOW / 64)
+/* An ACK that names what came out of order has 20 bytes more: 0x01, a PSN (24 bits), and a bit for each of 128 packets. */
+#define TB_SACK_PACKETS 128
+#define TB_SACK_TYPE 0x01
+#define TB_SACK_LEN (TB_ACK_LEN + 20)                                            /* 82 */
+/* A packet so far behind the newest is answered unasked: no block of a later answer would name it. */
+#define TB_SACK_LATE_PACKETS 64
+
 /* 802.1Qbb: MAC control, opcode 0x0101, a bit and 16 bits of quanta per priority. */
 #define TB_ETH_P_MAC_CONTROL 0x8808
 #define TB_PFC_OPCODE 0x0101
@@ -166,7 +176,8 @@ struct tb_qp {                 /* qps[qpn - qpn_base]; three cache lines */
 	__u32 initial_rx_psn;      /* PSN of rx_packets == 0 */
 	__u32 initial_tx_psn;      /* PSN of acked_packets == 0 */
 	__u16 udp_source_port;     /* of the ACKs, host order */
-	__u16 active;              /* 0: packets for it go to the kernel */
+	__u8 active;               /* 0: packets for it go to the kernel */
+	__u8 selective;            /* whether packets are taken out of order */
 	/* rx: responder */
 	__u64 rx_packets;          /* received in order; next expected PSN = initial_rx_psn + rx_packets */
 	__u64 rx_payload_bytes;
@@ -191,7 +202,17 @@ struct tb_qp {                 /* qps[qpn - qpn_base]; three cache lines */
 	/* rx: requester */
 	__u64 grants;              /* number of the latest grant received; cumulative */
 	__u64 cts_packets;         /* CTS frames received */
-	__u64 reserved[2];
+	/* rx: loss recovery */
+	__u64 rx_highest;          /* responder: packets up to the last that came out of order; selective: up to the highest */
+	__u64 sacked_until;        /* requester: packets up to the highest that came out of order at the responder */
+};
+
+/* windows[qpn - qpn_base], where transport.loss_recovery is selective; bit n % TB_WINDOW is packet n, all below the
+ * acknowledged ones are clear.
+ */
+struct tb_window {
+	__u64 received[TB_WINDOW_WORDS]; /* rx: responder: came out of order; requester: the responder has said so */
+	__u64 ends[TB_WINDOW_WORDS];     /* rx: responder: of these, the last packets of messages */
 };
 
 #endif

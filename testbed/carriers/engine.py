@@ -31,6 +31,7 @@ from testbed.plan.faults import broken_at
 from testbed.plan.model import SHARED_SHAPER_SPEEDUP, Plan, PlannedWorkload
 from testbed.roce.congestion import CongestionControl, make
 from testbed.scenario import CongestionControl as ControlName
+from testbed.scenario import LossRecovery
 
 
 class EngineCarrier:
@@ -81,6 +82,7 @@ class EngineCarrier:
             engine_setup(plan, workload),
             queues=self._fabric.arrays.queues,
             qps=self._fabric.arrays.qps,
+            windows=self._fabric.arrays.windows,
             sockets=self._sockets,
             clock=self._clock,
             probe=self._probe,
@@ -222,6 +224,8 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
         resolution_error_fraction=planned.resolution_error_fraction,
         intra_host=planned.intra_host,
         wall_cnp_interval_ns=round(plan.cnp_interval_ns * plan.dilation.value),
+        selective=plan.scenario.transport.loss_recovery is LossRecovery.SELECTIVE,
+        reorder_time_ns=plan.scenario.transport.reorder_time_ns,
     )
 
 

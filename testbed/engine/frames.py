@@ -59,6 +59,9 @@ ACK_EVERY_PACKETS = 32
 # The engine's buffers have one key; nobody checks it, Wireshark shows it.
 RKEY = 0x7E57BED0
 
+# Frames that can be written again at once, whatever the rings hold.
+AGAIN_PACKETS = 64
+
 # Header rows of all rings together: a few megabytes, so that they stay in the last-level cache.
 _RING_ROWS = 65536
 _MIN_BLOCK, _MAX_BLOCK = 128, 1024
@@ -84,7 +87,9 @@ class FrameWriter:
         self._initial_psns = initial_psns
         self.block = max(_MIN_BLOCK, min(_MAX_BLOCK, _RING_ROWS // (2 * count)))
         self._depth = 2 * self.block
-        self.ring = FrameRing(count * self._depth, np.zeros(mtu, np.uint8))
+        # Behind the rings: frames that are sent again, written when they are.
+        self._again = count * self._depth
+        self.ring = FrameRing(self._again + AGAIN_PACKETS, np.zeros(mtu, np.uint8))
         payload = bytes(mtu)
         self._short, self._short_icrc = _templates(requesters, Opcode.WRITE_MIDDLE, payload, tos)
         self._long, self._long_icrc = _templates(requesters, Opcode.WRITE_FIRST, payload, tos)
@@ -157,6 +162,20 @@ class FrameWriter:
                 self._fill(connection, start)
                 self._fill(connection, start + self.block)
 
+    def write_again(self, connection: int, packets: npt.NDArray[np.int64]) -> int:
+        """Write frames of any packets of a connection anew, each asking for an ACK, at most ``AGAIN_PACKETS``.
+
+        Returns:
+            The slot of the first; they stand one behind the other until the next call.
+        """
+        self._write(connection, packets, self._streams.first_packet[connection] + packets, self._again, ask=True)
+        return self._again
+
+    def wire_bytes(self, connection: int, packets: npt.NDArray[np.int64]) -> int:
+        """Return what packets of a connection take on the wire, together."""
+        before, flat = self._streams.wire_bytes_before, self._streams.first_packet[connection] + packets
+        return int((before[flat + 1] - before[flat]).sum())
+
     def slots_of(self, connection: npt.NDArray[np.int64], packet: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the ring slots of packets that are ready."""
         return connection * self._depth + packet % self._depth
@@ -177,18 +196,40 @@ class FrameWriter:
         stop = min(start - start % self.block + self.block, int(self._limit[connection]))
         if stop <= start:
             return
+        flat = int(self._streams.first_packet[connection])
+        where = slice(flat + start, flat + stop)
+        self._write(connection, np.arange(start, stop), where, connection * self._depth + start % self._depth)
+        self._end[connection] = stop
+        self._begin[connection] = max(self._begin[connection], start - self.block)
+
+    def _write(
+        self,
+        connection: int,
+        packet: npt.NDArray[np.int64],
+        where: slice | npt.NDArray[np.int64],
+        first: int,
+        *,
+        ask: bool = False,
+    ) -> None:
+        """Write frames of a connection into slots from ``first`` on.
+
+        Args:
+            connection: The connection.
+            packet: The packets.
+            where: The same in the streams' flat arrays.
+            first: Slot of the first.
+            ask: Whether each asks for an ACK.
+        """
         streams, ring = self._streams, self.ring
-        flat = int(streams.first_packet[connection])
-        opcode = streams.opcode[flat + start : flat + stop]
-        packet = np.arange(start, stop)
+        opcode, message = streams.opcode[where], streams.message[where]
         psn = (self._psn_base[connection] + packet) & PSN_MASK
         asks = packet % ACK_EVERY_PACKETS == ACK_EVERY_PACKETS - 1
         asks |= (opcode == _LAST) | (opcode == _ONLY)
+        asks |= ask
         ack = asks.astype(np.uint8) * np.uint8(ACK_REQUEST_BIT)
         columns = (opcode, ack, psn >> 16, (psn >> 8) & 0xFF, psn & 0xFF)
 
-        first = connection * self._depth + start % self._depth
-        rows = slice(first, first + stop - start)
+        rows = slice(first, first + len(packet))
         headers = ring.headers[rows]
         headers[:, :RETH_OFFSET] = self._short[connection]
         for place, values in zip((BTH_OFFSET, ACK_REQUEST_OFFSET, *_PSN_COLUMNS), columns, strict=True):
@@ -201,10 +242,11 @@ class FrameWriter:
         ring.payload_lengths[rows] = self._mtu
 
         begins = (opcode == _FIRST) | (opcode == _ONLY)
-        odd = streams.payload_bytes[flat + start : flat + stop] != self._mtu
+        payload = streams.payload_bytes[where]
+        odd = payload != self._mtu
         long = np.flatnonzero(begins & ~odd)
         if len(long):
-            of = streams.message[flat + start + long]
+            of = message[long]
             self._write_long(
                 first + long,
                 connection,
@@ -214,16 +256,14 @@ class FrameWriter:
             )
         for has_reth in (False, True):
             rows_of_kind = np.flatnonzero(odd & (begins == has_reth))
-            sizes = streams.payload_bytes[flat + start + rows_of_kind]
+            sizes = payload[rows_of_kind]
             for size in np.unique(sizes).tolist():
                 which = rows_of_kind[sizes == size]
-                of = streams.message[flat + start + which]
+                of = message[which]
                 values = [column[which] for column in columns[2:]]
                 if has_reth:
                     values += _reth_columns(self._va[of], self._lengths[of])
                 self._write_odd(first + which, connection, size, values)
-        self._end[connection] = stop
-        self._begin[connection] = max(self._begin[connection], start - self.block)
 
     def _write_long(
         self,

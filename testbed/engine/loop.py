@@ -22,7 +22,7 @@ from testbed.engine.observer import ShapingObserver
 from testbed.engine.progress import Progress
 from testbed.engine.rate_limit import NoRateLimit, RateLimit
 from testbed.engine.recorder import NoRecorder, Recorder
-from testbed.engine.recovery import GoBackN, LossRecovery
+from testbed.engine.recovery import GoBackN, LossRecovery, Resent, Selective
 from testbed.engine.stream import PacketStreams, build_streams
 from testbed.errors import RunError
 from testbed.measure.samples import AdmissionSamples, MachineSamples
@@ -36,6 +36,8 @@ _MIN_CREDIT_FRAMES = 8
 _BACKLOG_SHARE = 0.6
 # Timeouts are looked for this often; a timeout is hundreds of ticks.
 _TIMEOUT_CHECK_TICKS = 16
+# Frames leave in bursts of a tick, which part on several paths: beside a round trip, what a packet may be overtaken by.
+_REORDER_TICKS = 4
 # A probe frame every so many ticks: enough samples for a p99, too few to matter.
 _PROBE_TICKS = 8
 # What is judged over spans of many ticks is looked at every so many, as are the rings of frames to come.
@@ -91,6 +93,9 @@ class EngineSetup:
         resolution_error_fraction: What a tick more of latency would add to the ideal completion time.
         intra_host: What carries the schedules' other connections, inside hosts; None where there are none.
         wall_cnp_interval_ns: A responder sends at most one CNP per QP in this time; 0: none at all.
+        selective: Whether what is missing alone is sent again; else go-back-N.
+        reorder_time_ns: How long a packet may be overtaken before it counts as lost, emulated; None: its path's round trip
+            and some ticks.
     """
 
     connections: Sequence[Connection]
@@ -108,6 +113,8 @@ class EngineSetup:
     resolution_error_fraction: float = 0.0
     intra_host: IntraHostLinks | None = None
     wall_cnp_interval_ns: int = 0
+    selective: bool = False
+    reorder_time_ns: int | None = None
 
 
 @dataclass
@@ -163,6 +170,7 @@ class TickLoop:
         setup: The run as values.
         queues: The fabric's queue counters, shape ``(ports + 1, 8)``.
         qps: The fabric's QP table.
+        windows: The fabric's windows of packets out of order, a row per QP; only selective recovery needs them.
         sockets: File descriptor of each NIC's packet socket.
         clock: Source of time.
         probe: The machine's fidelity probe.
@@ -187,6 +195,7 @@ class TickLoop:
         rate_limit: RateLimit | None = None,
         admission: Admission | None = None,
         recorder: Recorder | None = None,
+        windows: npt.NDArray[Any] | None = None,
     ) -> None:
         self._setup = setup
         self._flow = flow_control or NoFlowControl(len(queues))
@@ -234,8 +243,36 @@ class TickLoop:
         )
         self._psn_offset = np.zeros(count, np.int64)
         self._message_offset = np.zeros(count, np.int64)
-        self._recovery: LossRecovery = GoBackN(count, self._writer, self._wall_timeout_ns, describe_connection)
+        self._recovery = self._make_recovery(describe_connection, wall_one_way, windows)
         self._turn = 0
+
+    def _make_recovery(
+        self,
+        describe: Callable[[int], str],
+        wall_one_way_ns: npt.NDArray[np.int64],
+        windows: npt.NDArray[Any] | None,
+    ) -> LossRecovery:
+        count = len(self._nic)
+        if not self._setup.selective:
+            return GoBackN(count, self._writer, self._wall_timeout_ns, describe)
+        if windows is None:
+            raise ValueError("selective recovery needs the windows of packets out of order")
+        windows[: 2 * count] = 0
+        wall_reorder = 2 * wall_one_way_ns + _REORDER_TICKS * self._setup.wall_tick_ns
+        if self._setup.reorder_time_ns is not None:
+            wall_reorder = np.full(count, round(self._setup.reorder_time_ns * self._setup.time_dilation))
+        sockets, nic, ring = self._sockets, self._nic.tolist(), self._writer.ring
+        return Selective(
+            count,
+            self._writer,
+            self._wall_timeout_ns,
+            describe,
+            table=self._requesters,
+            windows=windows["received"][qp_index(0, REQUESTER) : 2 * count : 2],
+            send=lambda qp, slot, frames: ring.send_slots(sockets[nic[qp]], slot, frames),
+            wall_delay_ns=2 * wall_one_way_ns + wall_reorder,
+            wall_tick_ns=self._setup.wall_tick_ns,
+        )
 
     def _configure(self, qps: npt.NDArray[Any], connections: list[Connection]) -> None:
         """Write the QP table; a QP is made active last."""
@@ -252,6 +289,7 @@ class TickLoop:
                 row["initial_rx_psn"] = connection.initial_psn
                 row["initial_tx_psn"] = connection.initial_psn
                 row["cnp_interval_ns"] = self._setup.wall_cnp_interval_ns
+                row["selective"] = self._setup.selective
         qps["active"][: 2 * len(connections)] = 1
 
     def run_iteration(
@@ -413,6 +451,11 @@ class TickLoop:
             room = deq - self._enq_bytes[nic_port]
             room += allowance
             wants = recovery.wants(released)
+            if self._setup.selective and (shut := (wants <= 0) & (released > sent)).any():
+                # A NIC all of whose QPs have used up their windows does not make up for it.
+                closed = np.bincount(nic, weights=shut, minlength=nics) > 0
+                closed &= np.bincount(nic, weights=wants > 0, minlength=nics) == 0
+                pacer.hold_until(closed, float(now + tick_ns))
             if admission.limits:
                 wants = admission.admit(now, wants, released, sent, pacer)
             if limit.limits:
@@ -424,11 +467,15 @@ class TickLoop:
                 paused = flow.closed[nic_port]
                 wants = np.where(paused[nic], 0, wants)
                 pacer.hold_until(paused, float(now + tick_ns))
+            again: Resent | None = None
             if wants.any():
                 credit = room * frames_per_byte
                 if self._one_qp_per_nic:
                     packet = sent - offset
                     shares = pacer.budget(now, wants, credit, progress.released_at_ns)
+                    if recovery.resending:
+                        again = recovery.resend(shares)
+                        pacer.charge(again.wire_bytes)
                     taken = self._send_runs(shares, packet)
                     packet += streams.first_packet[:-1]
                     sent_bytes = wire_before[packet + taken]
@@ -442,6 +489,12 @@ class TickLoop:
                     active = np.flatnonzero(wants)
                     taken = np.zeros(count, np.int64)
                     shares = share_budget(nic[active], wants[active], budget, ticks)
+                    if recovery.resending:
+                        of_all = np.zeros(count, np.int64)
+                        of_all[active] = shares
+                        again = recovery.resend(of_all)
+                        shares = of_all[active]
+                        pacer.charge(np.bincount(nic, weights=again.wire_bytes, minlength=nics).astype(np.int64))
                     packet = sent - offset
                     taken[active] = self._send_interleaved(active, shares, packet)
                     packet += streams.first_packet[:-1]
@@ -450,8 +503,12 @@ class TickLoop:
                     pacer.charge(np.bincount(nic, weights=wire_bytes, minlength=nics).astype(np.int64))
                     gone = np.flatnonzero(taken)
                     self._arrivals.note_sent(gone, pacer.started_at_ns[nic[gone]], sent_bytes[gone])
+                wire_bytes = sent_bytes - wire_before[packet]
+                if again is not None:
+                    wire_bytes += again.wire_bytes
+                    transmitted += again.packets
                 if limit.limits:
-                    limit.charge(now, sent_bytes - wire_before[packet], sent, sent + taken)
+                    limit.charge(now, wire_bytes, sent, sent + taken)
                 recovery.note_sent(taken)
                 transmitted += taken
             else:
@@ -462,7 +519,7 @@ class TickLoop:
                 depth = self._enq_bytes - deq
                 self._shaping.observe(now, depth, deq + self._deq_packets * LINK_OVERHEAD_BYTES, flow.blocked)
                 flow.forget_blocked()
-                nic_wants = np.bincount(nic, weights=released > sent, minlength=nics)
+                nic_wants = np.bincount(nic, weights=recovery.wants(released) > 0, minlength=nics)
                 recorded.nic_lag_ns.append(pacer.lag_ns(now, nic_wants))
             if ticks % _PROBE_TICKS == 0:
                 self._probe.send(now)

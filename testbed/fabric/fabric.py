@@ -30,6 +30,7 @@ from testbed.plan.qos import switch_of
 from testbed.roce.queue_pairs import QPN_BASE
 from testbed.roce.wire import CONTROL_PRIORITIES
 from testbed.routing import NO_GROUP
+from testbed.scenario import LossRecovery
 from testbed.topology import HOST_NETWORK, NodeKind
 
 # Rows of the QP table: enough for 8 QPs between all pairs of 32 hosts, or a ring of 1024 with 4.
@@ -198,8 +199,9 @@ class Fabric:
             for section in ("fabric", "qos", "routing"):
                 if resolved.get(section) != state.scenario.get(section):
                     raise LabError(f"lab {name!r} was deployed with another `{section}`", hint=hint)
-            if resolved["transport"]["mtu"] != state.scenario["transport"]["mtu"]:
-                raise LabError(f"lab {name!r} was deployed with another `transport.mtu`", hint=hint)
+            for key in ("mtu", "loss_recovery"):
+                if resolved["transport"][key] != state.scenario["transport"][key]:
+                    raise LabError(f"lab {name!r} was deployed with another `transport.{key}`", hint=hint)
             if plan.dilation.value != state.details["time_dilation"]:
                 raise LabError(
                     f"lab {name!r} runs at time_dilation {state.details['time_dilation']:g}, "
@@ -363,6 +365,7 @@ def _map_entries(plan: Plan, *, any_failure: bool) -> dict[str, int]:
         "tb_members": members,
         layout.OVERRIDES: overrides,
         "tb_qps": _QP_ROWS,
+        "tb_windows": _QP_ROWS if plan.scenario.transport.loss_recovery is LossRecovery.SELECTIVE else 1,
     }
 
 

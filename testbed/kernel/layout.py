@@ -98,7 +98,8 @@ QP = np.dtype(
         ("initial_rx_psn", "u4"),
         ("initial_tx_psn", "u4"),
         ("udp_source_port", "u2"),
-        ("active", "u2"),
+        ("active", "u1"),
+        ("selective", "u1"),
         ("rx_packets", "u8"),
         ("rx_payload_bytes", "u8"),
         ("rx_messages", "u8"),
@@ -119,9 +120,13 @@ QP = np.dtype(
         ("ce_packets", "u8"),
         ("grants", "u8"),
         ("cts_packets", "u8"),
-        ("reserved", "u8", 2),
+        ("rx_highest", "u8"),
+        ("sacked_until", "u8"),
     ]
 )
+# Packets of a QP that may be under way beyond the acknowledged ones (TB_WINDOW), where packets are taken out of order.
+WINDOW_PACKETS = 4096
+WINDOW = np.dtype([("received", "u8", WINDOW_PACKETS // 64), ("ends", "u8", WINDOW_PACKETS // 64)])
 # Fractions in the maps are fixed-point.
 ALPHA_ONE = 1 << 16
 PROBABILITY_ONE = 1 << 32
@@ -137,6 +142,7 @@ MAPS: dict[str, Any] = {
     "tb_flowlets": FLOWLET,
     "tb_members": np.dtype("u4"),
     "tb_qps": QP,
+    "tb_windows": WINDOW,
 }
 
 
@@ -207,3 +213,4 @@ class MappedArrays:
         self.flowlets = arrays["tb_flowlets"]
         self.members = arrays["tb_members"]
         self.qps = arrays["tb_qps"]
+        self.windows = arrays["tb_windows"]

@@ -485,7 +485,16 @@ class Transport(_Section):
         "udp_source_port", "What has a UDP source port of its own.", default="per_qp"
     )
     loss_recovery: Annotated[LossRecovery, kinds.choice(LossRecovery)] = _key(
-        "loss_recovery", "What is resent after a loss.", default="go_back_n"
+        "loss_recovery",
+        "What is resent after a loss: go_back_n everything from the first missing packet on; selective what is missing alone, "
+        "to a receiver that takes packets out of order.",
+        default="go_back_n",
+    )
+    reorder_time_ns: Annotated[int | None, _TIMEOUT] = _key(
+        "reorder_time",
+        "Under selective: how long after a later packet's SACK a packet may still come before it counts as lost; auto: the "
+        "round trip of the idle path and four of the engine's ticks.",
+        default="auto",
     )
     retransmit_timeout_ns: Annotated[int | None, _TIMEOUT] = _key(
         "retransmit_timeout",

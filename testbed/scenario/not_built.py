@@ -48,7 +48,6 @@ def metric(*names: str) -> Callable[[Any], bool]:
 
 NOT_BUILT = (
     NotBuilt("transport.carrier", among("rxe"), "the kernel's soft-RoCE as a carrier"),
-    NotBuilt("transport.loss_recovery", among("selective"), "selective retransmission"),
     NotBuilt("faults[*].slow_receiver", given, "hosts that receive slowly"),
 )
 

@@ -11,6 +11,8 @@ from testbed.kernel.packet_socket import open_packet_socket
 from testbed.topology import Port
 from tests.netns.labs import assert_drained, in_node, ip_frame, small_fabric, wait_until
 
+pytestmark = pytest.mark.root
+
 DATA, CONTROL = 3, 6
 FRAMES = 2000
 

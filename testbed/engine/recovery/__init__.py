@@ -2,5 +2,6 @@
 
 from testbed.engine.recovery.go_back_n import GoBackN
 from testbed.engine.recovery.protocol import RETRY_LIMIT, LossRecovery, Resent
+from testbed.engine.recovery.selective import Selective
 
-__all__ = ["RETRY_LIMIT", "GoBackN", "LossRecovery", "Resent"]
+__all__ = ["RETRY_LIMIT", "GoBackN", "LossRecovery", "Resent", "Selective"]

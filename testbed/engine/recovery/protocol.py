@@ -60,7 +60,7 @@ class LossRecovery(Protocol):
         """Return how many packets each QP has to send, of those before ``released``."""
 
     def resend(self, shares: npt.NDArray[np.int64]) -> Resent:
-        """Send again what goes before ``sent``, at most ``shares`` packets of each QP; only where ``resending``."""
+        """Send again what goes before ``sent``, at most ``shares`` packets of each QP, and take that off ``shares``."""
 
     def note_sent(self, taken: npt.NDArray[np.int64]) -> None:
         """Note that ``taken`` packets of each QP have left from ``sent`` on."""
@@ -69,7 +69,8 @@ class LossRecovery(Protocol):
 class Requesters:
     """The state that every scheme has, and the timer.
 
-    A QP's timer runs while a packet that asked for an ACK is under way, and begins anew with every ACK that acknowledges more.
+    A QP's timer runs while a packet that asked for an ACK is under way, or while it may not send on, and begins anew with every
+    ACK that acknowledges more. A retry is counted only where an ACK was asked for.
 
     Args:
         qps: Number of QPs.
@@ -89,6 +90,7 @@ class Requesters:
         self.acked = np.zeros(qps, np.int64)
         self._progress_ns = np.zeros(qps, np.int64)
         self._retries = np.zeros(qps, np.int64)
+        self._sent_seen = np.zeros(qps, np.int64)
         self.retransmitted_packets = 0
         self.timeouts = 0
 
@@ -120,11 +122,14 @@ class Requesters:
         # The last packet that asked: the last of all that was given, or one that asks for its number's sake.
         asked = self.sent - (self.sent - self._offset) % ACK_EVERY_PACKETS
         waiting = (asked > self.acked) | ((self.sent >= released) & (self.sent > self.acked))
-        self._progress_ns[~waiting] = now_ns
+        # One that may not send on has asked for nothing, and is not answered; what it sent may be lost all the same.
+        held = (self.sent > self.acked) & (self.sent == self._sent_seen)
+        np.copyto(self._sent_seen, self.sent)
+        self._progress_ns[~(waiting | held)] = now_ns
         expired = np.flatnonzero(now_ns - self._progress_ns > self._wall_timeout_ns)
         if not len(expired):
             return expired
-        self._retries[expired] += 1
+        self._retries[expired] += waiting[expired]
         self._progress_ns[expired] = now_ns
         self.timeouts += len(expired)
         dead = np.flatnonzero(self._retries > RETRY_LIMIT)
