@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.machine import watched
@@ -19,6 +20,8 @@ from benchmarks.reference import Quiet, clos_text, load_plan
 from testbed.carriers.engine import engine_carrier
 from testbed.errors import RunError
 from testbed.fabric import Fabric
+from testbed.host import MachineCounters
+from testbed.measure.verdict import judge
 from testbed.plan.compile import compile_plan
 from testbed.plan.model import Plan
 from testbed.scenario import load_scenario
@@ -36,6 +39,7 @@ TABLE: Table = Table(
         Column("time_dilation", "time dilation", "", ",.0f"),
         Column("packets_per_s", "all-reduce", "packets/s", ",.0f"),
         Column("cct_ratio", "CCT", "ratio", ".4f"),
+        Column("verdict", "verdict"),
     ),
 )
 # Leaves, spines, hosts under each leaf.
@@ -86,19 +90,39 @@ def _carried(packets_per_s: float, shape: tuple[int, int, int], seconds: float) 
     plan = load_plan(packets_per_s, [packets_per_s * seconds], *shape)
     for _ in range(_ATTEMPTS):
         with contextlib.suppress(RunError):
-            ratio, lost = _run(plan)[:2]
-            if not lost and ratio <= _CARRIED_RATIO:
+            done = _run(plan)
+            if not done.lost and done.cct_ratio <= _CARRIED_RATIO:
                 return True
     return False
 
 
-def _run(plan: Plan) -> tuple[float, bool, float, int]:
-    """Run the first item of a plan; return its CCT ratio, whether frames were lost, wall seconds, and this process's memory."""
+@dataclass(frozen=True)
+class _Done:
+    """A run: its CCT over the ideal, whether frames were lost, its wall time, this process's memory, and the verdict on it."""
+
+    cct_ratio: float
+    lost: bool
+    wall_s: float
+    process_memory_bytes: int
+    verdict: str
+
+
+def _run(plan: Plan) -> _Done:
+    """Run the first item of a plan."""
     with Fabric.build(plan, f"bench-{os.getpid()}") as fabric, engine_carrier(fabric) as (carrier, _):
+        before = MachineCounters.read()
         samples = carrier.run(0, Quiet())
+        after = MachineCounters.read()
         memory = _process_memory_bytes()
+    verdict = judge(
+        samples.machine,
+        wall_tick_ns=plan.dilation.wall_tick_ns,
+        softnet_drops=after.drops_since(before),
+        steal_fraction=after.steal_fraction_since(before),
+    ).verdict
     lost = bool(samples.retransmitted_packets) or any(one.unaccounted_bytes for one in samples.machine)
-    return samples.cct_ns[0] / plan.workloads[0].ideal_cct_ns, lost, samples.wall_cct_ns[0] / 1e9, memory
+    ratio = samples.cct_ns[0] / plan.workloads[0].ideal_cct_ns
+    return _Done(ratio, lost, samples.wall_cct_ns[0] / 1e9, memory, str(verdict))
 
 
 def _find_capacity(shape: tuple[int, int, int], ladder: tuple[int, ...], seconds: float) -> float | None:
@@ -136,21 +160,22 @@ def measure_row(shape: tuple[int, int, int], ladder: tuple[int, ...], seconds: f
         # A ring all-reduce sends 2 (n - 1) times the buffer, all ranks together.
         size = max(1, round(packets * 4096 / (2 * (hosts - 1)) / 65536)) * 65536
         plan = compile_plan(load_scenario(text.replace("SIZE", str(size))), capacity_packets_per_s=capacity)
-        ratio, lost, wall_s, process_memory = _run(plan)
+        done = _run(plan)
     return {
         "hosts": hosts,
         "switches": leaves + spines,
         "build_s": build_s,
         "remove_s": remove_s,
         "kernel_memory_bytes": kernel_memory,
-        "process_memory_bytes": process_memory,
+        "process_memory_bytes": done.process_memory_bytes,
         "capacity_packets_per_s": capacity,
         "time_dilation": plan.dilation.value,
         "time_dilation_bound": str(plan.dilation.bound),
         "size_bytes": size,
-        "packets_per_s": 2 * (hosts - 1) * size / 4096 / wall_s,
-        "cct_ratio": ratio,
-        "lost": lost,
+        "packets_per_s": 2 * (hosts - 1) * size / 4096 / done.wall_s,
+        "cct_ratio": done.cct_ratio,
+        "verdict": done.verdict,
+        "lost": done.lost,
         **taken.row(),
     }
 
