@@ -144,7 +144,8 @@ def others_run_ns() -> dict[int, int]:
         if ancestor == 0:
             with contextlib.suppress(OSError):
                 for thread in os.listdir(f"/proc/{pid}/task"):
-                    others[int(thread)] = int(Path(f"/proc/{pid}/task/{thread}/schedstat").read_text().split()[0])
+                    with contextlib.suppress(OSError):  # one that has just ended must not hide those after it
+                        others[int(thread)] = int(Path(f"/proc/{pid}/task/{thread}/schedstat").read_text().split()[0])
     return others
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
 
+from benchmarks import machine
 from benchmarks.all import TABLES
 from benchmarks.record import PAGE, RESULTS, Column, Table, fill_page
 from benchmarks.reference import load_plan
@@ -78,3 +80,15 @@ def test_the_tick_load_has_as_many_qps_the_same_on_every_host(qps: int) -> None:
     for end in (0, 1):
         ranks = [pair[end] for pair in planned.schedule.connections]
         assert all(ranks.count(rank) == qps // 16 for rank in range(16))
+
+
+def test_a_thread_that_ends_while_it_is_looked_at_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Else what it hides would be missing before a run and be there after it, with all its time since it began.
+    listdir = os.listdir
+
+    def with_one_that_is_gone(path: str) -> list[str]:
+        return ["999999999", *listdir(path)]
+
+    assert 1 in machine.others_run_ns()
+    monkeypatch.setattr(machine.os, "listdir", with_one_that_is_gone)
+    assert 1 in machine.others_run_ns()
