@@ -38,7 +38,8 @@ _IFNAMES = ("probe0", "probe1")
 _INDICES = (2, 3)
 _TCA_OPTIONS_NESTED = 2
 _PACKAGES = "apt-get install"
-_MODULES = "linux-modules-extra-$(uname -r)"
+# Debian's kernels have every module but in their cloud variety; Ubuntu keeps the rarer ones in a package.
+_MODULES = "in Ubuntu's linux-modules-extra-$(uname -r), in Debian's linux-image-amd64"
 
 
 class Status(StrEnum):
@@ -212,7 +213,7 @@ def _probe_namespace() -> list[Finding]:
         ):
             return found
         index, ifname = _INDICES[0], _IFNAMES[0]
-        module = "modprobe sch_{0} (" + f"{_PACKAGES} {_MODULES})"
+        module = "modprobe sch_{0} (" + f"{_MODULES}), or `testbed vm run`"
         parent = tc.ROOT_HANDLE + 1
         tbf = tc.create_tbf(
             index, ifname, parent, tc.DATA_HANDLE, rate_bytes_per_s=10**6, burst_bytes=1 << 16, overhead_bytes=24
@@ -421,7 +422,7 @@ def _probe_rxe() -> Finding:
         and subprocess.run([modprobe, "-n", "-q", "rdma_rxe"], check=False, capture_output=True).returncode == 0
     ):
         return Finding("rdma_rxe", Status.OK, f"{meaning} (modprobe would load it)")
-    return Finding("rdma_rxe", Status.OPTIONAL_MISSING, meaning, f"{_PACKAGES} {_MODULES}; modprobe rdma_rxe")
+    return Finding("rdma_rxe", Status.OPTIONAL_MISSING, meaning, f"modprobe rdma_rxe ({_MODULES}), or `testbed vm run`")
 
 
 def _probe_tools() -> list[Finding]:
