@@ -195,7 +195,7 @@ def series_header(plan: Plan) -> dict[str, Any]:
         "faults": [
             {"text": one.text, "at_ns": one.begin_ns, "until_ns": one.end_ns}
             for one in plan.faults.incidents
-            if plan.faults.is_eventful
+            if plan.faults.is_eventful and not one.mends
         ],
         "scenario": scenario.resolved(),
     }

@@ -25,13 +25,11 @@ class FabricState:
         dead_ports: Both ends of every link that is down.
         rates_bits_per_s: Ports that send at another rate than their own, ascending.
         losses: Ports with the share of their frames that is lost behind them, ascending.
-        receivers_bits_per_s: NICs that take frames at that rate only, ascending.
     """
 
     dead_ports: frozenset[int] = frozenset()
     rates_bits_per_s: tuple[tuple[int, int], ...] = ()
     losses: tuple[tuple[int, Fraction], ...] = ()
-    receivers_bits_per_s: tuple[tuple[int, int], ...] = ()
 
     @property
     def links(self) -> LinkState:
@@ -117,14 +115,12 @@ class _Gathered:
     dead: set[int] = field(default_factory=set)
     rates: dict[int, int] = field(default_factory=dict)
     losses: dict[int, Fraction] = field(default_factory=dict)
-    receivers: dict[int, int] = field(default_factory=dict)
 
     def state(self) -> FabricState:
         return FabricState(
             frozenset(self.dead),
             tuple(sorted(self.rates.items())),
             tuple(sorted(self.losses.items())),
-            tuple(sorted(self.receivers.items())),
         )
 
 
@@ -146,10 +142,11 @@ def _add_rate(fault: Fault, ports: frozenset[int], to: _Gathered) -> None:
 
 
 def _add_receiver(fault: Fault, ports: frozenset[int], to: _Gathered) -> None:
+    """A NIC that takes less keeps the leaf's port before it paused for as much of the time: the port has the NIC's rate."""
     assert fault.slow_receiver is not None
     for port in ports:
         rate = fault.slow_receiver.rate_bits_per_s
-        to.receivers[port] = min(rate, to.receivers.get(port, rate))
+        to.rates[port] = min(rate, to.rates.get(port, rate))
 
 
 _EFFECTS: dict[FaultKind, Callable[[Fault, frozenset[int], _Gathered], None]] = {
@@ -304,7 +301,7 @@ def _windows(faults: Sequence[Fault]) -> list[_Window]:
 
 
 def _ports_of(fault: Fault, index: int, topology: Topology) -> frozenset[int]:
-    """Return the ports that a fault is about: both ends of links, all of a switch, the NICs of a slow host.
+    """Return the ports that a fault is about: both ends of links, all of a switch, the leaf's ports before a slow host.
 
     Raises:
         PlanError: The fabric has no such link or node.
@@ -323,7 +320,9 @@ def _ports_of(fault: Fault, index: int, topology: Topology) -> frozenset[int]:
             raise PlanError(
                 f'{at}: must be {wanted} of the fabric, got "{name}"', hint="`testbed plan` lists the nodes"
             )
-        return frozenset(node.ports) if kind is FaultKind.SLOW_RECEIVER else dead_ports_of(topology, [name])
+        if kind is FaultKind.SLOW_RECEIVER:
+            return frozenset(topology.port(port).peer for port in node.ports)
+        return dead_ports_of(topology, [name])
     try:
         if kind is not FaultKind.HEAL:
             topology.link(name)

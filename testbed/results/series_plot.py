@@ -135,6 +135,7 @@ def build_plot(
         _rate_panel(shown_qps, rates, header),
         _pause_panel(shown_queues),
         _event_panel(shown_queues, shown_qps, rates),
+        _fault_panel(shown_queues, header.get("faults", [])),
     ]
     what = header["rows"][row]
     title = (
@@ -293,3 +294,20 @@ def _event_panel(queues: Columns, qps: Columns, grid: _Grid) -> Panel | None:
         if tables[table][column].any()
     ]
     return Panel("Marks, CNPs, PFC, losses: whole fabric", "packets/µs", tuple(lines)) if lines else None
+
+
+def _fault_panel(queues: Columns, faults: list[dict[str, Any]]) -> Panel | None:
+    """Return when each fault lasted, in every iteration that is drawn but warm-ups, which have none."""
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for _, rows in _groups(queues, "iteration"):
+        if not rows["warmup"].all():
+            begin_ns, end_ns = int((rows["time_ns"] - rows["interval_ns"]).min()), int(rows["time_ns"].max())
+            for fault in faults:
+                first_ns = begin_ns + fault["at_ns"]
+                last_ns = end_ns if fault["until_ns"] is None else min(end_ns, begin_ns + fault["until_ns"])
+                if first_ns < last_ns:
+                    spans.setdefault(fault["text"], []).append((first_ns / 1e3, (last_ns - first_ns) / 1e3))
+    if not spans:
+        return None
+    bars = [Bars(text, *np.array(found).T) for text, found in spans.items()]
+    return Panel("Faults" + _of_most(len(bars[:_MOST_FLOWS]), len(bars)), "", bars=tuple(bars[:_MOST_FLOWS]))

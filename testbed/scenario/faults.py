@@ -48,7 +48,7 @@ class LinkRate(Section):
 
 
 class SlowReceiver(Section):
-    """A host that takes frames more slowly than its link carries them."""
+    """A host that takes frames more slowly than its link carries them: what waits stands in its leaf."""
 
     host: Annotated[str, _NODE] = key("host", "The host.", example="host0")
     rate_bits_per_s: Annotated[int, _RATE] = key("rate", "What it can take.", example="100 Gbit/s")

@@ -46,10 +46,7 @@ def metric(*names: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and re.split(r"[\s=!<>]", value.strip(), maxsplit=1)[0] in names
 
 
-NOT_BUILT = (
-    NotBuilt("transport.carrier", among("rxe"), "the kernel's soft-RoCE as a carrier"),
-    NotBuilt("faults[*].slow_receiver", given, "hosts that receive slowly"),
-)
+NOT_BUILT = (NotBuilt("transport.carrier", among("rxe"), "the kernel's soft-RoCE as a carrier"),)
 
 
 def find_not_built(data: Any) -> Iterator[tuple[KeyPath, str]]:

@@ -51,7 +51,10 @@ _IS_NOT: Mapping[str, str] = {
     "fabric.uplink.rate": "the sum over the uplinks of a leaf: it is that of one.",
     "fabric.switch.buffer": "a limit per port: the ports of a switch share it, first come, first served.",
     "qos.lossless_priority": "a promise: without PFC a full buffer drops this priority like any other.",
-    "routing.scheme": "aware of jobs, loads or failures: `ecmp` and `pinning` fill tables once.",
+    "routing.scheme": "aware of jobs or loads, but for `te`, which knows the traffic, and `adaptive`. All reroute around dead "
+    "links, as late as the times below say.",
+    "routing.convergence_time": "a protocol: no messages are exchanged, all switches change their tables at that moment.",
+    "faults": "undone one by one: every iteration begins whole, but for what is broken from the beginning to the end.",
     "routing.hash_seed": "the seed of the run; that is `seed`.",
     "transport.mtu": "the MTU of the interface, which has room for the headers as well.",
     "transport.retransmit_timeout": "exact: the engine looks for timeouts every 16 ticks.",

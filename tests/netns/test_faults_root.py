@@ -188,6 +188,22 @@ def test_a_slow_link_slows_the_engine_and_its_own_flows_alone() -> None:
         assert_drained(fabric)
 
 
+def test_a_slow_receiver_makes_its_leaf_pause_others_and_loses_nothing() -> None:
+    ring = "workload[0]={collective: all_reduce, size: 1 MiB, iters: 1, warmup_iters: 0}"
+    slow = "faults=[{at: 1 us, slow_receiver: {host: host1, rate: 50 Gbit/s}}]"
+    common = ("routing.scheme=pinning", "qos.pfc={enabled: true, xoff: 64 KiB}", ring)
+    with small_fabric(*common, name="faults") as fabric:
+        healthy = run(fabric)
+        assert not fabric.arrays.queues["pause_frames"].any()  # the negative control
+    with small_fabric(*common, slow, name="faults") as fabric:
+        samples = run(fabric)
+        assert fabric.arrays.queues["pause_frames"].any()
+        assert not fabric.arrays.queues["lost_packets"].any()
+        assert not fabric.arrays.queues["drop_packets"].any()
+        assert samples.cct_ns[0] > 2 * healthy.cct_ns[0]
+        assert_drained(fabric)
+
+
 def test_a_paused_port_whose_link_dies_does_not_stay_paused() -> None:
     scenario = (
         "fabric.hosts_per_leaf=3",

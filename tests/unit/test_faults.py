@@ -109,6 +109,16 @@ def test_what_is_broken_from_the_beginning_is_in_the_plan() -> None:
     assert plan_of('{at: 0 ns, for: 1 s, link_down: "leaf0:spine1"}').faults.is_eventful
 
 
+def test_a_slow_receiver_slows_the_leafs_port_before_it() -> None:
+    plan = plan_of("{at: 0 ns, slow_receiver: {host: host5, rate: 100 Gbit/s}}")
+    topology = plan.topology
+    assert plan.faults.steps[0].state.rates_bits_per_s == ((topology.host_port(5).peer, 100_000_000_000),)
+    assert plan.workloads[0].predicted_cct_ratio == pytest.approx(4.0)
+    assert plan.tables == plan_of().tables
+    with pytest.raises(PlanError, match=r"faults\[0\].slow_receiver.host: must be a host of the fabric"):
+        plan_of("{at: 0 ns, slow_receiver: {host: leaf0, rate: 100 Gbit/s}}")
+
+
 def test_a_rack_cut_off_from_the_beginning_cannot_be_planned() -> None:
     with pytest.raises(PlanError, match="leaves no way between ranks"):
         plan_of("{at: 0 ns, switch_down: leaf1}")
@@ -208,3 +218,26 @@ def test_steps_happen_at_their_time_and_are_undone_at_the_end() -> None:
     faults.tick(5100, payload)
     assert faults.end(5100) is None
     assert not faults.sightings()[0].happened
+
+
+def test_one_uplink_down_orders_the_schemes() -> None:
+    ways = {"spray": ("spray", 1), "e-ecmp": ("e-ecmp", 16), "pinning": ("pinning", 1), "ecmp": ("ecmp", 1)}
+
+    def mean(scheme: str, qps: int) -> float:
+        seeds = range(1, {"e-ecmp": 4, "ecmp": 8}.get(scheme, 2))
+        overrides = [
+            'faults=[{at: 0 ns, link_down: "leaf0:spine1"}]',
+            f"routing.scheme={scheme}",
+            f"transport.qps_per_connection={qps}",
+        ]
+        plans = [
+            compile_plan(load_scenario(TEXT, [*overrides, f"seed={seed}"]), capacity_packets_per_s=None)
+            for seed in seeds
+        ]
+        return float(np.mean([plan.workloads[0].predicted_cct_ratio for plan in plans]))
+
+    found = {name: mean(*way) for name, way in ways.items()}
+    assert found["spray"] == pytest.approx(4 / 3)
+    assert found["pinning"] == pytest.approx(2.0)
+    assert list(found.values()) == sorted(found.values())
+    assert len(set(found.values())) == 4
