@@ -216,7 +216,7 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
         mtu=plan.scenario.transport.mtu_bytes,
         nic_port=np.array([nic.id for nic in topology.nics], np.int64),
         wall_port_rate_bytes_per_s=port_rates_of(plan, plan.faults.steps[0]),
-        data_priority=plan.scenario.qos.lossless_priority,
+        priority_weights={one.priority: one.weight for one in plan.scenario.qos.data_priorities},
         retransmit_timeout_ns=plan.retransmit_timeout_ns,
         wall_burst_ns=burst_ns,
         shaper_gain_fraction=gain,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from testbed.engine.flow_control import FlowControl, NoFlowControl, PausableLink, WatchdogSetup
-from testbed.fabric import Fabric, ifindex_of
-from testbed.kernel.gate import GatedPort, PauseSender, TbfGates, bypass_sockets
+from testbed.fabric import Fabric, egress_of
+from testbed.kernel.gate import GatedQueue, PauseSender, QueueGates, bypass_sockets
 from testbed.kernel.links import mac_bytes
 from testbed.kernel.namespaces import open_namespace
+from testbed.kernel.queues import GATES
 from testbed.plan.model import Plan
 from testbed.plan.operations import ShapePort
 from testbed.plan.qos import quanta_ns
@@ -39,21 +40,15 @@ def flow_control(fabric: Fabric, now_ns: int) -> Iterator[FlowControl | NoFlowCo
         sockets = stack.enter_context(
             bypass_sockets([(port.id, port.ifname, netns[port.node]) for port in switch_ports])
         )
-        shapers = {
-            operation.port: operation
-            for operation in plan.operations([""] * len(topology.nodes), any_workload=fabric.any_workload)
-            if isinstance(operation, ShapePort)
-        }
-        gates = TbfGates([_gated(plan, port, netns, shapers) for port in plan.pausing], sockets)
+        gates = QueueGates(gated_queues(fabric, netns), sockets, GATES[fabric.back_ends.gate])
         stack.callback(gates.close)
         macs = {port.id: mac_bytes(port.mac) for port in switch_ports}
         flow = FlowControl(
-            pausable_links(plan),
+            pausable_links(plan, fabric.back_ends.gate),
             queues=fabric.arrays.queues,
             ingress=fabric.arrays.ingress,
-            priority=plan.scenario.qos.lossless_priority,
             gates=gates,
-            sender=PauseSender(sockets, macs, plan.scenario.qos.lossless_priority),
+            sender=PauseSender(sockets, macs),
             wall_tick_ns=plan.dilation.wall_tick_ns,
             watchdog=_watchdog(plan),
         )
@@ -64,24 +59,36 @@ def flow_control(fabric: Fabric, now_ns: int) -> Iterator[FlowControl | NoFlowCo
             flow.open_all(now_ns)
 
 
-def _gated(plan: Plan, receiver: int, netns: dict[int, int], shapers: dict[int, ShapePort]) -> GatedPort:
-    sender = plan.topology.port(plan.topology.port(receiver).peer)
-    shaper = shapers[sender.id]
-    return GatedPort(
-        port=sender.id,
-        peer=receiver,
-        index=ifindex_of(sender.id),
-        ifname=sender.ifname,
-        netns=netns[sender.node],
-        wall_rate_bytes_per_s=shaper.wall_rate_bytes_per_s,
-        burst_bytes=shaper.burst_bytes,
-        frame_wire_bytes=plan.largest_frame_wire_bytes,
-        overhead_bytes=shaper.overhead_bytes,
+def gated_queues(fabric: Fabric, netns: Mapping[int, int]) -> list[GatedQueue]:
+    """Return every queue that a switch can pause.
+
+    Args:
+        fabric: The fabric.
+        netns: Descriptor of each node's namespace.
+    """
+    plan = fabric.plan
+    operations = plan.operations(
+        [""] * len(plan.topology.nodes), any_workload=fabric.any_workload, back_ends=fabric.back_ends
     )
+    shapers = {operation.port: operation for operation in operations if isinstance(operation, ShapePort)}
+    queues = []
+    for receiver, thresholds in plan.pausing.items():
+        sender = plan.topology.port(plan.topology.port(receiver).peer)
+        egress = egress_of(shapers[sender.id])
+        queues += [
+            GatedQueue(sender.id, receiver, netns[sender.node], egress.queue(priority))
+            for priority in thresholds.priorities
+        ]
+    return queues
 
 
-def pausable_links(plan: Plan) -> list[PausableLink]:
-    """Return the directions of links whose receiving end is a switch port with PFC."""
+def pausable_links(plan: Plan, gate: str) -> list[PausableLink]:
+    """Return the directions of links whose receiving end is a switch port with PFC, one for each priority.
+
+    Args:
+        plan: The plan.
+        gate: What the gates are: a plug does not fill a bucket while it is closed.
+    """
     links = []
     for receiver, thresholds in plan.pausing.items():
         port = plan.topology.port(receiver)
@@ -89,16 +96,18 @@ def pausable_links(plan: Plan) -> list[PausableLink]:
         rate = plan.wall_rate_bytes_per_s(sender.rate_bits_per_s)
         # The engine paces a NIC after a pause; a switch's bucket lets go at once what it holds.
         is_nic = plan.topology.nodes[sender.node].kind is NodeKind.HOST
-        refill_ns = 0 if is_nic else round(1e9 * plan.burst_bytes(sender.id, shared=True) / rate)
-        links.append(
+        refill_ns = 0 if is_nic or gate == "plug" else round(1e9 * plan.burst_bytes(sender.id, shared=True) / rate)
+        links += [
             PausableLink(
                 sender=sender.id,
                 receiver=receiver,
+                priority=priority,
                 wall_delay_ns=round(thresholds.delay_ns * plan.dilation.value),
                 wall_quantum_ns=quanta_ns(1, port.rate_bits_per_s) * plan.dilation.value,
                 wall_refill_ns=refill_ns,
             )
-        )
+            for priority in thresholds.priorities
+        ]
     return links
 
 

@@ -84,11 +84,10 @@ def recording(
     try:
         recorder = TickRecorder(
             ring,
-            ports,
+            [(port, priority) for port in ports for priority in job.priorities],
             queues=fabric.arrays.queues,
             ingress=fabric.arrays.ingress,
             qps=fabric.arrays.qps,
-            priority=plan.scenario.qos.lossless_priority,
             limit_bytes=limit_bytes,
         )
         yield Recording(recorder, process)
@@ -155,7 +154,7 @@ def series_job(plan: Plan, ports: list[int], folder: Path, states: list[str], de
         dst_rank=[[end.remote.rank for end in row] for row in ends],
         states=states,
         time_dilation=plan.dilation.value,
-        priority=plan.scenario.qos.lossless_priority,
+        priorities=[one.priority for one in plan.scenario.qos.data_priorities],
     )
 
 

@@ -58,7 +58,7 @@ class SeriesJob:
         dst_rank: Who receives.
         states: Names of the states of congestion control, the rate first; empty without one.
         time_dilation: Wall time per emulated time.
-        priority: The data priority.
+        priorities: The data priorities: a sample has a queue for each of them at each port, port by port.
     """
 
     descriptor: int
@@ -73,12 +73,12 @@ class SeriesJob:
     dst_rank: list[list[int]]
     states: list[str]
     time_dilation: float
-    priority: int
+    priorities: list[int]
 
     @property
     def shape(self) -> RingShape:
         """Return the shape of the ring."""
-        return RingShape(self.ports, self.qps, len(self.states))
+        return RingShape(self.ports * len(self.priorities), self.qps, len(self.states))
 
     def to_json(self) -> str:
         """Return it as the process's first line."""
@@ -101,10 +101,10 @@ def write_series(job: SeriesJob, ring: SampleRing, control: int) -> None:
         QpLabels(np.array(qpn, np.int32), np.array(src, np.int16), np.array(dst, np.int16))
         for qpn, src, dst in zip(job.qpn, job.src_rank, job.dst_rank, strict=True)
     ]
-    rows = SampleRows(time_dilation=job.time_dilation, priority=job.priority, labels=labels, states=job.states)
+    rows = SampleRows(time_dilation=job.time_dilation, priorities=job.priorities, labels=labels, states=job.states)
     states = [RATE_COLUMN if name == RATE_STATE else state_column(name) for name in job.states]
     folder = Path(job.folder)
-    most = max(1, _BLOCK_ROWS // max(1, job.ports + job.qps))
+    most = max(1, _BLOCK_ROWS // max(1, job.shape.ports + job.qps))
     with (
         opened_series(
             folder / QUEUES_FILE, QUEUE_COLUMNS, {**job.header, "ports": job.port_details}, {"port": job.port_names}

@@ -17,12 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_QUANTA = 0xFFFF
+_PRIORITIES = 8
+
+
+QueueKey = tuple[int, int]
+"""A queue: port id and priority."""
 
 
 class Gates(Protocol):
-    """Holds back and lets go the data queues of ports, by port id."""
+    """Holds back and lets go the data queues of ports."""
 
-    def move(self, close: Sequence[int], open: Sequence[int]) -> None:
+    def move(self, close: Sequence[QueueKey], open: Sequence[QueueKey]) -> None:
         """Close some gates and open others."""
 
     def set_rates(self, wall_rates_bytes_per_s: Mapping[int, int]) -> None:
@@ -32,17 +37,18 @@ class Gates(Protocol):
 class PauseSender(Protocol):
     """Sends PFC frames out of ports."""
 
-    def send(self, port: int, quanta: int) -> None:
-        """Send one frame: ``quanta`` > 0 is XOFF, 0 is XON."""
+    def send(self, port: int, priority: int, quanta: int) -> None:
+        """Send one frame about one priority: ``quanta`` > 0 is XOFF, 0 is XON."""
 
 
 @dataclass(frozen=True, slots=True)
 class PausableLink:
-    """One direction of a link that its receiving end can pause.
+    """One priority of one direction of a link, which its receiving end can pause.
 
     Attributes:
         sender: Port id of the end that sends data and can be paused.
         receiver: Port id of the end that receives data and asks for pauses.
+        priority: The priority.
         wall_delay_ns: From a crossed threshold to the last frame: two cable delays and the response time.
         wall_quantum_ns: Duration of one pause quantum.
         wall_refill_ns: What a reopened gate lets go at once, as time at the link's rate: it opens that much later.
@@ -50,6 +56,7 @@ class PausableLink:
 
     sender: int
     receiver: int
+    priority: int
     wall_delay_ns: int
     wall_quantum_ns: float
     wall_refill_ns: int
@@ -68,14 +75,14 @@ class NoFlowControl:
     """A fabric without PFC."""
 
     def __init__(self, ports: int) -> None:
-        self.closed = np.zeros(ports, bool)
-        self.blocked = np.zeros(ports, bool)
+        self.closed = np.zeros((ports, _PRIORITIES), bool)
+        self.blocked = np.zeros((ports, _PRIORITIES), bool)
         self.any_closed = False
         self.lateness_ns: list[int] = []
 
     def paused_until(self, now_ns: int) -> npt.NDArray[np.float64]:
         """Return zeros: nothing was ever paused."""
-        return np.zeros(len(self.closed))
+        return np.zeros(self.closed.shape)
 
     def tick(self, now_ns: int) -> None:
         """Do nothing."""
@@ -94,22 +101,22 @@ class NoFlowControl:
 
 
 class FlowControl:
-    """PFC of one priority on all links of a fabric.
+    """PFC on all links of a fabric, of each priority for itself.
 
     Args:
         links: Directions that can be paused.
         queues: Egress queues, shape ``(ports + 1, 8)``.
         ingress: Ingress accounts, the same shape.
-        priority: The lossless priority.
         gates: Stops and releases data queues.
         sender: Sends PFC frames.
         wall_tick_ns: Length of a tick.
         watchdog: The watchdog, or None.
 
     Attributes:
-        closed: Whether each port is paused now, shape ``(ports + 1,)``.
+        closed: Whether each queue is paused now, shape ``(ports + 1, 8)``.
         blocked: Whether it was at any tick since :meth:`forget_blocked`.
-        paused_ns: Wall time each port was paused in pauses that have ended, shape ``(ports + 1,)``.
+        paused_ns: Wall time each queue was paused in pauses that have ended, shape ``(ports + 1, 8)``.
+        pauses: How many pauses each port obeyed.
         lateness_ns: How late each closing was, wall ns; negative where a tick was early.
         expired_pauses: Pauses that ended for want of a refresh.
         watchdog_releases: Times the watchdog stepped in.
@@ -121,7 +128,6 @@ class FlowControl:
         *,
         queues: npt.NDArray[Any],
         ingress: npt.NDArray[Any],
-        priority: int,
         gates: Gates,
         sender: PauseSender,
         wall_tick_ns: int,
@@ -130,14 +136,15 @@ class FlowControl:
         self._links = list(links)
         self._gates, self._sender, self._watchdog = gates, sender, watchdog
         self._half_tick_ns = wall_tick_ns // 2
-        receivers = np.array([link.receiver for link in links], np.int64)
-        senders = np.array([link.sender for link in links], np.int64)
-        rows = ingress[:, priority]
-        self._xoff, self._changed_ns = rows["xoff"], rows["changed_ns"]
-        self._changes, self._used_bytes = rows["changes"], rows["used_bytes"]
-        self._queues = queues[:, priority]
-        self._frames = self._queues["pause_frames"]
+        priorities = np.array([link.priority for link in links], np.int64)
+        receivers = np.array([link.receiver for link in links], np.int64), priorities
+        senders = np.array([link.sender for link in links], np.int64), priorities
+        self._xoff, self._changed_ns = ingress["xoff"], ingress["changed_ns"]
+        self._changes, self._used_bytes = ingress["changes"], ingress["used_bytes"]
+        self._queues = queues
+        self._frames = queues["pause_frames"]
         self._receivers, self._senders = receivers, senders
+        self._keys: list[QueueKey] = [(link.sender, link.priority) for link in links]
         self._changes_seen = self._changes[receivers]
         self._frames_seen = self._frames[senders]
         count = len(self._links)
@@ -157,10 +164,10 @@ class FlowControl:
         self._refresh_ns = [int(link.wall_quantum_ns * MAX_QUANTA / 2) for link in self._links]
         self._open_count = 0
         ports = len(queues)
-        self.closed = np.zeros(ports, bool)
-        self.blocked = np.zeros(ports, bool)
+        self.closed = np.zeros((ports, _PRIORITIES), bool)
+        self.blocked = np.zeros((ports, _PRIORITIES), bool)
         self.any_closed = False
-        self.paused_ns = np.zeros(ports)
+        self.paused_ns = np.zeros((ports, _PRIORITIES))
         self.pauses = np.zeros(ports, np.int64)
         self.lateness_ns: list[int] = []
         self.expired_pauses = 0
@@ -168,7 +175,7 @@ class FlowControl:
 
     def open_all(self, now_ns: int) -> None:
         """Open every gate, whatever it was."""
-        self._gates.move((), [link.sender for link in self._links])
+        self._gates.move((), self._keys)
         self._pending.clear()
         for index in range(len(self._links)):
             if self._is_closed[index]:
@@ -177,11 +184,11 @@ class FlowControl:
                 self._set_storm(index, on=False)
 
     def paused_until(self, now_ns: int) -> npt.NDArray[np.float64]:
-        """Return the wall time that each port has been paused so far, shape ``(ports + 1,)``."""
+        """Return the wall time that each queue has been paused so far, shape ``(ports + 1, 8)``."""
         result = self.paused_ns.copy()
         for index, closed in enumerate(self._is_closed):
             if closed:
-                result[self._links[index].sender] += now_ns - self._closed_ns[index]
+                result[self._keys[index]] += now_ns - self._closed_ns[index]
         return result
 
     def forget_blocked(self) -> None:
@@ -194,14 +201,14 @@ class FlowControl:
         self._xoff[self._receivers] = 0
         for index, asked in enumerate(self._asked):
             if asked:
-                self._sender.send(self._links[index].receiver, 0)
+                self._sender.send(self._links[index].receiver, self._links[index].priority, 0)
                 self._own_frames[index] += 1
                 self._asked[index] = False
 
     def set_rates(self, wall_rates_bytes_per_s: Mapping[int, int]) -> None:
         """Note that shapers have been given other rates, by port id: open gates have those from now on."""
         self._gates.set_rates(wall_rates_bytes_per_s)
-        closed = [port for port in wall_rates_bytes_per_s if self.closed[port]]
+        closed = [key for key in self._keys if key[0] in wall_rates_bytes_per_s and self.closed[key]]
         if closed:  # the change has opened them
             self._gates.move(closed, ())
 
@@ -223,16 +230,17 @@ class FlowControl:
                 self._pending = [one for one in self._pending if one[2] != index]
                 if self._is_closed[index]:
                     self._note_open(index, now_ns)
-                    opening.append(link.sender)
+                    opening.append(self._keys[index])
                 if self._storm[index]:
                     self._set_storm(index, on=False)
-            elif was and not self._dead[index] and self._xoff[link.receiver]:
+            elif was and not self._dead[index] and self._xoff[link.receiver, link.priority]:
                 self._changes_seen[index] -= 1  # the next tick announces it
         heapq.heapify(self._pending)
         if opening:
             self._gates.move((), opening)
-            self.closed[opening] = False
-            self.blocked[opening] = True
+            for key in opening:
+                self.closed[key] = False
+                self.blocked[key] = True
 
     def tick(self, now_ns: int) -> None:
         """Send what PFC frames are due and move the gates of ports that have received some."""
@@ -252,10 +260,10 @@ class FlowControl:
         for index in np.flatnonzero(changes != self._changes_seen).tolist():
             if self._dead[index]:
                 continue
-            port = self._links[index].receiver
-            asks = bool(self._xoff[port])
+            account = self._links[index].receiver, self._links[index].priority
+            asks = bool(self._xoff[account])
             moves = int(changes[index] - self._changes_seen[index])
-            self._crossed_ns[index] = int(self._changed_ns[port])
+            self._crossed_ns[index] = int(self._changed_ns[account])
             if not asks and moves > 1 and not self._asked[index]:
                 self._send(index, MAX_QUANTA, now_ns)  # up and down again between two ticks
             self._send(index, MAX_QUANTA if asks else 0, now_ns)
@@ -268,7 +276,7 @@ class FlowControl:
                 self._send(index, MAX_QUANTA, now_ns)
 
     def _send(self, index: int, quanta: int, now_ns: int) -> None:
-        self._sender.send(self._links[index].receiver, quanta)
+        self._sender.send(self._links[index].receiver, self._links[index].priority, quanta)
         self._own_frames[index] += 1
         self._asked_ns[index] = now_ns
 
@@ -276,7 +284,7 @@ class FlowControl:
         """Note the PFC frames that ports have received since the last tick: the last of each counts."""
         for index in np.flatnonzero(frames != self._frames_seen).tolist():
             link = self._links[index]
-            row = self._queues[link.sender]
+            row = self._queues[link.sender, link.priority]
             quanta, received_ns = int(row["pause_quanta"]), int(row["pause_received_ns"])
             if quanta:
                 self._heard_ns[index] = received_ns
@@ -310,14 +318,15 @@ class FlowControl:
         if self.any_closed or self._storms:
             open_ += self._find_releases(now_ns, horizon_ns)
         # What closes and opens in the same tick only opens.
-        closing = [self._links[index].sender for index in close if self._is_closed[index]]
-        opening = [self._links[index].sender for index in open_ if not self._is_closed[index]]
+        closing = [self._keys[index] for index in close if self._is_closed[index]]
+        opening = [self._keys[index] for index in open_ if not self._is_closed[index]]
         if closing or opening:
             self._gates.move(closing, opening)
-            self.closed[closing] = True
-            self.closed[opening] = False
-            self.blocked[closing] = True
-            self.blocked[opening] = True
+            for key in closing:
+                self.closed[key] = self.blocked[key] = True
+            for key in opening:
+                self.closed[key] = False
+                self.blocked[key] = True
 
     def _find_releases(self, now_ns: int, horizon_ns: int) -> list[int]:
         """Return gates that open without being told to: quanta that ran out, the watchdog."""
@@ -341,7 +350,7 @@ class FlowControl:
         self._storm[index] = on
         self._storms = sum(self._storm)
         if self._watchdog is not None and self._watchdog.drops:
-            self._queues["discard"][self._links[index].sender] = on
+            self._queues["discard"][self._keys[index]] = on
 
     def _note_closed(self, index: int, now_ns: int) -> None:
         self._is_closed[index] = True
@@ -352,6 +361,6 @@ class FlowControl:
 
     def _note_open(self, index: int, now_ns: int) -> None:
         self._is_closed[index] = False
-        self.paused_ns[self._links[index].sender] += now_ns - self._closed_ns[index]
+        self.paused_ns[self._keys[index]] += now_ns - self._closed_ns[index]
         self._open_count -= 1
         self.any_closed = self._open_count > 0

@@ -36,6 +36,7 @@ from testbed.roce.wire import (
     Opcode,
 )
 
+_TOS = ETHERNET_BYTES + 1
 _IP_CHECKSUM = ETHERNET_BYTES + 10
 _IP_ADDRESSES = ETHERNET_BYTES + 12
 _UDP_SOURCE = ETHERNET_BYTES + 20
@@ -76,13 +77,19 @@ class FrameWriter:
         requesters: The sending QPs, one per connection.
         initial_psns: PSN of each connection's packet 0, shape ``(connections,)``.
         mtu: Payload of a full packet, a multiple of four bytes.
-        tos: TOS byte of the frames.
+        tos: TOS byte of each connection's frames, or of all.
     """
 
     def __init__(
-        self, requesters: list[QueuePair], initial_psns: npt.NDArray[np.int64], mtu: int, *, tos: int = DATA_TOS
+        self,
+        requesters: list[QueuePair],
+        initial_psns: npt.NDArray[np.int64],
+        mtu: int,
+        *,
+        tos: int | Sequence[int] = DATA_TOS,
     ) -> None:
         count = len(requesters)
+        tos = [tos] * count if isinstance(tos, int) else tos
         self._mtu = mtu
         self._initial_psns = initial_psns
         self.block = max(_MIN_BLOCK, min(_MAX_BLOCK, _RING_ROWS // (2 * count)))
@@ -344,7 +351,7 @@ def _reth_columns(va: npt.NDArray[np.int64], length: npt.NDArray[np.int64]) -> l
 
 
 def _templates(
-    requesters: list[QueuePair], opcode: Opcode, payload: bytes, tos: int
+    requesters: list[QueuePair], opcode: Opcode, payload: bytes, tos: Sequence[int]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32]]:
     """Return the header of each QP's full-size frame with PSN 0 and an empty RETH, and its ICRC.
 
@@ -360,20 +367,22 @@ def _templates(
         first.local.mac, first.local.next_hop_mac, first.local.address, first.remote.address, first.udp_source_port
     )
     target = WriteTarget(0, RKEY, 0) if opcode == Opcode.WRITE_FIRST else None
-    frame = build_write(path, opcode=opcode, dest_qp=first.peer_qpn, psn=0, payload=payload, target=target, tos=tos)
+    frame = build_write(path, opcode=opcode, dest_qp=first.peer_qpn, psn=0, payload=payload, target=target, tos=tos[0])
     header = RETH_OFFSET + (RETH_BYTES if target else 0)
-    rows = address_rows(frame[:header], requesters)
+    rows = address_rows(frame[:header], requesters, tos)
     return rows, IcrcPatcher(frame, QP_COLUMNS).icrcs(rows)
 
 
-def address_rows(header: bytes, senders: list[QueuePair]) -> npt.NDArray[np.uint8]:
-    """Return a frame's header once for each sending QP, with its addresses, source port and destination QP.
+def address_rows(header: bytes, senders: list[QueuePair], tos: Sequence[int] | None = None) -> npt.NDArray[np.uint8]:
+    """Return a frame's header once for each sending QP, with its addresses, source port and destination QP, and a TOS byte of its own.
 
     Returns:
         Shape ``(qps, header bytes)``.
     """
     rows = np.repeat(np.frombuffer(header, np.uint8)[None, :], len(senders), axis=0)
-    for row, qp in zip(rows, senders, strict=True):
+    for index, (row, qp) in enumerate(zip(rows, senders, strict=True)):
+        if tos is not None:
+            row[_TOS] = tos[index]  # not covered by the ICRC
         row[:6] = np.frombuffer(bytes.fromhex(qp.local.next_hop_mac.replace(":", "")), np.uint8)
         row[6:12] = np.frombuffer(bytes.fromhex(qp.local.mac.replace(":", "")), np.uint8)
         addresses = struct.pack("!IIH", qp.local.address, qp.remote.address, qp.udp_source_port)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from testbed.collectives import IntraHostLinks, Schedule
 from testbed.engine.admission import Admission, NoAdmission
+from testbed.engine.data_queues import DataQueues
 from testbed.engine.delay_line import DelayLine
 from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.faults import Faults, NoFaults
@@ -85,7 +86,7 @@ class EngineSetup:
         mtu: Payload of a full packet, bytes.
         nic_port: Port id of each NIC, shape ``(nics,)``.
         wall_port_rate_bytes_per_s: Line rate of each port id, shape ``(ports + 1,)``.
-        data_priority: Priority of the data frames.
+        priority_weights: Every priority that carries data, ascending, and its share of a link beside the others'.
         retransmit_timeout_ns: Emulated.
         wall_burst_ns: What each port's token bucket holds, as time at its rate, shape ``(ports + 1,)``.
         shaper_gain_fraction: How much faster than its link each port's shaper is, shape ``(ports + 1,)``.
@@ -105,7 +106,7 @@ class EngineSetup:
     mtu: int
     nic_port: npt.NDArray[np.int64]
     wall_port_rate_bytes_per_s: npt.NDArray[np.float64]
-    data_priority: int
+    priority_weights: Mapping[int, int]
     retransmit_timeout_ns: int
     wall_burst_ns: npt.NDArray[np.float64]
     shaper_gain_fraction: npt.NDArray[np.float64]
@@ -127,7 +128,7 @@ class IterationResult:
             propagation between ticks.
         retransmitted_packets: Packets sent again.
         machine: What was noted about the machine.
-        wall_paused_ns: Time each port was paused, shape ``(ports + 1,)``.
+        wall_paused_ns: Time each port was paused, at the priority for which that was longest, shape ``(ports + 1,)``.
         wall_end_ns: From release to the last arrival of each connection, shape ``(connections,)``.
         together_bytes: Payload that each connection had delivered when the first of them ended, shape ``(connections,)``.
         wall_together_ns: From release to the tick that saw the first connection's end.
@@ -211,14 +212,15 @@ class TickLoop:
         if (np.diff(self._nic) < 0).any():
             raise ValueError("connections must be in the order of the NICs that send")
         # The usual case, and the fast one: every NIC sends on one QP.
-        self._one_qp_per_nic = count == len(setup.nic_port) and bool((self._nic == np.arange(count)).all())
+        self._data = DataQueues(queues, setup.nic_port, setup.priority_weights)
+        self._lane = self._data.lanes_of(self._nic, [connection.priority for connection in connections])
+        self._one_qp_per_nic = (
+            self._data.is_single and count == len(setup.nic_port) and bool((self._nic == np.arange(count)).all())
+        )
         self._configure(qps, connections)
         self._requesters = qps[qp_index(0, REQUESTER) : 2 * count : 2]
         self._responders = qps[qp_index(0, RESPONDER) : 2 * count : 2]
         # Signed views of the counters: differences are then plain arithmetic.
-        data = queues[:, setup.data_priority]
-        self._enq_bytes, self._deq_bytes = data["enq_bytes"].view(np.int64), data["deq_bytes"].view(np.int64)
-        self._deq_packets = data["deq_packets"].view(np.int64)
         self._rx_messages = self._responders["rx_messages"].view(np.int64)
         self._rx_payload_bytes = self._responders["rx_payload_bytes"].view(np.int64)
         # acked_packets, naks_packets, nak_position and cnps_packets are neighbours: one strided copy takes all four.
@@ -239,7 +241,7 @@ class TickLoop:
         self._credit_frames = max(_MIN_CREDIT_FRAMES, min(_MAX_CREDIT_FRAMES, credit))
         initial_psns = np.array([connection.initial_psn for connection in connections], np.int64)
         self._writer = FrameWriter(
-            [c.requester for c in connections], initial_psns, setup.mtu, tos=data_tos(setup.data_priority)
+            [c.requester for c in connections], initial_psns, setup.mtu, tos=[data_tos(c.priority) for c in connections]
         )
         self._psn_offset = np.zeros(count, np.int64)
         self._message_offset = np.zeros(count, np.int64)
@@ -325,6 +327,7 @@ class TickLoop:
         recorder, recovery = self._recorder, self._recovery
         writer.restart(schedule, streams, self._psn_offset)
         nic, nic_port = self._nic, self._setup.nic_port
+        data, lane, single = self._data, self._lane, self._data.is_single
         nics, count = len(nic_port), len(nic)
         tick_ns = self._setup.wall_tick_ns
         recorded = _Recorded()
@@ -344,11 +347,11 @@ class TickLoop:
         seen_messages = self._message_offset.copy()
         transmitted = np.zeros(count, np.int64)
         credit_bytes = self._credit_frames * self._frame_wire_bytes
-        # What a NIC's queue may hold. Frames that the kernel lost on the way would fill it for ever: once a queue has not
+        # What a queue of a NIC may hold. Frames that the kernel lost on the way would fill it for ever: once a queue has not
         # moved for long they are written off.
-        allowance = np.full(nics, credit_bytes, np.int64)
-        stuck_deq = np.full(nics, -1, np.int64)
-        stuck_since_ns = np.zeros(nics, np.int64)
+        allowance = np.full(data.lanes, credit_bytes, np.int64)
+        stuck_deq = np.full(data.lanes, -1, np.int64)
+        stuck_since_ns = np.zeros(data.lanes, np.int64)
         frames_per_byte = 1.0 / self._frame_wire_bytes
         self._arrivals.reset(self._rx_messages[None, :])
         self._feedback.reset(self._feedback_fields)
@@ -438,17 +441,17 @@ class TickLoop:
                         f"nothing arrived for {_STALL_TIMEOUTS} retransmission timeouts",
                         hint="`testbed inspect` shows where frames are; `testbed doctor` what the machine lacks",
                     )
-                deq = self._deq_bytes[nic_port]
-                moving = (deq != stuck_deq) | flow.closed[nic_port]
+                deq = data.lane_deq_bytes()
+                moving = (deq != stuck_deq) | data.of_lanes(flow.closed)
                 stuck_deq[moving], stuck_since_ns[moving] = deq[moving], now
                 stuck = now - stuck_since_ns > self._wall_write_off_ns
                 if stuck.any():
-                    depth = self._enq_bytes[nic_port] - deq
+                    depth = data.lane_enq_bytes() - deq
                     np.maximum(allowance, credit_bytes + depth, out=allowance, where=stuck)
                     stuck_since_ns[stuck] = now
 
-            deq = self._deq_bytes[nic_port]  # before enq: a depth is never negative
-            room = deq - self._enq_bytes[nic_port]
+            deq = data.lane_deq_bytes()  # before enq: a depth is never negative
+            room = deq - data.lane_enq_bytes()
             room += allowance
             wants = recovery.wants(released)
             if self._setup.selective and (shut := (wants <= 0) & (released > sent)).any():
@@ -464,9 +467,11 @@ class TickLoop:
                 np.minimum.at(starts_at, nic, np.where(wants > 0, limit.free_at_ns, np.inf))
                 pacer.hold_until(np.isfinite(starts_at), starts_at)
             if flow.any_closed:
-                paused = flow.closed[nic_port]
-                wants = np.where(paused[nic], 0, wants)
-                pacer.hold_until(paused, float(now + tick_ns))
+                paused = data.of_lanes(flow.closed)
+                wants = np.where(paused[lane], 0, wants)
+                # A NIC goes on with its other priorities.
+                idle = True if single else np.bincount(nic, weights=wants, minlength=nics) == 0
+                pacer.hold_until(data.any_of_nics(paused) & idle, float(now + tick_ns))
             again: Resent | None = None
             if wants.any():
                 credit = room * frames_per_byte
@@ -485,10 +490,17 @@ class TickLoop:
                 else:
                     nic_wants = np.bincount(nic, weights=wants, minlength=nics).astype(np.int64)
                     np.maximum.at(nic_released_at, nic, progress.released_at_ns)
-                    budget = pacer.budget(now, nic_wants, credit, nic_released_at)
                     active = np.flatnonzero(wants)
+                    if single:
+                        budget = pacer.budget(now, nic_wants, credit, nic_released_at)
+                    else:
+                        lane_wants = np.bincount(lane, weights=wants, minlength=data.lanes)
+                        sendable = np.maximum(np.minimum(lane_wants, credit), 0).astype(np.int64)
+                        of_nics = sendable.reshape(nics, -1).sum(axis=1)
+                        budget = data.share(pacer.budget(now, nic_wants, of_nics, nic_released_at), sendable)
+                        active = active[np.argsort(lane[active], kind="stable")]
                     taken = np.zeros(count, np.int64)
-                    shares = share_budget(nic[active], wants[active], budget, ticks)
+                    shares = share_budget(lane[active], wants[active], budget, ticks)
                     if recovery.resending:
                         of_all = np.zeros(count, np.int64)
                         of_all[active] = shares
@@ -515,9 +527,8 @@ class TickLoop:
                 pacer.rest()
             if ticks % _LOOK_TICKS == 0:
                 writer.prepare(sent - offset, _REFILL_MARGIN_PACKETS)
-                deq = self._deq_bytes.copy()
-                depth = self._enq_bytes - deq
-                self._shaping.observe(now, depth, deq + self._deq_packets * LINK_OVERHEAD_BYTES, flow.blocked)
+                depth, sent_wire_bytes, blocked = data.observe(flow.blocked)
+                self._shaping.observe(now, depth, sent_wire_bytes, blocked)
                 flow.forget_blocked()
                 nic_wants = np.bincount(nic, weights=recovery.wants(released) > 0, minlength=nics)
                 recorded.nic_lag_ns.append(pacer.lag_ns(now, nic_wants))
@@ -532,7 +543,7 @@ class TickLoop:
         rates = faults.end(now)
         if rates is not None:
             self._set_rates(now, rates)
-        paused_ns = flow.paused_until(now) - paused_before
+        paused_ns = (flow.paused_until(now) - paused_before).max(axis=1)
         gate_lateness_ns = np.array(flow.lateness_ns, np.int64)
         waits_ns = self._probe.waits_ns()
         unaccounted_bytes = self._settle(streams)
@@ -612,7 +623,7 @@ class TickLoop:
         """Send packets of several QPs per NIC, the QPs of a NIC taking turns packet by packet.
 
         Args:
-            active: Connections that send, ascending, shape ``(n,)``.
+            active: Connections that send, those of a NIC beside each other, shape ``(n,)``.
             shares: Packets of each.
             packet: Next packet of every connection.
 
@@ -668,17 +679,16 @@ class TickLoop:
         still, moved = 0, -1
         while self._clock.now_ns() < deadline:
             self._flow.tick(self._clock.now_ns())
-            left = self._enq_bytes.sum() - self._deq_bytes.sum()
+            left = self._data.standing_bytes()
             unacked = self._acked < total
             if not left and not unacked.any():
                 return 0
-            before, moved = moved, int(self._deq_bytes.sum()) + int(self._acked.sum())
+            before, moved = moved, self._data.left_bytes() + int(self._acked.sum())
             still = still + 1 if moved == before and not self._flow.any_closed else 0
             if still > _REST_TICKS:
                 # An ACK that is not here by now is lost; its data is not.
                 self._acked[unacked] = total[unacked]
-                lost = int((self._enq_bytes - self._deq_bytes).sum())
-                self._deq_bytes[:] = self._enq_bytes
+                lost = self._data.write_off()
                 self._flow.forget_frames()
                 return lost
             self._clock.sleep_until_ns(self._clock.now_ns() + self._setup.wall_tick_ns)

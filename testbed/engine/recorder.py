@@ -54,11 +54,10 @@ class TickRecorder:
 
     Args:
         ring: Where samples go.
-        ports: Port ids to look at, as many as the ring's samples have.
+        watched: Queues to look at, port id and priority, as many as the ring's samples have.
         queues: The fabric's queues, shape ``(ports + 1, 8)``.
         ingress: Its ingress accounts, the same shape.
         qps: Its QP table.
-        priority: The data priority.
         limit_bytes: What may be written in all. When half of what is left of it is written, every second tick is left out
             from then on; when all is, nothing more is noted.
 
@@ -70,22 +69,20 @@ class TickRecorder:
     def __init__(
         self,
         ring: SampleRing,
-        ports: Sequence[int],
+        watched: Sequence[tuple[int, int]],
         *,
         queues: npt.NDArray[Any],
         ingress: npt.NDArray[Any],
         qps: npt.NDArray[Any],
-        priority: int,
         limit_bytes: int,
     ) -> None:
         self._ring, self._samples = ring, ring.samples
         self._places = {name: self._samples[name] for name in self._samples.dtype.names or ()}
-        self._ports = np.array(ports, np.int64)
-        rows = queues[:, priority]
+        self._watched = tuple(np.array(watched, np.int64).reshape(-1, 2).T)
         # In this order: what has left a queue is read before what entered, so a depth is never negative.
         order = sorted(QUEUE_FIELDS, key=lambda name: name != "deq_bytes")
-        self._counters = [(QUEUE_FIELDS.index(name), rows[name].view(np.int64)) for name in order]
-        self._used_bytes, self._xoff = ingress[:, priority]["used_bytes"], ingress[:, priority]["xoff"]
+        self._counters = [(QUEUE_FIELDS.index(name), queues[name].view(np.int64)) for name in order]
+        self._used_bytes, self._xoff = ingress["used_bytes"], ingress["xoff"]
         self._qps = qps
         self._limit_bytes, self._next_bytes = limit_bytes, limit_bytes // 2
         self.sample_ticks = 1
@@ -105,7 +102,7 @@ class TickRecorder:
         Args:
             row: Its row in the results.
             qps: How many connections it has.
-            closed: Whether each port is paused, kept up to date by flow control, shape ``(ports + 1,)``.
+            closed: Whether each queue is paused, kept up to date by flow control, shape ``(ports + 1, 8)``.
             control: The reaction points, if there are any.
         """
         self._row, self._count, self._closed, self._control = row, qps, closed, control
@@ -146,7 +143,7 @@ class TickRecorder:
         if index is None or written >= self._limit_bytes:
             self.skipped_samples += 1
             return
-        ports, count = self._ports, self._count
+        watched, count = self._watched, self._count
         places["now_ns"][index] = now_ns
         places["row"][index] = self._row
         places["iteration"][index] = self._iteration
@@ -154,10 +151,10 @@ class TickRecorder:
         places["first"][index] = self._first
         queues, qps = places["queues"][index], places["qps"][index]
         for field, counter in self._counters:
-            queues[field] = counter[ports]
-        places["used_bytes"][index] = self._used_bytes[ports]
-        places["xoff"][index] = self._xoff[ports]
-        places["closed"][index] = self._closed[ports]
+            queues[field] = counter[watched]
+        places["used_bytes"][index] = self._used_bytes[watched]
+        places["xoff"][index] = self._xoff[watched]
+        places["closed"][index] = self._closed[watched]
         for field, counter in self._qp_counters:
             qps[field, :count] = counter
         qps[self._sent_index, :count] = sent_packets

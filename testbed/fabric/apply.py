@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from testbed.errors import TestbedError
-from testbed.kernel import links, rps, tc
+from testbed.kernel import links, queues, rps, tc
 from testbed.kernel.namespaces import create_namespace, entered
 from testbed.kernel.netlink import Message, RouteSocket
 from testbed.plan.operations import (
@@ -24,8 +24,6 @@ from testbed.plan.operations import (
 
 # The interface index of port id 0 in every namespace of a lab; high enough to stay clear of lo and what a user adds.
 IFINDEX_BASE = 1000
-# Control frames are few and never shaped; this only bounds memory.
-_CONTROL_QUEUE_PACKETS = 10_000
 
 
 def ifindex_of(port: int) -> int:
@@ -113,6 +111,22 @@ def apply_operations(
             opened.close()
 
 
+def egress_of(operation: ShapePort) -> queues.Egress:
+    """Return a port's egress as the kernel's modules take it."""
+    marks = operation.marking
+    return queues.Egress(
+        ifindex_of(operation.port),
+        operation.ifname,
+        operation.wall_rate_bytes_per_s,
+        operation.burst_bytes,
+        operation.frame_wire_bytes,
+        operation.overhead_bytes,
+        [(one.priority, one.weight) for one in operation.classes],
+        operation.gate,
+        None if marks is None else queues.Thresholds(marks.kmin_bytes, marks.kmax_bytes, marks.pmax),
+    )
+
+
 def _sysctls(operation: CreateNamespace, cpu: int, default_mask: bool) -> dict[str, str]:
     values = {"?net/ipv6/conf/all/disable_ipv6": "1", "?net/ipv6/conf/default/disable_ipv6": "1"}
     if operation.forwards:
@@ -126,20 +140,7 @@ def _sysctls(operation: CreateNamespace, cpu: int, default_mask: bool) -> dict[s
 def _messages(operation: Operation, programs: dict[str, int]) -> list[Message]:
     """Return the netlink requests of an operation on one node."""
     if isinstance(operation, ShapePort):
-        index, ifname = ifindex_of(operation.port), operation.ifname
-        return [
-            tc.create_mq(index, ifname),
-            tc.create_tbf(
-                index,
-                ifname,
-                tc.ROOT_HANDLE + 1,
-                tc.DATA_HANDLE,
-                rate_bytes_per_s=operation.wall_rate_bytes_per_s,
-                burst_bytes=operation.burst_bytes,
-                overhead_bytes=operation.overhead_bytes,
-            ),
-            tc.create_pfifo(index, ifname, tc.ROOT_HANDLE + 2, tc.CONTROL_HANDLE, _CONTROL_QUEUE_PACKETS),
-        ]
+        return queues.create_egress(egress_of(operation))
     if isinstance(operation, AttachPrograms):
         index, ifname = ifindex_of(operation.port), operation.ifname
         name = "host_ingress" if operation.host else "switch_ingress"

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from fractions import Fraction
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from testbed.errors import LabError
 from testbed.fabric.apply import IFINDEX_BASE, apply_operations
+from testbed.fabric.back_ends import choose_back_ends
 from testbed.fabric.signals import HeldSignals, signals_held
 from testbed.fabric.tables import TableWriter, count_rows
 from testbed.kernel import bpf, layout, registry
@@ -26,6 +28,7 @@ from testbed.kernel.packet_socket import open_packet_socket
 from testbed.kernel.scheduling import choose_cpus
 from testbed.plan.loss import lost_priorities
 from testbed.plan.model import Plan
+from testbed.plan.operations import BackEnds
 from testbed.plan.qos import switch_of
 from testbed.roce.queue_pairs import QPN_BASE
 from testbed.roce.wire import CONTROL_PRIORITIES
@@ -53,6 +56,7 @@ class Fabric:
         state: Its record.
         arrays: The eBPF maps.
         any_workload: Whether it was built for other traffic than the plan's.
+        back_ends: Which of the kernel's means it uses.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Fabric:
         self.state = state
         self.arrays = arrays
         self.any_workload = bool(state.details.get("any_workload", True))
+        self.back_ends = BackEnds(**state.details.get("back_ends", {}))
         self._lock = lock
 
     @classmethod
@@ -153,7 +158,8 @@ class Fabric:
         )
         try:
             arrays = layout.MappedArrays(loaded.maps, entries)
-            _fill_ports(plan, arrays)
+            back_ends = choose_back_ends(plan)
+            _fill_ports(plan, arrays, back_ends)
             arrays.fib[:] = NO_GROUP
             overrides = loaded.maps[layout.OVERRIDES]
             TableWriter(plan.topology, arrays, overrides, time_dilation=plan.dilation.value).write(plan.tables)
@@ -164,9 +170,10 @@ class Fabric:
                 "time_dilation": plan.dilation.value,
                 "any_workload": any_workload,
                 "port_cpus": list(port_cpus),
+                "back_ends": asdict(back_ends),
             }
             apply_operations(
-                plan.operations(list(state.namespaces.values()), any_workload=any_workload),
+                plan.operations(list(state.namespaces.values()), any_workload=any_workload, back_ends=back_ends),
                 mark=state.mark,
                 cpu_of_node=lambda node: port_cpus[node % len(port_cpus)],
                 programs=loaded.programs,
@@ -369,7 +376,7 @@ def _map_entries(plan: Plan, *, any_failure: bool) -> dict[str, int]:
     }
 
 
-def _fill_ports(plan: Plan, arrays: layout.MappedArrays) -> None:
+def _fill_ports(plan: Plan, arrays: layout.MappedArrays, back_ends: BackEnds) -> None:
     """Write ports and buffers into the maps."""
     topology = plan.topology
     for port in topology.ports:
@@ -386,24 +393,24 @@ def _fill_ports(plan: Plan, arrays: layout.MappedArrays) -> None:
         if node.kind is not NodeKind.HOST:
             arrays.nodes["limit_bytes"][node.index] = plan.buffer_bytes(node.index)
             arrays.nodes["shared_bytes"][node.index] = plan.shared_bytes(node.index)
-    _fill_qos(plan, arrays)
+    _fill_qos(plan, arrays, back_ends)
     for port_id, fraction in plan.losses.items():
         set_loss(arrays, port_id, fraction, lost_priorities(plan.scenario))
 
 
-def _fill_qos(plan: Plan, arrays: layout.MappedArrays) -> None:
+def _fill_qos(plan: Plan, arrays: layout.MappedArrays, back_ends: BackEnds) -> None:
     """Write what each port marks, pauses and limits."""
-    priority = plan.scenario.qos.lossless_priority
-    for port_id, marks in plan.marking.items():
+    for port_id, marks in plan.marking.items() if back_ends.marker == "bpf" else ():
         rows = arrays.queues[port_id]
         rows["kmin_bytes"], rows["kmax_bytes"] = marks.kmin_bytes, max(1, marks.kmax_bytes)
         rows["mark_slope"] = round(marks.pmax * layout.SLOPE_ONE / max(1, marks.kmax_bytes - marks.kmin_bytes))
     for port_id, pause in plan.pausing.items():
-        row = arrays.ingress[port_id, priority : priority + 1]
-        row["xoff_bytes"] = pause.xoff_bytes or 0
-        row["alpha"] = round(pause.alpha * layout.ALPHA_ONE)
-        row["hysteresis_bytes"], row["headroom_bytes"] = pause.hysteresis_bytes, pause.headroom_bytes
-        row["lossless"] = 1
+        for priority in pause.priorities:
+            row = arrays.ingress[port_id, priority : priority + 1]
+            row["xoff_bytes"] = pause.xoff_bytes or 0
+            row["alpha"] = round(pause.alpha * layout.ALPHA_ONE)
+            row["hysteresis_bytes"], row["headroom_bytes"] = pause.hysteresis_bytes, pause.headroom_bytes
+            row["lossless"] = 1
     for node in plan.topology.nodes:
         split = node.kind is not NodeKind.HOST and switch_of(plan.scenario, node).port_buffer_bytes
         for port_id in node.ports if split else ():

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
-from testbed.fabric.apply import ifindex_of
+from testbed.fabric.apply import egress_of
 from testbed.fabric.fabric import Fabric
 from testbed.fabric.tables import TableWriter
 from testbed.kernel import bpf, layout
@@ -109,7 +109,9 @@ def state_writer(fabric: Fabric, state: FabricState, rate_ports: Sequence[int]) 
     topology = plan.topology
     shapers = {
         operation.port: operation
-        for operation in plan.operations([""] * len(topology.nodes), any_workload=fabric.any_workload)
+        for operation in plan.operations(
+            [""] * len(topology.nodes), any_workload=fabric.any_workload, back_ends=fabric.back_ends
+        )
         if isinstance(operation, ShapePort)
     }
     with contextlib.ExitStack() as stack:
@@ -119,17 +121,7 @@ def state_writer(fabric: Fabric, state: FabricState, rate_ports: Sequence[int]) 
             if node not in netns:
                 netns[node] = open_namespace(fabric.namespace_of(topology.nodes[node].name))
                 stack.callback(os.close, netns[node])
-        shaped = [
-            ShapedPort(
-                port,
-                ifindex_of(port),
-                topology.port(port).ifname,
-                netns[topology.port(port).node],
-                shapers[port].burst_bytes,
-                shapers[port].overhead_bytes,
-            )
-            for port in rate_ports
-        ]
+        shaped = [ShapedPort(port, netns[topology.port(port).node], egress_of(shapers[port])) for port in rate_ports]
         rates = stack.enter_context(contextlib.closing(ShaperRates(shaped)))
         overrides = bpf.open_map(fabric.state.details["maps"][layout.OVERRIDES])
         stack.callback(os.close, overrides)

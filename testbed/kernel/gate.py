@@ -1,8 +1,7 @@
 """Gates: the queues that a PFC frame stops, and the sockets that carry PFC frames past them.
 
-A gate holds back the frames of a port's data queue and lets them go again. ``TbfGates`` does so with the shaper that is there
-anyway: closed, its rate is a crawl, which lets the one frame go that a real port would finish; open, it has its rate again.
-A token bucket filter does not look at its queue when it is changed, so a kick follows: a small frame through the queue.
+A gate holds back the frames of a port's queue of one priority and lets them go again. How, is a back end's: `gate_tbf` turns
+down the shaper, on every kernel; `gate_plug` uses the qdisc that is made for it, where the kernel has it.
 """
 
 from __future__ import annotations
@@ -12,85 +11,117 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from testbed.errors import KernelError
-from testbed.kernel import tc
 from testbed.kernel.namespaces import entered
 from testbed.kernel.netlink import Message, RouteSocket
 
 _SOL_PACKET, _PACKET_QDISC_BYPASS = 263, 20
-# A frame a week: it never sends a second one, and the kernel's arithmetic holds.
-_CRAWL_BYTES_PER_S = 1
 _MAC_CONTROL, _PFC_OPCODE = 0x8808, 0x0101
 _PFC_ADDRESS = bytes.fromhex("0180c2000001")
 _KICK_ETHERTYPE = 0x88B5
 _MIN_FRAME_BYTES = 60
 
-
-class Gates(Protocol):
-    """Holds back and lets go the data queues of ports, by port id."""
-
-    def move(self, close: Sequence[int], open: Sequence[int]) -> None:
-        """Close some gates and open others.
-
-        Raises:
-            KernelError: The kernel refused.
-        """
-
-    def set_rates(self, wall_rates_bytes_per_s: Mapping[int, int]) -> None:
-        """Let ports have another rate when they are next opened; ports without a gate do not matter."""
+QueueKey = tuple[int, int]
+"""A queue: port id and priority."""
 
 
 @dataclass(frozen=True, slots=True)
-class GatedPort:
-    """A port whose data queue can be stopped.
+class DataQueue:
+    """A port's queue of one priority, as its qdiscs are made.
 
     Attributes:
-        port: Port id.
-        peer: Port id of the other end.
         index: Interface index.
         ifname: Interface.
-        netns: Descriptor of its namespace.
-        wall_rate_bytes_per_s: Of its shaper.
+        priority: Its priority.
+        parent: Class that its qdiscs hang under.
+        is_class: Whether that is one of several that share the port's rate; else this queue's shaper makes the rate.
+        wall_rate_bytes_per_s: Of the port.
         burst_bytes: Its bucket.
         frame_wire_bytes: The largest frame with what the shaper charges beside.
         overhead_bytes: Charged per frame beside its length.
     """
 
-    port: int
-    peer: int
     index: int
     ifname: str
-    netns: int
+    priority: int
+    parent: int
+    is_class: bool
     wall_rate_bytes_per_s: int
     burst_bytes: int
     frame_wire_bytes: int
     overhead_bytes: int
 
 
-class TbfGates:
-    """Gates that are the token bucket filters of the ports.
+class GateBackEnd(Protocol):
+    """Builds, closes and opens one kind of gate.
 
-    Args:
-        ports: The ports.
-        sockets: A bypassing socket on the other end of each, by port id; see :func:`open_bypass_socket`.
+    Attributes:
+        name: How the scenario names it.
+        is_shaper: Whether the gate is a token bucket filter, which a queue then needs in any case.
+        needs_kick: Whether an opened queue stands until a frame is added to it.
     """
 
-    def __init__(self, ports: Sequence[GatedPort], sockets: Mapping[int, socket.socket]) -> None:
-        self._ports = {port.port: port for port in ports}
-        self._sockets = {port.port: sockets[port.peer] for port in ports}
-        self._close = {port.port: _shaper(port, _CRAWL_BYTES_PER_S, port.frame_wire_bytes) for port in ports}
-        self._open = {port.port: _shaper(port, port.wall_rate_bytes_per_s, port.burst_bytes) for port in ports}
-        self._route: dict[int, RouteSocket] = {}
+    name: str
+    is_shaper: bool
+    needs_kick: bool
+
+    def create(self, queue: DataQueue, parent: int) -> list[Message]:
+        """Return what hangs the gate under a class, open; nothing where it is the shaper above."""
+
+    def close(self, queue: DataQueue) -> Message:
+        """Return what holds the queue back."""
+
+    def open(self, queue: DataQueue) -> Message:
+        """Return what lets it go again."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatedQueue:
+    """A queue that can be stopped.
+
+    Attributes:
+        port: Port id.
+        peer: Port id of the other end.
+        netns: Descriptor of its namespace.
+        queue: Its qdiscs.
+    """
+
+    port: int
+    peer: int
+    netns: int
+    queue: DataQueue
+
+
+class QueueGates:
+    """The gates of a fabric's queues.
+
+    Args:
+        queues: The queues.
+        sockets: A bypassing socket on the other end of each, by port id; see :func:`open_bypass_socket`.
+        back_end: How they are closed and opened.
+    """
+
+    def __init__(
+        self, queues: Sequence[GatedQueue], sockets: Mapping[int, socket.socket], back_end: GateBackEnd
+    ) -> None:
+        self._back_end = back_end
+        self._queues = {(one.port, one.queue.priority): one.queue for one in queues}
+        self._sockets: dict[QueueKey, socket.socket] = {}
+        self._close: dict[QueueKey, Message] = {}
+        self._open: dict[QueueKey, Message] = {}
+        self._route: dict[QueueKey, RouteSocket] = {}
         by_netns: dict[int, RouteSocket] = {}
-        for port in ports:
-            if port.netns not in by_netns:
-                with entered(port.netns):
-                    by_netns[port.netns] = RouteSocket()
-            self._route[port.port] = by_netns[port.netns]
-        self._kick = bytes(12) + struct.pack("!H", _KICK_ETHERTYPE) + bytes(_MIN_FRAME_BYTES - 14)
+        for one in queues:
+            key = one.port, one.queue.priority
+            self._sockets[key] = sockets[one.peer]
+            self._close[key], self._open[key] = back_end.close(one.queue), back_end.open(one.queue)
+            if one.netns not in by_netns:
+                with entered(one.netns):
+                    by_netns[one.netns] = RouteSocket()
+            self._route[key] = by_netns[one.netns]
 
     def close(self) -> None:
         """Close the netlink sockets; gates stay as they are."""
@@ -99,33 +130,31 @@ class TbfGates:
 
     def set_rates(self, wall_rates_bytes_per_s: Mapping[int, int]) -> None:
         """Let ports have another rate when they are next opened; ports without a gate do not matter."""
-        for port, rate in wall_rates_bytes_per_s.items():
-            if port in self._ports:
-                self._open[port] = _shaper(self._ports[port], rate, self._ports[port].burst_bytes)
+        for key, queue in self._queues.items():
+            rate = wall_rates_bytes_per_s.get(key[0])
+            if rate is not None:
+                self._open[key] = self._back_end.open(replace(queue, wall_rate_bytes_per_s=rate))
 
-    def move(self, close: Sequence[int], open: Sequence[int]) -> None:
-        """Close some gates and open others, a request per namespace, and kick what was opened."""
+    def move(self, close: Sequence[QueueKey], open: Sequence[QueueKey]) -> None:
+        """Close some gates and open others, a request per namespace, and kick what was opened.
+
+        Raises:
+            KernelError: The kernel refused.
+        """
         requests: dict[RouteSocket, list[Message]] = {}
-        for port in close:
-            requests.setdefault(self._route[port], []).append(self._close[port])
-        for port in open:
-            requests.setdefault(self._route[port], []).append(self._open[port])
+        for key in close:
+            requests.setdefault(self._route[key], []).append(self._close[key])
+        for key in open:
+            requests.setdefault(self._route[key], []).append(self._open[key])
         for route, messages in requests.items():
             route.request(messages)
-        for port in open:
-            _transmit(self._sockets[port], self._kick)
+        for key in open if self._back_end.needs_kick else ():
+            _transmit(self._sockets[key], kick_frame(key[1]))
 
 
-def _shaper(port: GatedPort, rate: int, burst: int) -> Message:
-    return tc.create_tbf(
-        port.index,
-        port.ifname,
-        tc.ROOT_HANDLE + 1,
-        tc.DATA_HANDLE,
-        rate_bytes_per_s=rate,
-        burst_bytes=burst,
-        overhead_bytes=port.overhead_bytes,
-    )
+def kick_frame(priority: int) -> bytes:
+    """Return the small frame that the other end turns round into a port's queue of a priority."""
+    return bytes(12) + struct.pack("!HH", _KICK_ETHERTYPE, priority) + bytes(_MIN_FRAME_BYTES - 16)
 
 
 class PauseSender:
@@ -134,20 +163,17 @@ class PauseSender:
     Args:
         sockets: A bypassing socket on each port, by port id.
         macs: MAC address of each port, by port id.
-        priority: The priority that the frames stop.
     """
 
-    def __init__(self, sockets: Mapping[int, socket.socket], macs: Mapping[int, bytes], priority: int) -> None:
+    def __init__(self, sockets: Mapping[int, socket.socket], macs: Mapping[int, bytes]) -> None:
         self._sockets = sockets
         self._heads = {
-            port: _PFC_ADDRESS + mac + struct.pack("!HHH", _MAC_CONTROL, _PFC_OPCODE, 1 << priority)
-            for port, mac in macs.items()
+            port: _PFC_ADDRESS + mac + struct.pack("!HH", _MAC_CONTROL, _PFC_OPCODE) for port, mac in macs.items()
         }
-        self._priority = priority
 
-    def send(self, port: int, quanta: int) -> None:
-        """Send one frame: ``quanta`` > 0 is XOFF, 0 is XON."""
-        field = struct.pack("!8H", *(quanta if number == self._priority else 0 for number in range(8)))
+    def send(self, port: int, priority: int, quanta: int) -> None:
+        """Send one frame about one priority: ``quanta`` > 0 is XOFF, 0 is XON."""
+        field = struct.pack("!9H", 1 << priority, *(quanta if number == priority else 0 for number in range(8)))
         frame = self._heads[port] + field
         _transmit(self._sockets[port], frame + bytes(_MIN_FRAME_BYTES - len(frame)))
 

@@ -6,6 +6,7 @@ behind and nothing outside them is changed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -144,6 +145,27 @@ def probe_capacity(packets_per_s: float | None) -> Finding:
             "testbed run scenarios/star.yaml",
         )
     return Finding("capacity", Status.OK, f"carries {packets_per_s:,.0f} packets/s over four hops (cached)")
+
+
+def probe_qdisc(kind: str) -> bool:
+    """Return whether this kernel has an optional qdisc, by making one in a namespace that ends with a child process."""
+    return any(found.name == f"qdisc {kind}" and found.status is Status.OK for found in _in_child(_probe_qdiscs, kind))
+
+
+def _probe_qdiscs() -> list[Finding]:
+    """Try the optional qdiscs alone; the calling process is lost to it."""
+    _enter_namespaces()
+    descriptor = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    index, ifname = _INDICES[0], _IFNAMES[0]
+    found = []
+    with RouteSocket() as route:
+        _create_veth(route, descriptor)
+        route.request([tc.create_mq(index, ifname)])
+        for qdisc in _OPTIONAL_QDISCS:
+            with contextlib.suppress(KernelError):
+                route.request([_qdisc_message(index, ifname, tc.ROOT_HANDLE + 1, qdisc)])
+                found.append(Finding(f"qdisc {qdisc.kind}", Status.OK, ""))
+    return found
 
 
 def _in_child(work: Callable[[], Sequence[Finding]], name: str) -> list[Finding]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from testbed.kernel import tc
 from testbed.kernel.namespaces import entered
 from testbed.kernel.netlink import Message, RouteSocket
+from testbed.kernel.queues import Egress, change_rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,19 +16,13 @@ class ShapedPort:
 
     Attributes:
         port: Port id.
-        index: Interface index.
-        ifname: Interface.
         netns: Descriptor of its namespace.
-        burst_bytes: Its bucket.
-        overhead_bytes: Charged per frame beside its length.
+        egress: How its egress was made.
     """
 
     port: int
-    index: int
-    ifname: str
     netns: int
-    burst_bytes: int
-    overhead_bytes: int
+    egress: Egress
 
 
 class ShaperRates:
@@ -60,16 +54,7 @@ class ShaperRates:
         requests: dict[int, list[Message]] = {}
         for port_id, rate in wall_rates_bytes_per_s.items():
             port = self._ports[port_id]
-            requests.setdefault(port.netns, []).append(
-                tc.create_tbf(
-                    port.index,
-                    port.ifname,
-                    tc.ROOT_HANDLE + 1,
-                    tc.DATA_HANDLE,
-                    rate_bytes_per_s=rate,
-                    burst_bytes=port.burst_bytes,
-                    overhead_bytes=port.overhead_bytes,
-                )
-            )
+            messages = change_rate(replace(port.egress, wall_rate_bytes_per_s=rate))
+            requests.setdefault(port.netns, []).extend(messages)
         for netns, messages in requests.items():
             self._sockets[netns].request(messages)

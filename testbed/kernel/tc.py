@@ -1,4 +1,4 @@
-"""Requests about qdiscs: mq, tbf, pfifo, clsact."""
+"""Requests about qdiscs: mq, htb, tbf, pfifo, clsact."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from testbed.kernel.netlink import (
     NLM_F_CREATE,
     NLM_F_REPLACE,
     RTM_NEWQDISC,
+    RTM_NEWTCLASS,
     RTM_NEWTFILTER,
     Message,
     attribute,
@@ -31,6 +32,16 @@ _TBF_LIMIT_BYTES = 0x7FFFFFFF
 ROOT_HANDLE = 0x1_0000
 DATA_HANDLE = 0x10_0000
 CONTROL_HANDLE = 0x20_0000
+# Of the qdiscs of a priority's queue; the priority is added to the major number.
+SHAPER_HANDLE, RED_HANDLE, PLUG_HANDLE = 0x30_0000, 0x40_0000, 0x50_0000
+# A FIFO that never drops.
+MOST_PACKETS = 0x7FFFFFFF
+# Minor numbers of the data priorities' classes (TB_DATA_CLASS in bpf/fabric.h).
+_FIRST_PRIORITY_CLASS = 0x10
+_TCA_HTB_PARMS, _TCA_HTB_INIT, _TCA_HTB_RATE64, _TCA_HTB_CEIL64 = 1, 2, 6, 7
+_HTB_VERSION, _HTB_RATE2QUANTUM = 3, 10
+# A psched tick (PSCHED_SHIFT 6).
+_TICK_NS = 64
 
 
 def _tcmsg(index: int, handle: int, parent: int, info: int = 0) -> bytes:
@@ -41,6 +52,79 @@ def handle_text(handle: int) -> str:
     """Return ``1:2`` for ``0x10002``."""
     minor = handle & 0xFFFF
     return f"{handle >> 16:x}:{minor:x}" if minor else f"{handle >> 16:x}:"
+
+
+def qdisc_payload(index: int, handle: int, parent: int, kind: str, options: bytes) -> bytes:
+    """Return the body of a request about a qdisc or a class."""
+    return _tcmsg(index, handle, parent) + attribute_text(_TCA_KIND, kind) + attribute(_TCA_OPTIONS, options)
+
+
+def class_of(priority: int) -> int:
+    """Return the class of a data priority, as frames name it in ``skb->priority``."""
+    return DATA_HANDLE + _FIRST_PRIORITY_CLASS + priority
+
+
+def create_htb(index: int, ifname: str, parent: int, handle: int, default_class: int) -> Message:
+    """Return the request of an HTB; what names no class of it goes to ``default_class``."""
+    options = attribute(
+        _TCA_HTB_INIT, struct.pack("=5I", _HTB_VERSION, _HTB_RATE2QUANTUM, default_class & 0xFFFF, 0, 0)
+    )
+    operation = (
+        f"tc qdisc replace dev {ifname} parent {handle_text(parent)} handle {handle_text(handle)} htb "
+        f"default {default_class & 0xFFFF:x}"
+    )
+    return Message(
+        operation, RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, qdisc_payload(index, handle, parent, "htb", options)
+    )
+
+
+def create_htb_class(
+    index: int,
+    ifname: str,
+    parent: int,
+    classid: int,
+    *,
+    rate_bytes_per_s: int,
+    ceil_bytes_per_s: int,
+    burst_bytes: int,
+    quantum_bytes: int,
+    overhead_bytes: int,
+) -> Message:
+    """Return the request of an HTB class.
+
+    Args:
+        index: Interface.
+        ifname: Its name, for messages.
+        parent: Class, or qdisc for the outermost.
+        classid: Its own number.
+        rate_bytes_per_s: What it always gets.
+        ceil_bytes_per_s: What it may borrow up to.
+        burst_bytes: Its bucket, at either rate.
+        quantum_bytes: What it sends in its turn while several borrow.
+        overhead_bytes: Charged per frame beside its length.
+
+    Source:
+        Linux net/sched/sch_htb.c ``htb_change_class()``: buckets in psched ticks; with the link layer set no rate table.
+    """
+
+    def spec(rate: int) -> bytes:
+        return struct.pack("=BBHhHI", 0, _LINKLAYER_ETHERNET, overhead_bytes, 0, 0, min(rate, 0xFFFFFFFF))
+
+    def ticks(rate: int) -> int:
+        return min(0xFFFFFFFF, burst_bytes * 1_000_000_000 // rate // _TICK_NS)
+
+    parms = spec(rate_bytes_per_s) + spec(ceil_bytes_per_s)
+    parms += struct.pack("=5I", ticks(rate_bytes_per_s), ticks(ceil_bytes_per_s), quantum_bytes, 0, 0)
+    options = attribute(_TCA_HTB_PARMS, parms)
+    options += attribute(_TCA_HTB_RATE64, struct.pack("=Q", rate_bytes_per_s))
+    options += attribute(_TCA_HTB_CEIL64, struct.pack("=Q", ceil_bytes_per_s))
+    operation = (
+        f"tc class replace dev {ifname} parent {handle_text(parent)} classid {handle_text(classid)} htb "
+        f"rate {rate_bytes_per_s * 8}bit ceil {ceil_bytes_per_s * 8}bit burst {burst_bytes} quantum {quantum_bytes}"
+    )
+    return Message(
+        operation, RTM_NEWTCLASS, NLM_F_CREATE | NLM_F_REPLACE, qdisc_payload(index, classid, parent, "htb", options)
+    )
 
 
 def create_mq(index: int, ifname: str) -> Message:

@@ -32,7 +32,7 @@ _FEWEST_SAMPLES = 64
 
 @dataclass(frozen=True, slots=True)
 class RingShape:
-    """What a sample holds: how many ports, QPs at most, and states of congestion control."""
+    """What a sample holds: how many queues of ports, QPs at most, and states of congestion control."""
 
     ports: int
     qps: int

@@ -30,15 +30,15 @@ class SampleRows:
 
     Args:
         time_dilation: Wall time per emulated time.
-        priority: The data priority.
+        priorities: The data priorities: a sample has a queue for each of them at each port, port by port.
         labels: The QPs of each row of the results.
         states: Names of the states of congestion control, in the order of the samples.
     """
 
     def __init__(
-        self, *, time_dilation: float, priority: int, labels: Sequence[QpLabels], states: Sequence[str]
+        self, *, time_dilation: float, priorities: Sequence[int], labels: Sequence[QpLabels], states: Sequence[str]
     ) -> None:
-        self._dilation, self._priority = time_dilation, priority
+        self._dilation, self._priorities = time_dilation, np.array(priorities, np.int64)
         self._labels, self._states = list(labels), list(states)
         self._origin_ns: int | None = None
         self._last: npt.NDArray[Any] | None = None
@@ -74,8 +74,9 @@ class SampleRows:
         happened: npt.NDArray[np.bool_] = np.zeros(depth.shape, bool)
         for column in values.values():
             happened |= column != 0
-        when, ports, rows = _pick(values, happened)
-        rows |= {"port": ports, "priority": np.full(len(ports), self._priority)}
+        when, watched, rows = _pick(values, happened)
+        count = len(self._priorities)
+        rows |= {"port": watched // count, "priority": self._priorities[watched % count]}
         return rows | self._when(samples, when)
 
     def _qp_rows(self, samples: npt.NDArray[Any]) -> Columns:

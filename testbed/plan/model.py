@@ -22,10 +22,13 @@ from testbed.plan.operations import (
     AddRoute,
     AddRule,
     AttachPrograms,
+    BackEnds,
     CreateLink,
     CreateNamespace,
+    KernelMarking,
     LinkEnd,
     Operation,
+    QueueClass,
     ShapePort,
 )
 from testbed.plan.qos import (
@@ -366,13 +369,34 @@ class Plan:
         """Return the port ids of all NICs."""
         return frozenset(port.id for port in self.topology.nics)
 
-    def operations(self, namespaces: Sequence[str], *, any_workload: bool) -> tuple[Operation, ...]:
+    def _kernel_marking(self, port: int) -> KernelMarking | None:
+        marks = self.marking.get(port)
+        return None if marks is None else KernelMarking(marks.kmin_bytes, marks.kmax_bytes, marks.pmax)
+
+    @property
+    def queue_classes(self) -> tuple[QueueClass, ...]:
+        """Return the data priorities and their weights, first the one that takes what has no priority of its own.
+
+        That is the first lossy one, where there is one, for what has another priority asks for nothing.
+        """
+        found = self.scenario.qos.data_priorities
+        lossy = [one for one in found if not one.lossless] or [
+            one for one in found if one.priority == self.scenario.qos.lossless_priority
+        ]
+        ordered = [lossy[0], *(one for one in found if one is not lossy[0])]
+        return tuple(QueueClass(one.priority, one.weight) for one in ordered)
+
+    def operations(
+        self, namespaces: Sequence[str], *, any_workload: bool, back_ends: BackEnds | None = None
+    ) -> tuple[Operation, ...]:
         """Return what builds the fabric, in order.
 
         Args:
             namespaces: Name of each node's namespace.
             any_workload: Other workloads than the plan's will run: every switch port may be shared.
+            back_ends: What does the work; those that every kernel has without.
         """
+        back_ends = back_ends or BackEnds()
         unshared = self.nic_ports() if any_workload else self.unshared_ports
         topology = self.topology
         mtu = self.port_mtu_bytes
@@ -399,6 +423,10 @@ class Plan:
                         round(rate),
                         self.burst_bytes(port.id, shared=shared),
                         LINK_OVERHEAD_BYTES,
+                        self.largest_frame_wire_bytes,
+                        self.queue_classes,
+                        gate=back_ends.gate if self.is_pausable(port.id) else None,
+                        marking=self._kernel_marking(port.id) if back_ends.marker == "red" else None,
                     )
                 )
                 result.append(AttachPrograms(node.index, port.id, port.ifname, node.kind is NodeKind.HOST))

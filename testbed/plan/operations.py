@@ -46,8 +46,40 @@ class CreateLink:
 
 
 @dataclass(frozen=True, slots=True)
+class BackEnds:
+    """Which of the kernel's means do the work, by name.
+
+    Attributes:
+        gate: Holds paused queues back: ``tbf`` or ``plug``.
+        marker: Marks CE: ``bpf`` or ``red``.
+    """
+
+    gate: str = "tbf"
+    marker: str = "bpf"
+
+
+@dataclass(frozen=True, slots=True)
+class QueueClass:
+    """A data priority's queue at a port, and the weight of its share of the rate."""
+
+    priority: int
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelMarking:
+    """Thresholds for a marker that is a qdisc."""
+
+    kmin_bytes: int
+    kmax_bytes: int
+    pmax: float
+
+
+@dataclass(frozen=True, slots=True)
 class ShapePort:
-    """The egress of a port: mq, a TBF for data, a FIFO for control.
+    """The egress of a port: mq, what carries data, a FIFO for control.
+
+    Data has a TBF; with several data priorities an HTB with a class for each.
 
     Attributes:
         node: Node index.
@@ -56,6 +88,10 @@ class ShapePort:
         wall_rate_bytes_per_s: Of the shaper, wire bytes.
         burst_bytes: Its bucket.
         overhead_bytes: Charged per frame beside its length.
+        frame_wire_bytes: The largest frame with that.
+        classes: The data priorities' queues; one of them: no HTB. The first takes what has no priority of its own.
+        gate: What holds a paused queue back: ``tbf`` or ``plug``; None where nothing is paused.
+        marking: Thresholds where a qdisc marks; None where none does.
     """
 
     node: int
@@ -64,15 +100,44 @@ class ShapePort:
     wall_rate_bytes_per_s: int
     burst_bytes: int
     overhead_bytes: int
+    frame_wire_bytes: int
+    classes: tuple[QueueClass, ...]
+    gate: str | None = None
+    marking: KernelMarking | None = None
 
     def describe(self) -> str:
         """Return the equal shell commands."""
-        return (
-            f"tc qdisc add dev {self.ifname} root handle 1: mq; "
-            f"tc qdisc add dev {self.ifname} parent 1:1 tbf rate {self.wall_rate_bytes_per_s * 8}bit "
-            f"burst {self.burst_bytes} overhead {self.overhead_bytes}; "
-            f"tc qdisc add dev {self.ifname} parent 1:2 pfifo"
-        )
+        add = f"tc qdisc add dev {self.ifname}"
+        rate = f"{self.wall_rate_bytes_per_s * 8}bit"
+        commands = [f"{add} root handle 1: mq"]
+        if len(self.classes) == 1:
+            shaper = f"tbf rate {rate} burst {self.burst_bytes} overhead {self.overhead_bytes}"
+            commands += [f"{add} parent 1:1 {shaper}", *self._below("10:", add)]
+        else:
+            total = sum(one.weight for one in self.classes)
+            line = f"tc class add dev {self.ifname} parent 10:"
+            tail = f"ceil {rate} burst {self.burst_bytes} overhead {self.overhead_bytes}"
+            commands += [
+                f"{add} parent 1:1 handle 10: htb default {0x10 + self.classes[0].priority:x}",
+                f"{line} classid 10:1 htb rate {rate} {tail}",
+            ]
+            for one in self.classes:
+                share = self.wall_rate_bytes_per_s * one.weight // total * 8
+                minor = f"10:{0x10 + one.priority:x}"
+                commands.append(f"{line}1 classid {minor} htb rate {share}bit {tail}")
+                if self.gate == "tbf":
+                    commands.append(f"{add} parent {minor} tbf rate {self.wall_rate_bytes_per_s * 128}bit")
+                commands += self._below(minor, add)
+        return "; ".join([*commands, f"{add} parent 1:2 pfifo"])
+
+    def _below(self, parent: str, add: str) -> list[str]:
+        commands = []
+        if self.marking is not None:
+            low, high, pmax = self.marking.kmin_bytes, self.marking.kmax_bytes, self.marking.pmax
+            commands.append(f"{add} below {parent} red min {low} max {high} probability {pmax:g} ecn nodrop")
+        if self.gate == "plug":
+            commands.append(f"{add} below {parent} plug")
+        return commands
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,9 +46,10 @@ class Marking:
 
 @dataclass(frozen=True, slots=True)
 class PauseThresholds:
-    """PFC thresholds of an ingress port's lossless priority.
+    """PFC thresholds of an ingress port's lossless priorities.
 
     Attributes:
+        priorities: Those that they hold for, each with an account of its own.
         xoff_bytes: Static threshold; None: ``alpha`` decides.
         alpha: Share of the free shared memory.
         hysteresis_bytes: Resume this far below the threshold.
@@ -57,12 +58,18 @@ class PauseThresholds:
         delay_ns: From the threshold's crossing to the last frame's arrival, emulated: two cables and the peer's response.
     """
 
+    priorities: tuple[int, ...]
     xoff_bytes: int | None
     alpha: Fraction
     hysteresis_bytes: int
     headroom_bytes: int
     needed_headroom_bytes: int
     delay_ns: float
+
+    @property
+    def all_headrooms_bytes(self) -> int:
+        """Return what the port takes of its switch's memory: a headroom for each priority."""
+        return self.headroom_bytes * len(self.priorities)
 
 
 def gate_allowance_ns(dilation: TimeDilation, lateness_ns: int | None) -> float:
@@ -143,7 +150,7 @@ def pause_thresholds(
     Raises:
         PlanError: The headrooms do not leave room for anything else.
     """
-    pfc = scenario.qos.pfc
+    pfc, priorities = scenario.qos.pfc, scenario.qos.paused_priorities
     if not pfc.enabled:
         return {}
     tick_ns = dilation.wall_tick_ns
@@ -163,18 +170,18 @@ def pause_thresholds(
         hysteresis = round(max(2 * frame_bytes, burst + 2 * bytes_per_ns * tick_ns / dilation.value))
         xoff = pfc.xoff_bytes
         if xoff is None and switch.port_buffer_bytes is not None:
-            xoff = switch.port_buffer_bytes - headroom
+            xoff = switch.port_buffer_bytes // len(priorities) - headroom
             if xoff < 2 * frame_bytes:
                 raise PlanError(
-                    f"fabric.switch.port_buffer must be more than the headroom of {headroom} bytes and two frames, "
-                    f"got {switch.port_buffer_bytes}"
+                    "fabric.switch.port_buffer must hold, for each lossless priority, two frames and the headroom of "
+                    f"{headroom} bytes, got {switch.port_buffer_bytes}"
                 )
         if xoff is not None and pfc.xon_bytes is not None:
             if pfc.xon_bytes > xoff:
                 raise PlanError(f"qos.pfc.xon must not be above xoff ({xoff} bytes), got {pfc.xon_bytes}")
             hysteresis = xoff - pfc.xon_bytes
         hysteresis = min(hysteresis, xoff) if xoff is not None else hysteresis
-        result[port.id] = PauseThresholds(xoff, switch.alpha, hysteresis, headroom, needed, delay_ns)
+        result[port.id] = PauseThresholds(priorities, xoff, switch.alpha, hysteresis, headroom, needed, delay_ns)
     for node in topology.nodes:
         if node.kind is not NodeKind.HOST:
             _check_room(node, switch_of(scenario, node), result, frame_bytes)
@@ -183,7 +190,7 @@ def pause_thresholds(
 
 def shared_bytes(switch: Switch, node: Node, thresholds: Mapping[int, PauseThresholds]) -> int:
     """Return what of a switch's memory is not headroom."""
-    return switch.buffer_bytes - sum(thresholds[port].headroom_bytes for port in node.ports if port in thresholds)
+    return switch.buffer_bytes - sum(thresholds[port].all_headrooms_bytes for port in node.ports if port in thresholds)
 
 
 def _check_room(node: Node, switch: Switch, thresholds: Mapping[int, PauseThresholds], frame_bytes: int) -> None:

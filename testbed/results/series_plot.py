@@ -128,7 +128,7 @@ def build_plot(
     grid = _Grid(shown_queues, shown_qps, steps)
     fastest = max(port["rate_bits_per_s"] for port in header["ports"])
     rates = grid.coarsened(_RATE_FRAMES * header["frame_wire_bytes"] * 8e9 / fastest)
-    ports = [port for port in header["ports"] if not port["is_host"]]
+    ports = _name_queues(shown_queues, [port for port in header["ports"] if not port["is_host"]])
     panels = [
         _depth_panel(shown_queues, grid, ports),
         _ingress_panel(shown_queues, grid, ports),
@@ -154,6 +154,17 @@ def _columns_of(table: pa.Table) -> Columns:
         return found
 
     return {name: values(table[name]) for name in table.column_names}
+
+
+def _name_queues(queues: Columns, ports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Let every queue be a port of its own where ports have several, such as ``leaf0/up1 p4``; return the ports."""
+    priorities = np.unique(queues["priority"]).tolist()
+    if len(priorities) == 1:
+        return ports
+    names, places = np.unique(queues["port"].astype(str), return_inverse=True)
+    numbers = np.array([[f"{name} p{priority}" for priority in priorities] for name in names.tolist()], object)
+    queues["port"] = numbers[places, np.searchsorted(priorities, queues["priority"])]
+    return [{**port, "name": f"{port['name']} p{priority}"} for port in ports for priority in priorities]
 
 
 def _keep(table: Columns, which: npt.NDArray[np.bool_]) -> None:

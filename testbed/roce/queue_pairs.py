@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from testbed.roce.wire import source_port
+from testbed.roce.wire import DATA_PRIORITY, source_port
 
 REQUESTER, RESPONDER = 0, 1
 # QPN of row 0 of the QP table; 0 and 1 are management QPs in InfiniBand.
@@ -56,11 +57,12 @@ class QueuePair:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A reliable connection: requester and responder, and the PSN at which its data begins."""
+    """A reliable connection: requester and responder, the PSN at which its data begins, and the priority of its data."""
 
     requester: QueuePair
     responder: QueuePair
     initial_psn: int
+    priority: int = DATA_PRIORITY
 
 
 def qp_index(connection: int, role: int) -> int:
@@ -79,6 +81,7 @@ def build_connections(
     *,
     source_port_per_qp: bool,
     rng: np.random.Generator,
+    priorities: Sequence[int] | None = None,
 ) -> list[Connection]:
     """Return a connection per ``(source rank, destination rank)`` pair.
 
@@ -88,6 +91,7 @@ def build_connections(
         source_port_per_qp: Derive the UDP source port from the QPNs as Linux does; otherwise all QPs between two ranks
             share the one of their first QP.
         rng: Draws the initial PSNs.
+        priorities: Of the data of each pair; the customary one without.
 
     Raises:
         ValueError: If both ends of a pair are on one host: that is no way over the network.
@@ -114,6 +118,7 @@ def build_connections(
                 QueuePair(requester_qpn, responder_qpn, local, remote, ports[0]),
                 QueuePair(responder_qpn, requester_qpn, remote, local, ports[1]),
                 int(psns[index]),
+                DATA_PRIORITY if priorities is None else priorities[index],
             )
         )
     return connections

@@ -115,6 +115,8 @@ NAK_SEQUENCE_ERROR_SYNDROME = 0x60
 ECN_ECT0 = 0b10
 ECN_CE = 0b11
 DATA_DSCP = 26
+DATA_PRIORITY = DATA_DSCP >> 3
+"""The customary priority of RoCE data."""
 CONTROL_DSCP = 48
 DATA_TOS = DATA_DSCP << 2 | ECN_ECT0
 """TOS byte of data, 0x6a: priority 3, ECN-capable."""

@@ -36,7 +36,7 @@ from testbed.scenario.model import (
     ZonesFabric,
     render_json_schema,
 )
-from testbed.scenario.qos import EcnPreset, WatchdogAction
+from testbed.scenario.qos import DataPriority, EcnPreset, GateChoice, MarkerChoice, WatchdogAction
 from testbed.scenario.sweep import expand_sizes
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "Collective",
     "CollectiveWorkload",
     "CongestionControl",
+    "DataPriority",
     "EcnPreset",
     "Expectation",
     "FabricKind",
@@ -56,12 +57,14 @@ __all__ = [
     "FaultKind",
     "Flow",
     "FlowsWorkload",
+    "GateChoice",
     "IncastWorkload",
     "Job",
     "Link",
     "LinkLoss",
     "LossRecovery",
     "LostFrames",
+    "MarkerChoice",
     "MeasuredJobs",
     "Pattern",
     "PermutationWorkload",

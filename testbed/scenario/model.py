@@ -514,8 +514,15 @@ class Transport(_Section):
         return congestion_parameters(getattr(self, str(self.congestion_control), None))
 
 
+_ITEM_PRIORITY = kinds.integer(0, 5)
+
+
 class _Iterated(_Section):
     """What every item of a workload has."""
+
+    priority: Annotated[int | None, _ITEM_PRIORITY] = _key(
+        "priority", "Priority of its data: one of qos.priorities. Default: qos.lossless_priority.", default=None
+    )
 
     iters: Annotated[int, kinds.integer(1, 10_000)] = _key("iters", "Measured iterations.", default=3)
     warmup_iters: Annotated[int, kinds.integer(0, 10_000)] = _key(
@@ -626,6 +633,9 @@ class Flow(_Section):
     size_bytes: Annotated[int, _SIZE] = _key("size", "What it sends.", example="1 MiB")
     start_ns: Annotated[int, _TIME] = _key(
         "start", "When it starts, from the beginning of an iteration.", default="0 ns"
+    )
+    priority: Annotated[int | None, _ITEM_PRIORITY] = _key(
+        "priority", "Priority of its data, where it is another than the item's.", default=None
     )
 
 

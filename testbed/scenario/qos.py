@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Annotated
 
 from testbed.scenario import kinds
-from testbed.scenario.section import Section, key
+from testbed.scenario.section import Section, key, list_key
 
 _SIZE = kinds.size(1, 16 * 2**30)
 _FRACTION = kinds.fraction(Fraction(1))
@@ -32,6 +32,22 @@ class WatchdogAction(StrEnum):
     FORWARD = "forward"
 
 
+class GateChoice(StrEnum):
+    """What holds a paused queue back."""
+
+    AUTO = "auto"
+    TBF = "tbf"
+    PLUG = "plug"
+
+
+class MarkerChoice(StrEnum):
+    """What marks CE."""
+
+    AUTO = "auto"
+    BPF = "bpf"
+    RED = "red"
+
+
 class Ecn(Section):
     """Marking by switches, on the instantaneous depth of an egress queue."""
 
@@ -50,6 +66,11 @@ class Ecn(Section):
     )
     pmax: Annotated[Fraction | None, kinds.auto_or(_FRACTION)] = key(
         "pmax", "Probability of a mark at kmax.", default="auto"
+    )
+    marker: Annotated[MarkerChoice, kinds.choice(MarkerChoice)] = key(
+        "marker",
+        "What marks: bpf, the fabric's own program, exact on every kernel; red, the kernel's qdisc, for comparison. auto: bpf.",
+        default="auto",
     )
 
 
@@ -88,14 +109,52 @@ class Pfc(Section):
         "reaction time ask for.",
         default="auto",
     )
+    gate: Annotated[GateChoice, kinds.choice(GateChoice)] = key(
+        "gate",
+        "What holds a paused queue back: tbf, its shaper turned down to a crawl, on every kernel; plug, the qdisc made for it. "
+        "auto: plug where this kernel has it.",
+        default="auto",
+    )
     watchdog: Watchdog = key("watchdog", "Release of queues that stay paused.", default={})
+
+
+class DataPriority(Section):
+    """A priority that carries data, with queues of its own at every port."""
+
+    priority: Annotated[int, _DATA_PRIORITY] = key("priority", "The priority.", example=4)
+    lossless: Annotated[bool, _FLAG] = key(
+        "lossless", "Whether PFC covers it, where qos.pfc is enabled; else what does not fit is dropped.", default=True
+    )
+    weight: Annotated[int, kinds.integer(1, 64)] = key(
+        "weight", "Its share of a link that several priorities fill, beside the others' weights.", default=1
+    )
 
 
 class Qos(Section):
     """Priorities, marking and pausing."""
 
     lossless_priority: Annotated[int, _DATA_PRIORITY] = key(
-        "lossless_priority", "Priority of RoCE data, 0 to 7; its DSCP is eight times this.", default=3
+        "lossless_priority",
+        "Priority of RoCE data whose workload names no other, 0 to 5; its DSCP is eight times this, and two more.",
+        default=3,
+    )
+    priorities: tuple[DataPriority, ...] = list_key(
+        "priorities",
+        "Further priorities that workloads may choose, lossless or lossy; lossless_priority may stand among them to get a "
+        "weight. With more than one, ports have a queue for each and share their rate by weight.",
+        example=[{"priority": 4}, {"priority": 0, "lossless": False, "weight": 2}],
     )
     ecn: Ecn = key("ecn", "Explicit congestion notification.", default={})
     pfc: Pfc = key("pfc", "Priority flow control.", default={})
+
+    @property
+    def data_priorities(self) -> tuple[DataPriority, ...]:
+        """All priorities that carry data, `lossless_priority` among them, ascending."""
+        given = {one.priority: one for one in self.priorities}
+        given.setdefault(self.lossless_priority, DataPriority(priority=self.lossless_priority))
+        return tuple(given[number] for number in sorted(given))
+
+    @property
+    def paused_priorities(self) -> tuple[int, ...]:
+        """The priorities that PFC covers, ascending; none where it is not enabled."""
+        return tuple(one.priority for one in self.data_priorities if one.lossless) if self.pfc.enabled else ()

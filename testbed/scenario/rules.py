@@ -80,6 +80,7 @@ def find_violations(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         _check_timely,
         _check_admission,
         _check_carrier,
+        _check_priorities,
         _check_workload,
         _check_jobs,
         _check_expectations,
@@ -221,6 +222,36 @@ def _check_carrier(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         path: KeyPath = ("transport", *key.split("."))
         if wrong and valid(path):
             yield Violation(path, f"must be {must} with carrier {transport.carrier}", hint)
+
+
+def _check_priorities(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    qos, listed, usual = scenario.qos, ("qos", "priorities"), ("qos", "lossless_priority")
+    if not valid(listed, usual):
+        return
+    seen: set[int] = set()
+    for index, one in enumerate(qos.priorities):
+        path: KeyPath = (*listed, index, "priority")
+        if one.priority in seen:
+            yield Violation(path, "must stand in the list once", "remove one of the two")
+        seen.add(one.priority)
+        if one.priority == qos.lossless_priority and not one.lossless:
+            rule = f"must be true for qos.lossless_priority ({one.priority})"
+            yield Violation((*listed, index, "lossless"), rule, "give qos.lossless_priority another number")
+    known = [one.priority for one in qos.data_priorities]
+    places: list[tuple[KeyPath, int | None]] = []
+    items: list[tuple[KeyPath, Workload]] = [
+        (("workload", index), item) for index, item in enumerate(scenario.workload)
+    ]
+    for number, job in enumerate(scenario.jobs):
+        items += [(("jobs", number, "workload", index), item) for index, item in enumerate(job.workload)]
+    for place, item in items:
+        places.append(((*place, "priority"), item.priority))
+        if isinstance(item, FlowsWorkload):
+            places += [((*place, "flows", index, "priority"), flow.priority) for index, flow in enumerate(item.flows)]
+    for path, priority in places:
+        if priority is not None and priority not in known and valid(path):
+            names = ", ".join(map(str, known))
+            yield Violation(path, f"must be a priority that carries data ({names})", "add it to qos.priorities")
 
 
 def idle_rtt_ns(scenario: Scenario) -> int:

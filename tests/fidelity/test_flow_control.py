@@ -107,9 +107,9 @@ def spine_pauser(fabric: Fabric) -> Iterator[Callable[[int], None]]:
     port = topology.port(spine.ports[0])
     with in_node(fabric, "spine0"):
         opened = open_bypass_socket(port.ifname)
-    sender = PauseSender({port.id: opened}, {port.id: mac_bytes(port.mac)}, PRIORITY)
+    sender = PauseSender({port.id: opened}, {port.id: mac_bytes(port.mac)})
     with opened:
-        yield lambda quanta: sender.send(port.id, quanta)
+        yield lambda quanta: sender.send(port.id, PRIORITY, quanta)
 
 
 @dataclass

@@ -99,7 +99,7 @@ def pauser(fabric: Fabric, node: str, ifname: str, port_id: int) -> Iterator[Pau
     with in_node(fabric, node):
         opened = open_bypass_socket(ifname)
     with opened:
-        yield PauseSender({port_id: opened}, {port_id: mac_bytes(fabric.plan.topology.port(port_id).mac)}, PRIORITY)
+        yield PauseSender({port_id: opened}, {port_id: mac_bytes(fabric.plan.topology.port(port_id).mac)})
 
 
 def next_pause(listening: socket.socket) -> bytes:
@@ -117,7 +117,7 @@ def test_pfc_frame_is_that_of_the_standard() -> None:
             listening_socket(fabric, "host0", "eth0") as listening,
             pauser(fabric, "leaf0", leaf.ifname, leaf.id) as sender,
         ):
-            sender.send(leaf.id, 0xFFFF)
+            sender.send(leaf.id, PRIORITY, 0xFFFF)
             data = next_pause(listening)
             mac = leaf.mac.replace(":", "")
             quanta = "0000" * PRIORITY + "ffff" + "0000" * (7 - PRIORITY)
@@ -125,7 +125,7 @@ def test_pfc_frame_is_that_of_the_standard() -> None:
             row = fabric.arrays.queues[topology.host_port(0).id, PRIORITY]
             wait_until(lambda: int(row["pause_frames"]) == 1, "the pause noted")
             assert (int(row["pause_quanta"]), int(row["xoff_frames"])) == (0xFFFF, 1)
-            sender.send(leaf.id, 0)
+            sender.send(leaf.id, PRIORITY, 0)
             wait_until(lambda: int(row["pause_frames"]) == 2, "the resume noted")
             assert (int(row["pause_quanta"]), int(row["xoff_frames"])) == (0, 1)
             others = np.delete(fabric.arrays.queues["pause_frames"][topology.host_port(0).id], PRIORITY)
@@ -179,15 +179,15 @@ def test_pause_of_someone_else_holds_until_its_quanta_expire() -> None:
         ):
             assert isinstance(flow, FlowControl)
             quanta = 10_000  # 0.256 s of wall time at this dilation
-            sender.send(leaf.id, quanta)
-            spin(flow, lambda: flow.closed[nic.id])
+            sender.send(leaf.id, PRIORITY, quanta)
+            spin(flow, lambda: flow.closed[nic.id, PRIORITY])
             closed_ns = time.monotonic_ns()
             for _ in range(20):
                 sending.send(frame)
             wait_until(lambda: int(queue["enq_packets"]) >= 20, "frames in the queue")
             gone = int(queue["deq_packets"])
             assert gone < 6  # the crawl lets one full frame's worth go
-            spin(flow, lambda: not flow.closed[nic.id])
+            spin(flow, lambda: not flow.closed[nic.id, PRIORITY])
             assert time.monotonic_ns() - closed_ns > 0.5 * quanta * 512 / 400e9 * fabric.plan.dilation.value * 1e9
             assert flow.expired_pauses == 1
             wait_until(lambda: int(queue["deq_packets"]) == int(queue["enq_packets"]), "all frames sent")
@@ -210,21 +210,21 @@ def test_watchdog_releases_a_queue_that_stays_paused(action: str) -> None:
             flow_control(fabric, time.monotonic_ns()) as flow,
         ):
             assert isinstance(flow, FlowControl)
-            sender.send(leaf.id, 0xFFFF)
-            spin(flow, lambda: flow.closed[nic.id])
+            sender.send(leaf.id, PRIORITY, 0xFFFF)
+            spin(flow, lambda: flow.closed[nic.id, PRIORITY])
             for _ in range(20):
                 sending.send(frame)
             spin(flow, lambda: flow.watchdog_releases == 1)
-            assert not flow.closed[nic.id]
+            assert not flow.closed[nic.id, PRIORITY]
             wait_until(lambda: int(queue["deq_packets"]) == 20, "the queue emptied")
             lost = int(queue["lost_packets"])
             assert lost > 10 if action == "drop" else lost == 0
             # While the storm lasts further pauses are not obeyed; once it is over they are.
-            sender.send(leaf.id, 0xFFFF)
+            sender.send(leaf.id, PRIORITY, 0xFFFF)
             wait_until(lambda: int(queue["pause_frames"]) == 2, "the second pause")
             flow.tick(time.monotonic_ns())
-            assert not flow.closed[nic.id]
+            assert not flow.closed[nic.id, PRIORITY]
             spin(flow, lambda: not int(queue["discard"]) and not any(flow._storm))
-            sender.send(leaf.id, 0xFFFF)
-            spin(flow, lambda: flow.closed[nic.id])
+            sender.send(leaf.id, PRIORITY, 0xFFFF)
+            spin(flow, lambda: flow.closed[nic.id, PRIORITY])
         assert_drained(fabric)

@@ -156,7 +156,7 @@ def sampled(draw: st.DrawFn) -> npt.NDArray[Any]:
 
 def split_all(samples: npt.NDArray[Any], chunks: Sequence[int]) -> list[dict[str, npt.NDArray[Any]]]:
     """Return all rows of both tables, the samples handed over in pieces."""
-    rows = SampleRows(time_dilation=2.0, priority=PRIORITY, labels=LABELS, states=[RATE_STATE])
+    rows = SampleRows(time_dilation=2.0, priorities=[PRIORITY], labels=LABELS, states=[RATE_STATE])
     found = [pair for piece in np.split(samples, chunks) for pair in rows.split(piece)]
     tables = []
     for table in (0, 1):
@@ -201,18 +201,17 @@ class Host:
         self.queues = np.zeros((PORTS + 1, 8), layout.QUEUE)
         self.ingress = np.zeros((PORTS + 1, 8), layout.INGRESS)
         self.qps = np.zeros(2 * QPS, layout.QP)
-        self.closed = np.zeros(PORTS + 1, bool)
+        self.closed = np.zeros((PORTS + 1, 8), bool)
         self.control = make("dcqcn", {}, np.full(QPS, 5e10)) if control else None
         states = 1 + len(self.control.state()) if self.control else 0
         self.shape = RingShape(PORTS, QPS, states)
         self.ring = SampleRing(bytearray(self.shape.ring.itemsize), self.shape)
         self.recorder = TickRecorder(
             self.ring,
-            range(1, PORTS + 1),
+            [(port, PRIORITY) for port in range(1, PORTS + 1)],
             queues=self.queues,
             ingress=self.ingress,
             qps=self.qps,
-            priority=PRIORITY,
             limit_bytes=limit_bytes,
         )
         self.recorder.begin_workload(0, QPS, self.closed, self.control)
@@ -234,10 +233,12 @@ def test_a_sample_is_what_the_arrays_held() -> None:
     host.queues["marked_packets"][2, PRIORITY] += 3
     host.ingress["used_bytes"][3, PRIORITY], host.ingress["xoff"][3, PRIORITY] = 4096, 1
     host.qps["cnps_packets"][2], host.qps["cnps_packets"][1] = 4, 9  # requester of QP 1; a responder
-    host.closed[1] = True
+    host.closed[1, PRIORITY] = True
     host.tick(1)
     host.tick(2)
-    rows = SampleRows(time_dilation=1.0, priority=PRIORITY, labels=LABELS, states=["rate_limit_bytes_per_s", "a", "t"])
+    rows = SampleRows(
+        time_dilation=1.0, priorities=[PRIORITY], labels=LABELS, states=["rate_limit_bytes_per_s", "a", "t"]
+    )
     ((queues, qps),) = rows.split(host.ring.take(99))
     shown = {
         name: list(zip(queues["time_ns"].tolist(), queues["port"].tolist(), queues[name].tolist(), strict=True))
@@ -263,7 +264,7 @@ def test_a_full_ring_skips_samples_and_loses_no_count() -> None:
         host.tick(number)
     assert host.ring.waiting() == size
     assert host.recorder.skipped_samples == 50
-    rows = SampleRows(time_dilation=1.0, priority=PRIORITY, labels=LABELS, states=[])
+    rows = SampleRows(time_dilation=1.0, priorities=[PRIORITY], labels=LABELS, states=[])
     found = list(rows.split(host.ring.take(size)))
     host.tick(size + 50)
     found += rows.split(host.ring.take(size))
@@ -310,7 +311,7 @@ def record(folder: Path, ticks: int) -> None:
     writer.start()
     host.recorder.start(0)
     for number in range(1, ticks + 1):
-        host.closed[1] = number % 10 < 3
+        host.closed[1, PRIORITY] = number % 10 < 3
         host.queues["marked_packets"][1, PRIORITY] += number % 7 == 0
         host.qps["cnps_packets"][0] += number % 9 == 0
         host.ingress["used_bytes"][2, PRIORITY] = 50 * number
