@@ -53,5 +53,5 @@ def _kind_of(fabric: Fabric, topology: Topology, link: Link) -> LinkClass:
 def lost_priorities(scenario: Scenario) -> tuple[int, ...]:
     """Return the priorities whose frames lossy links lose."""
     if scenario.fabric.lost_frames is LostFrames.DATA:
-        return (scenario.qos.lossless_priority,)
+        return tuple(one.priority for one in scenario.qos.data_priorities)
     return tuple(range(PRIORITIES))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,21 +13,13 @@ from testbed.carriers.engine import EngineCarrier, engine_carrier
 from testbed.carriers.protocol import WorkloadSamples
 from testbed.engine.flow_control import FlowControl
 from testbed.fabric import Fabric
-from testbed.kernel.gate import PauseSender, open_bypass_socket
-from testbed.kernel.links import mac_bytes
-from testbed.measure.verdict import judge
-from testbed.plan.compile import compile_plan
 from testbed.plan.model import Plan
-from testbed.results import FidelityVerdict
-from testbed.scenario import load_scenario
-from tests.netns.labs import Quiet, in_node, lab_name
+from tests.fidelity.runs import TWO_LEAVES, judged, plan_of, spine_pauser
+from tests.netns.labs import Quiet, lab_name
 
 pytestmark = [pytest.mark.root, pytest.mark.fidelity]
 
 INCAST = Path("scenarios/congestion/incast-15-pfc.yaml").read_text()
-TWO_LEAVES = Path("tests/netns/pfc.yaml").read_text()
-CAPACITY_PACKETS_PER_S = 150_000.0
-ATTEMPTS = 4
 PRIORITY = 3
 
 
@@ -41,12 +33,10 @@ class Seen:
     xoff_frames: int
 
 
-def plan_of(text: str, *settings: str) -> Plan:
-    return compile_plan(load_scenario(text, settings), capacity_packets_per_s=CAPACITY_PACKETS_PER_S)
-
-
-def run_plan(plan: Plan, prepare: Callable[[Fabric, EngineCarrier], None] = lambda *_: None) -> tuple[Seen, bool]:
-    """Run a plan's first workload; return what it showed and whether the machine can be trusted."""
+def run_plan(
+    plan: Plan, prepare: Callable[[Fabric, EngineCarrier], None] = lambda *_: None
+) -> tuple[Seen, WorkloadSamples]:
+    """Run a plan's first workload; return what it showed and its samples."""
     with Fabric.build(plan, lab_name("bars")) as fabric, engine_carrier(fabric) as (carrier, _):
         prepare(fabric, carrier)
         samples = carrier.run(0, Quiet())
@@ -57,20 +47,15 @@ def run_plan(plan: Plan, prepare: Callable[[Fabric, EngineCarrier], None] = lamb
             int(ingress["headroom_drops_packets"].sum()),
             int(queues["xoff_frames"].sum()),
         )
-    return seen, is_trusted(plan, samples)
-
-
-def is_trusted(plan: Plan, samples: WorkloadSamples) -> bool:
-    verdict = judge(samples.machine, wall_tick_ns=plan.dilation.wall_tick_ns, softnet_drops=0, steal_fraction=0.0)
-    return verdict.verdict is FidelityVerdict.TRUSTED
+    return seen, samples
 
 
 def trusted_run(plan: Plan, prepare: Callable[[Fabric, EngineCarrier], None] = lambda *_: None) -> Seen:
-    for _ in range(ATTEMPTS):
-        seen, trusted = run_plan(plan, prepare)
-        if trusted:
-            return seen
-    pytest.skip(f"not judged: none of {ATTEMPTS} runs could be trusted")
+    def run() -> tuple[Seen, list[WorkloadSamples]]:
+        seen, samples = run_plan(plan, prepare)
+        return seen, [samples]
+
+    return judged(plan, run)
 
 
 # --- incast --------------------------------------------------------------------------------------------------------------
@@ -99,19 +84,6 @@ def test_the_same_incast_without_pfc_drops() -> None:
 # --- pauses --------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def spine_pauser(fabric: Fabric) -> Iterator[Callable[[int], None]]:
-    """Yield what sends a PFC frame from the spine to leaf0."""
-    topology = fabric.plan.topology
-    (spine,) = (node for node in topology.nodes if node.name == "spine0")
-    port = topology.port(spine.ports[0])
-    with in_node(fabric, "spine0"):
-        opened = open_bypass_socket(port.ifname)
-    sender = PauseSender({port.id: opened}, {port.id: mac_bytes(port.mac)})
-    with opened:
-        yield lambda quanta: sender.send(port.id, PRIORITY, quanta)
-
-
 @dataclass
 class Pulse:
     """Pauses and resumes in turn, before every tick of a flow control."""
@@ -134,19 +106,21 @@ def delivered_share(paused_ticks: int, open_ticks: int) -> float:
     """Return the share of a saturated uplink's rate that is left when it is paused on and off."""
     both = "workload=[{pattern: flows, flows: [{src: 0, dst: 2, size: 8 MiB}, {src: 1, dst: 3, size: 8 MiB}], "
     plan = plan_of(TWO_LEAVES, "qos.pfc.enabled=true", both + "iters: 1, warmup_iters: 0}]")
-    for _ in range(ATTEMPTS):
+
+    def run() -> tuple[float, list[WorkloadSamples]]:
         with contextlib.ExitStack() as stack:
             fabric = stack.enter_context(Fabric.build(plan, lab_name("duty")))
             carrier, _ = stack.enter_context(engine_carrier(fabric))
             send = stack.enter_context(spine_pauser(fabric))
             assert isinstance(carrier.flow, FlowControl)
-            carrier.flow.tick = Pulse(carrier.flow, send, paused_ticks, open_ticks).tick  # type: ignore[method-assign]
+            pulse = Pulse(carrier.flow, lambda quanta: send(PRIORITY, quanta), paused_ticks, open_ticks)
+            carrier.flow.tick = pulse.tick  # type: ignore[method-assign]
             samples = carrier.run(0, Quiet())
-            send(0)
-        if is_trusted(plan, samples):
-            # Two flows share the uplink, so the ideal of either takes half of the time.
-            return 2 * plan.workloads[0].ideal_cct_ns / samples.cct_ns[0]
-    pytest.skip(f"not judged: none of {ATTEMPTS} runs could be trusted")
+            send(PRIORITY, 0)
+        # Two flows share the uplink, so the ideal of either takes half of the time.
+        return 2 * plan.workloads[0].ideal_cct_ns / samples.cct_ns[0], [samples]
+
+    return judged(plan, run)
 
 
 def test_half_of_the_time_paused_delivers_half() -> None:

@@ -1,0 +1,62 @@
+"""What the bars of flow control share: plans, runs that may be judged, and someone who sends pause frames."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from testbed.carriers.protocol import WorkloadSamples
+from testbed.fabric import Fabric
+from testbed.kernel.gate import PauseSender, open_bypass_socket
+from testbed.kernel.links import mac_bytes
+from testbed.measure.verdict import judge
+from testbed.plan.compile import compile_plan
+from testbed.plan.model import Plan
+from testbed.results import FidelityVerdict
+from testbed.scenario import load_scenario
+from tests.netns.labs import in_node
+
+T = TypeVar("T")
+
+TWO_LEAVES = Path("tests/netns/pfc.yaml").read_text()
+CAPACITY_PACKETS_PER_S = 150_000.0
+ATTEMPTS = 4
+
+
+def plan_of(text: str, *settings: str) -> Plan:
+    return compile_plan(load_scenario(text, settings), capacity_packets_per_s=CAPACITY_PACKETS_PER_S)
+
+
+def doubts_of(plan: Plan, samples: WorkloadSamples) -> tuple[str, ...]:
+    """Return why a run cannot be trusted; nothing where it can."""
+    verdict = judge(samples.machine, wall_tick_ns=plan.dilation.wall_tick_ns, softnet_drops=0, steal_fraction=0.0)
+    return () if verdict.verdict is FidelityVerdict.TRUSTED else tuple(verdict.reasons)
+
+
+def judged(plan: Plan, run: Callable[[], tuple[T, Sequence[WorkloadSamples]]]) -> T:
+    """Run until a run can be trusted and return what it showed; skip the test when none can."""
+    heard: list[str] = []
+    for _ in range(ATTEMPTS):
+        seen, samples = run()
+        doubts = [doubt for one in samples for doubt in doubts_of(plan, one)]
+        if not doubts:
+            return seen
+        heard.append(doubts[0])
+    pytest.skip(f"not judged: none of {ATTEMPTS} runs could be trusted: {'; '.join(heard)}")
+
+
+@contextlib.contextmanager
+def spine_pauser(fabric: Fabric) -> Iterator[Callable[[int, int], None]]:
+    """Yield what sends a PFC frame about a priority, with its quanta, from the spine to leaf0."""
+    topology = fabric.plan.topology
+    (spine,) = (node for node in topology.nodes if node.name == "spine0")
+    port = topology.port(spine.ports[0])
+    with in_node(fabric, "spine0"):
+        opened = open_bypass_socket(port.ifname)
+    sender = PauseSender({port.id: opened}, {port.id: mac_bytes(port.mac)})
+    with opened:
+        yield lambda priority, quanta: sender.send(port.id, priority, quanta)
