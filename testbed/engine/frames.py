@@ -374,7 +374,7 @@ def _templates(
 
 
 def address_rows(header: bytes, senders: list[QueuePair], tos: Sequence[int] | None = None) -> npt.NDArray[np.uint8]:
-    """Return a frame's header once for each sending QP, with its addresses, source port and destination QP, and a TOS byte of its own.
+    """Return a frame's header once for each sending QP, with its addresses, source port, destination QP and TOS byte.
 
     Returns:
         Shape ``(qps, header bytes)``.

@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.root, pytest.mark.fidelity]
 
 INCAST = Path("scenarios/congestion/incast-15-pfc.yaml").read_text()
 PRIORITY = 3
+# Of the shares and times below; a run counts where the machine's part is smaller.
+TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def trusted_run(plan: Plan, prepare: Callable[[Fabric, EngineCarrier], None] = l
         seen, samples = run_plan(plan, prepare)
         return seen, [samples]
 
-    return judged(plan, run)
+    return judged(plan, run, TOLERANCE)
 
 
 # --- incast --------------------------------------------------------------------------------------------------------------
@@ -68,7 +70,7 @@ def test_lossless_incast_takes_its_ideal_time(fan_in: int) -> None:
 
     assert seen.drops == seen.headroom_drops == 0
     assert seen.xoff_frames > 0
-    assert abs(seen.cct_ratio - 1) <= 0.02
+    assert abs(seen.cct_ratio - 1) <= TOLERANCE
 
 
 def test_the_same_incast_without_pfc_drops() -> None:
@@ -78,7 +80,7 @@ def test_the_same_incast_without_pfc_drops() -> None:
     seen, _ = run_plan(plan_of(INCAST, *small, *size))
 
     assert seen.drops > 0
-    assert seen.cct_ratio > 1.02
+    assert seen.cct_ratio > 1 + TOLERANCE
 
 
 # --- pauses --------------------------------------------------------------------------------------------------------------
@@ -120,17 +122,17 @@ def delivered_share(paused_ticks: int, open_ticks: int) -> float:
         # Two flows share the uplink, so the ideal of either takes half of the time.
         return 2 * plan.workloads[0].ideal_cct_ns / samples.cct_ns[0], [samples]
 
-    return judged(plan, run)
+    return judged(plan, run, TOLERANCE)
 
 
 def test_half_of_the_time_paused_delivers_half() -> None:
-    assert abs(delivered_share(20, 20) - 0.5) <= 0.02
+    assert abs(delivered_share(20, 20) - 0.5) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("paused_ticks", "open_ticks"), [(0, 1), (16, 24)])
 def test_another_duty_delivers_another_share(paused_ticks: int, open_ticks: int) -> None:
     """Negative control: the bound above is missed by any other duty."""
-    assert abs(delivered_share(paused_ticks, open_ticks) - 0.5) > 0.02
+    assert abs(delivered_share(paused_ticks, open_ticks) - 0.5) > TOLERANCE
 
 
 # --- headroom ------------------------------------------------------------------------------------------------------------

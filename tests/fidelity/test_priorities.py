@@ -17,7 +17,7 @@ from tests.netns.labs import Quiet, lab_name
 
 pytestmark = [pytest.mark.root, pytest.mark.fidelity]
 
-SIZE_MIB = 4
+SIZE_MIB = 6
 TOLERANCE = 0.02
 # Rank 0 to 2 at priority 3, rank 1 to 3 at priority 4: both over leaf0's one uplink.
 FLOWS = (
@@ -83,7 +83,7 @@ def share(weights: tuple[int, int], paused: int | None = None) -> Shared:
             rates = samples.together_bytes_per_s
         return Shared((float(times[0]), float(times[1])), (float(rates[0]), float(rates[1]))), [samples]
 
-    return judged(plan, run)
+    return judged(plan, run, TOLERANCE)
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (3, 1)])
