@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.engine.delay_line import DelayLine
+from testbed.engine.delayed_counts import DelayedCounts
 from testbed.engine.grant_frames import GrantWriter
 from testbed.engine.nic import NicPacer, share_budget
 from testbed.measure.samples import AdmissionSamples
@@ -131,9 +132,10 @@ class GrantedAdmission:
         self._arrived_packets = qps[qp_index(0, RESPONDER) : 2 * count : 2]["rx_packets"].view(np.int64)
         step = 2 * qps_per_connection
         self._received_grants = qps[qp_index(0, REQUESTER) : 2 * count : step]["grants"].view(np.int64)
-        # Nothing is acted on between ticks: each delay is rounded to the nearest.
-        self._arrivals = DelayLine(wall_data_delay_ns, 1, wall_tick_ns)
-        self._grants = DelayLine(wall_grant_delay_ns, 1, wall_tick_ns, early_ns=wall_tick_ns // 2)
+        # Grants leave at ticks: what arrives up to half a tick later counts, so that they are on time in the mean. They are acted
+        # on at the tick before they arrive, so that what they admit leaves on time.
+        self._arrivals = DelayedCounts(wall_data_delay_ns - wall_tick_ns // 2, wall_tick_ns)
+        self._grants = DelayLine(wall_grant_delay_ns, 1, wall_tick_ns, early_ns=wall_tick_ns)
         self._granted_before = np.zeros(len(firsts), np.int64)
         self._granted = np.zeros(len(firsts), np.int64)
         self._granted_at_ns = np.zeros((len(firsts), max_grants), np.int64)
@@ -145,7 +147,7 @@ class GrantedAdmission:
         self._granted_before += self._granted
         self._granted[:] = 0
         self._received = np.zeros_like(self._granted)
-        self._arrivals.reset(self._arrived_packets[None, :])
+        self._arrivals.reset(self._arrived_packets)
         self._grants.reset(self._received_grants[None, :])
         self._admitted_until = offset.copy()
         self._is_limited = np.ones(len(offset), bool)
@@ -156,8 +158,8 @@ class GrantedAdmission:
     def admit(self, now_ns: int, wants: Ints, released: Ints, sent: Ints, pacer: NicPacer) -> Ints:
         """Send the grants that are due and return what is admitted; see `Admission`."""
         self._turn += 1
-        self._hold_starved(now_ns, sent, pacer)
-        self._receive(now_ns)  # before any are sent: a snapshot holds what left a tick ago at the latest
+        came_at_ns = self._receive(now_ns)  # before any are sent: a snapshot holds what left a tick ago at the latest
+        self._hold_starved(now_ns, sent, came_at_ns, pacer)
         self._grant(now_ns, pacer)
         admitted = self._scheme.admitted_packets(self._received)
         fresh = np.minimum(wants, released - sent)
@@ -184,17 +186,23 @@ class GrantedAdmission:
         total: Ints = of_qps.reshape(-1, self._per_connection).sum(axis=1)
         return total
 
-    def _hold_starved(self, now_ns: int, sent: Ints, pacer: NicPacer) -> None:
-        """Let a NIC that had sent all that was admitted not make up for the time since: it waited for a grant."""
+    def _hold_starved(
+        self, now_ns: int, sent: Ints, came_at_ns: npt.NDArray[np.float64] | None, pacer: NicPacer
+    ) -> None:
+        """Let a NIC that had sent all that was admitted begin with the grant that came, and not make up for the time before."""
         left = sent < self._admitted_until
         starved = np.bincount(self._nic, self._is_limited & ~left, self._nics) > 0
         starved &= np.bincount(self._nic, left, self._nics) == 0
-        pacer.hold_until(starved, float(now_ns))
+        begin_ns = np.full(self._nics, float(now_ns))
+        if came_at_ns is not None:
+            first_ns = np.full(self._nics, np.inf)
+            np.minimum.at(first_ns, self._nic[:: self._per_connection], came_at_ns)
+            np.maximum(begin_ns, first_ns, out=begin_ns, where=np.isfinite(first_ns))
+        pacer.hold_until(starved, begin_ns)
 
     def _grant(self, now_ns: int, pacer: NicPacer) -> None:
         """Send CTS frames for what is due."""
-        self._arrivals.next_snapshot[0] = self._arrived_packets
-        arrived = self._of_connections(self._arrivals.advance(now_ns)[0] - self._offset)
+        arrived = self._of_connections(self._arrivals.advance(now_ns, self._arrived_packets) - self._offset)
         due = self._scheme.due(now_ns / self._dilation, arrived)
         missing = due.grants - self._granted
         repeated = due.repeat & (missing <= 0) & (self._granted > 0)
@@ -228,17 +236,24 @@ class GrantedAdmission:
             frames_of = np.bincount(self._lane_nic, counts, self._nics).astype(np.int64)
             pacer.charge(frames_of * (CTS_FRAME_BYTES + LINK_OVERHEAD_BYTES))
 
-    def _receive(self, now_ns: int) -> None:
-        """Take note of the grants that have come, and how long each was under way."""
+    def _receive(self, now_ns: int) -> npt.NDArray[np.float64] | None:
+        """Take note of the grants that have come, and how long each was under way.
+
+        Returns:
+            When grants came on each connection, shape ``(connections,)``, inf where none did; None where none did at all.
+        """
         self._grants.next_snapshot[0] = self._received_grants
         received = self._grants.advance(now_ns)[0] - self._granted_before
         news = np.flatnonzero(received > self._received)
         if not len(news):
-            return
+            return None
+        came_at_ns = np.full(len(received), np.inf)
+        came_at_ns[news] = self._grants.newest_at_ns(news)
         counts = (received - self._received)[news]
         connection = np.repeat(news, counts)
         place = np.arange(len(connection)) - np.repeat(np.cumsum(counts) - counts, counts)
         number = self._received[connection] + place  # from 0
         granted_at_ns = self._granted_at_ns[connection, number % self._granted_at_ns.shape[1]]
-        self._delays_ns.append((now_ns - granted_at_ns).astype(np.float64))
+        self._delays_ns.append(came_at_ns[connection] - granted_at_ns)
         self._received[news] = received[news]
+        return came_at_ns

@@ -98,6 +98,11 @@ class DelayLine:
         self._sent_at[slot, qps] = sent_at_ns
         self._sent_bytes[slot, qps] = sent_bytes
 
+    def newest_at_ns(self, qps: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+        """Return when the newest in the view arrived, of some QPs: sent at the tick before its snapshot, one delay ago."""
+        at_ns = [float(self._times[slot] + delay) for slot, delay in zip(self._newest, self._delays, strict=True)]
+        return np.array(at_ns)[np.array(self._delay_index, np.int64)[qps]]
+
     def arrived_at_ns(self, qp: int, sent_bytes: int, ns_per_byte: float) -> float:
         """Return when something in the view arrived: exact, not rounded to ticks.
 

@@ -10,6 +10,7 @@ windows come in, each at line rate, min(W, BDP) of them leave. All senders may h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ class AdmissionForecast:
         loop_ns: RTT: from a grant to the arrival of its first packet, without queues, the longest of them.
         bdp_bytes: C times the loop time, wire bytes.
         throughput_fraction: Predicted throughput over C.
+        busy_ns: Time at rate C of all that this NIC receives.
     """
 
     window_bytes: int
@@ -50,6 +52,11 @@ class AdmissionForecast:
     loop_ns: int
     bdp_bytes: int
     throughput_fraction: float
+    busy_ns: float
+
+    def stretched_ns(self, ideal_cct_ns: float) -> float:
+        """Return the completion time when the NIC receives at the predicted throughput and nothing else slows down."""
+        return ideal_cct_ns + self.busy_ns * (1.0 / self.throughput_fraction - 1.0)
 
 
 def grant_priority(scenario: Scenario) -> int:
@@ -123,6 +130,7 @@ def forecast_admission(
     wire_per_payload = (frame_bytes(Opcode.WRITE_MIDDLE, mtu) + LINK_OVERHEAD_BYTES) / mtu
     senders = int(counts[busiest])
     window = admission.window_bytes // mtu * mtu
+    received = int(messages.nbytes[np.isin(messages.connection, np.flatnonzero(nic == busiest))].sum())
     return AdmissionForecast(
         window_bytes=admission.window_bytes,
         grants=admission.grants,
@@ -131,6 +139,7 @@ def forecast_admission(
         senders=senders,
         loop_ns=longest,
         bdp_bytes=round(rate * longest),
+        busy_ns=received * wire_per_payload / rate,
         throughput_fraction=throughput_fraction(senders, window * wire_per_payload, admission.grants, rate * longest),
     )
 
@@ -141,9 +150,10 @@ def forecast_peak_bytes(plan: Plan, planned: PlannedWorkload) -> int | None:
     if found is None:
         return None
     mtu = plan.scenario.transport.mtu_bytes
-    frame = frame_bytes(Opcode.WRITE_MIDDLE, mtu)
+    frame = frame_bytes(Opcode.WRITE_FIRST, mtu)  # the larger ones, with a RETH
     tick_ns = plan.dilation.wall_tick_ns / plan.dilation.value
     tick_bytes = found.bdp_bytes * tick_ns / found.loop_ns
-    batch = (int(tick_bytes // plan.frame_wire_bytes) + 1) * frame
+    # A tick hands over the frames that begin in it, one more where it is a little late.
+    batch = (math.ceil(tick_bytes / plan.frame_wire_bytes) + 1) * frame
     window = found.window_bytes // mtu * frame
     return round(peak_bound_bytes(found.senders, window, found.bdp_bytes * frame / plan.frame_wire_bytes, batch))

@@ -496,7 +496,7 @@ def _plan_workload(
         one_way_ns=one_way,
         ideal_cct_ns=0.0,
         intra_host=build_intra_host_links(scenario),
-        predicted_cct_ratio=max(predicted, 1.0 / admission.throughput_fraction) if admission else predicted,
+        predicted_cct_ratio=predicted,
         traffic_factor=traffic.traffic_factor,
         resolution_error_fraction=0.0,
         flow_order=traffic.flow_order,
@@ -504,7 +504,10 @@ def _plan_workload(
         admission=admission,
     )
     if not traffic.jobs:
-        return [replace(planned, ideal_cct_ns=_ideal_cct_ns(planned, topology, scenario, 0))]
+        ideal_ns = _ideal_cct_ns(planned, topology, scenario, 0)
+        if admission:
+            predicted = max(predicted, admission.stretched_ns(ideal_ns) / ideal_ns)
+        return [replace(planned, ideal_cct_ns=ideal_ns, predicted_cct_ratio=predicted)]
     alone = [_plan_job(job, sent, planned, scenario, topology, links) for job in traffic.jobs]
     return [
         _run_together(planned, [alone[job] for job in jobs], topology, scenario, links)

@@ -18,6 +18,7 @@ from scapy.layers.l2 import Ether
 
 from testbed.collectives.schedule import ScheduleBuilder
 from testbed.engine.admission import GrantedAdmission
+from testbed.engine.delayed_counts import DelayedCounts
 from testbed.engine.grant_frames import FIFO_ENTRIES, GrantWriter
 from testbed.engine.nic import NicPacer
 from testbed.errors import ScenarioError
@@ -309,6 +310,29 @@ def test_grants_in_the_datas_queue_take_time_of_their_nic(
     assert world.pacer._free_at[2] - before == charged
 
 
+# --- counters of the past ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(500, 2000), st.integers(0, 50)), min_size=2, max_size=200),
+    st.lists(st.integers(0, 9000), min_size=1, max_size=3),
+)
+def test_counters_of_the_past_are_read_between_snapshots(steps: list[tuple[int, int]], delays: list[int]) -> None:
+    line = DelayedCounts(np.array(delays, np.int64), 1000)
+    line.reset(np.zeros(len(delays), np.int64))
+    times, counts = [0], [0]
+    for step, more in steps:
+        times.append(times[-1] + step)
+        counts.append(counts[-1] + more)
+        seen = line.advance(times[-1], np.full(len(delays), counts[-1]))
+        for value, delay in zip(seen.tolist(), delays, strict=True):
+            # The first snapshot is at times[1]; what is older stands as before.
+            expected = np.interp(times[-1] - delay, times[1:], counts[1:], left=0)
+            assert abs(value - expected) < 1 + 1e-6
+            assert value <= counts[-1]
+
+
 # --- forecast ------------------------------------------------------------------------------------------------------------
 
 
@@ -345,10 +369,13 @@ def test_plan_forecasts_the_busiest_nic() -> None:
     assert (found.senders, found.window_bytes, found.priority, found.shares_queue) == (4, 200 * 1024, 3, True)
     wire = 50 * 4178
     assert found.throughput_fraction == pytest.approx(4 * wire / (found.bdp_bytes + 4 * wire))
-    assert planned.predicted_cct_ratio == pytest.approx(1 / found.throughput_fraction)
-    # Ticks of 2 us: 23 full frames and one that has begun.
-    window = 50 * 4154
-    assert forecast_peak_bytes(plan, planned) == 4 * window - window + 4 * 24 * 4154
+    # 4 MiB at the predicted rate instead of the link's; what is not transfer is not stretched.
+    transfer_ns = 4 * 2**20 / 4096 * 4178 / 50
+    slower_ns = transfer_ns / found.throughput_fraction - transfer_ns
+    assert planned.predicted_cct_ratio == pytest.approx(1 + slower_ns / planned.ideal_cct_ns)
+    # Ticks of 2 us: 23.9 frames begin in one, one more where it is late.
+    window = 50 * 4170
+    assert forecast_peak_bytes(plan, planned) == 4 * window - window + 4 * 25 * 4170
     # Any switch port may carry grants of others, so none is faster than its link allows.
     assert plan.unshared_ports == plan.nic_ports()
 
