@@ -198,7 +198,8 @@ def _admission_lines(items: list[dict[str, Any]]) -> list[str]:
                 f"admission of {item['collective']}: window {format_size(found['window_bytes'])} in {found['grants']} grants, "
                 f"CTS frames at priority {found['priority']} in {queue}; {found['senders']} to one NIC, "
                 f"loop {format_time(found['loop_ns'], significant=4)}, BDP {format_size(found['bdp_bytes'])}: "
-                f"throughput {found['throughput_fraction']:.1%}, queue at most {format_size(found['peak_bound_bytes'])}\n"
+                f"throughput {found['together_throughput_fraction']:.1%} (windows together) to "
+                f"{found['throughput_fraction']:.1%} (in turn), queue at most {format_size(found['peak_bound_bytes'])}\n"
             )
     return lines
 

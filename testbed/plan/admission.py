@@ -1,8 +1,11 @@
 """What receiver-driven admission should lead to: its loop time, the queue it bounds, the throughput it allows.
 
 N connections send to one NIC of rate C, each with a window W in G grants. A piece of W/G is granted, its CTS frame travels, its
-data travels and is received behind the N pieces that arrive together; then it is granted anew. So a loop of RTT + N W/(G C) moves
-N W bytes: throughput = min(C, N W / (RTT + N W/(G C))), half of the link for W = BDP/N and G = 1, all of it for large G.
+data travels; when all of it is received it is granted anew. Where the pieces of all senders arrive *together* each takes
+N W/(G C) to be received, so throughput = min(C, N W / (RTT + N W/(G C))): half of the link for W = BDP/N and G = 1. Where they
+arrive *in turn* each takes W/(G C), so throughput = min(C, N W / (RTT + W/(G C))): 1/(1 + 1/N) of the link then. Windows that
+begin together do not stay so: who is ahead by d sends d C alone, so that N - 1 others stand behind it, and is ahead by (N - 1) d
+a loop later. For more than two senders a transfer begins as the first and comes to the second.
 
 What is sent and not arrived is N W at most. It stands in the queue before that NIC but for what has left it meanwhile: while the
 windows come in, each at line rate, min(W, BDP) of them leave. All senders may hand over a tick's frames at once.
@@ -40,7 +43,9 @@ class AdmissionForecast:
         senders: N, connections into that NIC that may send from the beginning; 1 where there are none.
         loop_ns: RTT: from a grant to the arrival of its first packet, without queues, the longest of them.
         bdp_bytes: C times the loop time, wire bytes.
-        throughput_fraction: Predicted throughput over C.
+        throughput_fraction: Predicted throughput over C with pieces that arrive in turn.
+        together_throughput_fraction: The same with pieces that arrive together, as those of the first window do.
+        grant_ns: What of the loop is the CTS frame's: the first data waits for it.
         busy_ns: Time at rate C of all that this NIC receives.
     """
 
@@ -52,11 +57,13 @@ class AdmissionForecast:
     loop_ns: int
     bdp_bytes: int
     throughput_fraction: float
+    together_throughput_fraction: float
+    grant_ns: int
     busy_ns: float
 
     def stretched_ns(self, ideal_cct_ns: float) -> float:
         """Return the completion time when the NIC receives at the predicted throughput and nothing else slows down."""
-        return ideal_cct_ns + self.busy_ns * (1.0 / self.throughput_fraction - 1.0)
+        return ideal_cct_ns + self.grant_ns + self.busy_ns * (1.0 / self.throughput_fraction - 1.0)
 
 
 def grant_priority(scenario: Scenario) -> int:
@@ -84,10 +91,11 @@ def grant_one_way_ns(paths: tuple[Path, ...], topology: Topology) -> npt.NDArray
     )
 
 
-def throughput_fraction(senders: int, window_bytes: float, grants: int, bdp_bytes: float) -> float:
-    """Return the predicted throughput over the link's rate; all bytes wire bytes."""
+def throughput_fraction(senders: int, window_bytes: float, grants: int, bdp_bytes: float, *, together: bool) -> float:
+    """Return the predicted throughput over the link's rate, with pieces that arrive together or in turn; bytes on the wire."""
     in_flight = senders * window_bytes
-    return min(1.0, in_flight / (bdp_bytes + in_flight / grants))
+    received = in_flight if together else window_bytes
+    return min(1.0, in_flight / (bdp_bytes + received / grants))
 
 
 def peak_bound_bytes(senders: int, window_bytes: float, bdp_bytes: float, batch_bytes: float) -> float:
@@ -124,13 +132,18 @@ def forecast_admission(
     at_once = carried[free & (carried < len(nic))]
     counts = np.bincount(nic[at_once] if len(at_once) else nic[:1])
     busiest = int(counts.argmax())
-    loop_ns = (one_way_ns + grant_one_way_ns(paths, topology)).reshape(-1, qps).max(axis=1)
+    grant_ns = grant_one_way_ns(paths, topology)
+    loop_ns = (one_way_ns + grant_ns).reshape(-1, qps).max(axis=1)
     longest = int(loop_ns[nic == busiest].max())
     rate = topology.nics[busiest].rate_bits_per_s / 8e9
     wire_per_payload = (frame_bytes(Opcode.WRITE_MIDDLE, mtu) + LINK_OVERHEAD_BYTES) / mtu
     senders = int(counts[busiest])
-    window = admission.window_bytes // mtu * mtu
+    window = admission.window_bytes // mtu * mtu * wire_per_payload
     received = int(messages.nbytes[np.isin(messages.connection, np.flatnonzero(nic == busiest))].sum())
+    fractions = [
+        throughput_fraction(senders, window, admission.grants, rate * longest, together=together)
+        for together in (False, True)
+    ]
     return AdmissionForecast(
         window_bytes=admission.window_bytes,
         grants=admission.grants,
@@ -139,8 +152,10 @@ def forecast_admission(
         senders=senders,
         loop_ns=longest,
         bdp_bytes=round(rate * longest),
+        throughput_fraction=fractions[0],
+        together_throughput_fraction=fractions[1],
+        grant_ns=int(grant_ns.reshape(-1, qps).max(axis=1)[nic == busiest].max()),
         busy_ns=received * wire_per_payload / rate,
-        throughput_fraction=throughput_fraction(senders, window * wire_per_payload, admission.grants, rate * longest),
     )
 
 

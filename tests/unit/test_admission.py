@@ -339,12 +339,16 @@ def test_counters_of_the_past_are_read_between_snapshots(steps: list[tuple[int, 
 @pytest.mark.parametrize("senders", [1, 4, 15])
 @pytest.mark.parametrize("grants", [1, 2, 12, 1000])
 def test_throughput_of_windows_of_a_share_of_the_bdp(senders: int, grants: int) -> None:
-    assert throughput_fraction(senders, 800e3 / senders, grants, 800e3) == pytest.approx(1 / (1 + 1 / grants))
+    window = 800e3 / senders
+    assert throughput_fraction(senders, window, grants, 800e3, together=True) == pytest.approx(1 / (1 + 1 / grants))
+    in_turn = throughput_fraction(senders, window, grants, 800e3, together=False)
+    assert in_turn == pytest.approx(1 / (1 + 1 / (senders * grants)))
 
 
 def test_throughput_and_peak_follow_the_formulas() -> None:
-    assert throughput_fraction(4, 800e3, 8, 800e3) == 1.0
-    assert throughput_fraction(1, 100e3, 1, 800e3) == pytest.approx(100 / 900)
+    for together in (True, False):
+        assert throughput_fraction(4, 800e3, 8, 800e3, together=together) == 1.0
+        assert throughput_fraction(1, 100e3, 1, 800e3, together=together) == pytest.approx(100 / 900)
     assert peak_bound_bytes(4, 200e3, 800e3, 10e3) == 4 * 200e3 - 200e3 + 40e3
     assert peak_bound_bytes(4, 900e3, 800e3, 10e3) == 4 * 900e3 - 800e3 + 40e3
 
@@ -368,10 +372,12 @@ def test_plan_forecasts_the_busiest_nic() -> None:
     assert found.bdp_bytes == pytest.approx(50 * found.loop_ns, abs=50)
     assert (found.senders, found.window_bytes, found.priority, found.shares_queue) == (4, 200 * 1024, 3, True)
     wire = 50 * 4178
-    assert found.throughput_fraction == pytest.approx(4 * wire / (found.bdp_bytes + 4 * wire))
+    assert found.throughput_fraction == pytest.approx(4 * wire / (found.bdp_bytes + wire))
+    assert found.together_throughput_fraction == pytest.approx(4 * wire / (found.bdp_bytes + 4 * wire))
+    assert found.grant_ns == pytest.approx(8_000 + 2 * 162 / 50, abs=1)
     # 4 MiB at the predicted rate instead of the link's; what is not transfer is not stretched.
     transfer_ns = 4 * 2**20 / 4096 * 4178 / 50
-    slower_ns = transfer_ns / found.throughput_fraction - transfer_ns
+    slower_ns = transfer_ns / found.throughput_fraction - transfer_ns + found.grant_ns
     assert planned.predicted_cct_ratio == pytest.approx(1 + slower_ns / planned.ideal_cct_ns)
     # Ticks of 2 us: 23.9 frames begin in one, one more where it is late.
     window = 50 * 4170
