@@ -24,6 +24,7 @@ _RATE_FRAMES = 32
 _EVENTS = {
     "ECN marks": ("queues", "marked_packets"),
     "CNPs received": ("qps", "cnps_packets"),
+    "CTS frames received": ("qps", "cts_packets"),
     "PFC frames received": ("queues", "pause_frames"),
     "drops": ("queues", "drop_packets"),
     "lost on links": ("queues", "lost_packets"),
@@ -302,9 +303,9 @@ def _event_panel(queues: Columns, qps: Columns, grid: _Grid) -> Panel | None:
     lines = [
         Line(title, grid.end_us, grid.sums(tables[table], column) * 1e3 / grid.length_ns, index)
         for index, (title, (table, column)) in enumerate(_EVENTS.items())
-        if tables[table][column].any()
+        if column in tables[table] and tables[table][column].any()  # a file may be older than a column
     ]
-    return Panel("Marks, CNPs, PFC, losses: whole fabric", "packets/µs", tuple(lines)) if lines else None
+    return Panel("Marks, CNPs, CTS, PFC, losses: whole fabric", "packets/µs", tuple(lines)) if lines else None
 
 
 def _fault_panel(queues: Columns, faults: list[dict[str, Any]]) -> Panel | None:

@@ -1,4 +1,4 @@
-"""The bars of receiver-driven admission: the queue it bounds, the rate that its windows allow, what a class of its own is worth."""
+"""The bars of receiver-driven admission: the queue it bounds, the rate its windows allow, what a class of its own is worth."""
 
 from __future__ import annotations
 
