@@ -118,7 +118,9 @@ def collective_results(
             wall_cct_ns=sample.wall_cct_ns,
             cct_ideal_ns=planned.ideal_cct_ns,
             traffic_factor=planned.traffic_factor,
-            predicted_cct_ratio=planned.predicted_cct_ratio,
+            predicted_cct_ratio=planned.predicted_cct_ratio
+            if sample.predicted_cct_ratio is None
+            else sample.predicted_cct_ratio,
             count=planned.count,
             fabric=fabric_counts(fabric_result(plan, counted, [sample])),
             fidelity=fidelity,

@@ -26,6 +26,11 @@ def open_carrier(
         from testbed.carriers.tcp import TcpTransport
 
         return message_carrier(fabric, TcpTransport, waiting)
+    if fabric.plan.scenario.transport.carrier is CarrierName.RXE:
+        from testbed.carriers.message_loop import message_carrier
+        from testbed.carriers.rxe import RxeTransport
+
+        return message_carrier(fabric, RxeTransport, waiting)
     from testbed.carriers.engine import engine_carrier
 
     return engine_carrier(fabric, waiting, series=series)

@@ -57,6 +57,9 @@ class MessageTransport(Protocol):
     def retransmitted_packets(self) -> int:
         """Return how many packets were sent again since the transport was opened."""
 
+    def predicted_cct_ratio(self) -> float | None:
+        """Return the predicted completion time over the ideal, None where the connections take the plan's paths."""
+
     def close(self) -> None:
         """Close every connection."""
 
@@ -133,6 +136,7 @@ class MessageCarrier:
         warmups, iters = planned.workload.warmup_iters, planned.workload.iters
         found: list[_Iteration] = []
         with contextlib.closing(self._open(self._fabric, planned, buffers)) as transport:
+            predicted = transport.predicted_cct_ratio()
             for number in range(warmups + iters):
                 warmup = number < warmups
                 listener.iteration(number if warmup else number - warmups, warmups if warmup else iters, warmup=warmup)
@@ -158,6 +162,7 @@ class MessageCarrier:
                 )
                 for job in planned.jobs
             ),
+            predicted_cct_ratio=predicted,
             wrong_elements=None if None in wrong else sum(one for one in wrong if one is not None),
         )
 

@@ -28,6 +28,7 @@ class WorkloadSamples:
         admission: What was noted about grants in each measured iteration; empty where there are none.
         job_cct_ns: Completion time of each measured iteration of each of the workload's jobs, from its start, emulated.
         wrong_elements: Elements that were wrong at their receivers in the measured iterations; None where no carrier moved any.
+        predicted_cct_ratio: What the load prediction gives for the paths that the carrier took; None where they are the plan's.
         warmup_cct_ns: Completion time of each warm-up iteration, emulated: nothing breaks in those.
         faults: What came of each fault in each measured iteration, in the order of `testbed.plan.victims.find_victims`; empty
             where nothing breaks on the way.
@@ -44,6 +45,7 @@ class WorkloadSamples:
     admission: tuple[AdmissionSamples, ...] = ()
     job_cct_ns: tuple[tuple[float, ...], ...] = ()
     wrong_elements: int | None = None
+    predicted_cct_ratio: float | None = None
     warmup_cct_ns: tuple[float, ...] = ()
     faults: tuple[tuple[Sighting, ...], ...] = ()
 

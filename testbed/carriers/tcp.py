@@ -161,6 +161,10 @@ class TcpTransport:
             total += struct.unpack_from("=I", info, _TOTAL_RETRANSMITS_OFFSET)[0]
         return total
 
+    def predicted_cct_ratio(self) -> float | None:
+        """Return None: the paths are the plan's, and so is the prediction."""
+        return None
+
     def close(self) -> None:
         """Close every connection."""
         for opened in [one.socket for one in self._senders] + [one.socket for one in self._receivers]:

@@ -54,6 +54,7 @@ def test_transfer_that_never_came_is_seen() -> None:
     [
         ("transport.congestion_control=dcqcn", "transport.congestion_control: must be none with carrier tcp"),
         ("transport.qp_strategy=dynamic", "transport.qp_strategy: must be split or round_robin with carrier tcp"),
+        ("transport.admission.scheme=cts", "transport.admission.scheme: must be none with carrier tcp"),
         ("transport.udp_source_port=per_pair", "transport.udp_source_port: must be per_qp with carrier tcp"),
     ],
 )

@@ -1,0 +1,124 @@
+"""Soft-RoCE devices: rdma_rxe on top of an interface in a network namespace.
+
+Whether the kernel's rxe knows namespaces is found out by trying: since it does, a device made inside a namespace has its UDP
+socket there. Before, the socket was in the initial namespace and no frame ever reached it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from testbed.errors import KernelError, MachineError
+from testbed.kernel.namespaces import entered
+
+_DEVICES = Path("/sys/class/infiniband")
+_ROCE_UDP_PORT_HEX = "12B7"
+# Devices and their ports' states come and go asynchronously.
+_PATIENCE_S = 10.0
+_LOOK_S = 0.005
+# What the program says where the kernel has no RDMA at all, or no such type of link.
+_NO_RXE_SIGNS = ("NETLINK_RDMA", "not supported", "No such file")
+
+
+def create_rxe(name: str, ifname: str, netns_fd: int) -> None:
+    """Create a device; names are global.
+
+    Raises:
+        MachineError: The kernel or a program for it is missing, or rxe does not know namespaces.
+        KernelError: The kernel refused it.
+    """
+    _require_programs()
+    with entered(netns_fd):
+        done = _run("rdma", "link", "add", name, "type", "rxe", "netdev", ifname)
+        if done.returncode:
+            words = done.stderr.strip()
+            if any(sign in words for sign in _NO_RXE_SIGNS):
+                raise MachineError(
+                    f"this kernel has no rdma_rxe: {words}",
+                    hint="`testbed run --virtual-time SCENARIO` and `testbed vm run -- COMMAND` bring a kernel that has",
+                )
+            raise KernelError(f"rdma link add {name} type rxe netdev {ifname}", errno.EINVAL, words)
+        listening = _listens_here()
+    if not listening:
+        delete_rxe(name)
+        raise MachineError(
+            "this kernel's rxe does not know network namespaces",
+            hint="testbed vm run --kernel trixie-backports -- COMMAND",
+        )
+
+
+def delete_rxe(name: str) -> None:
+    """Delete a device and wait until it is gone."""
+    _run("rdma", "link", "delete", name)
+    deadline = time.monotonic() + _PATIENCE_S
+    while (_DEVICES / name).exists() and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+
+
+def find_gid(name: str, address: str) -> tuple[int, str]:
+    """Return index and text of a device's RoCEv2 GID for an IPv4 address.
+
+    Raises:
+        MachineError: It has none.
+    """
+    wanted = "0000:0000:0000:0000:0000:ffff:" + ":".join(
+        f"{int(high):02x}{int(low):02x}" for high, low in (address.split(".")[:2], address.split(".")[2:])
+    )
+    port = _DEVICES / name / "ports" / "1"
+    deadline = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < deadline:
+        for gid in (port / "gids").iterdir():
+            kind = port / "gid_attrs" / "types" / gid.name
+            with contextlib.suppress(OSError):
+                if gid.read_text().strip() == wanted and "v2" in kind.read_text():
+                    return int(gid.name), wanted
+        time.sleep(_LOOK_S)
+    raise MachineError(f"{name} has no RoCEv2 GID for {address}", hint=f"look at `rdma link show {name}/1`")
+
+
+def read_rxe_counters(name: str) -> dict[str, int]:
+    """Return a device's counters by their names in the kernel."""
+    folder = _DEVICES / name / "ports" / "1" / "hw_counters"
+    found = {}
+    for entry in folder.iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            found[entry.name] = int(entry.read_text())
+    return found
+
+
+@contextlib.contextmanager
+def rxe_devices(wanted: dict[str, tuple[str, int]]) -> Iterator[None]:
+    """Have devices for the block.
+
+    Args:
+        wanted: Interface and descriptor of its namespace, by the device's name.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, (ifname, netns_fd) in wanted.items():
+            create_rxe(name, ifname, netns_fd)
+            stack.callback(delete_rxe, name)
+        yield
+
+
+def _require_programs() -> None:
+    if shutil.which("rdma") is None:
+        raise MachineError("there is no program 'rdma'", hint="apt-get install iproute2")
+    _run("modprobe", "-q", "rdma_rxe")  # it may be built in
+
+
+def _listens_here() -> bool:
+    """Return whether a UDP socket of this namespace has RoCE's port."""
+    return any(
+        line.split()[1].endswith(f":{_ROCE_UDP_PORT_HEX}")
+        for line in Path("/proc/thread-self/net/udp").read_text().splitlines()[1:]
+    )
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
