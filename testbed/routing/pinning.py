@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
 from testbed.routing.protocol import NO_SETTINGS, RoutingSettings
 from testbed.routing.tables import (
     ForwardingTables,
@@ -10,7 +15,7 @@ from testbed.routing.tables import (
     route_downwards,
     single_member,
 )
-from testbed.topology import Topology
+from testbed.topology import Node, Port, Topology
 
 
 class Pinning:
@@ -36,41 +41,63 @@ class Pinning:
         """Return the tables: one uplink per leaf and destination outside its rack."""
         builder = TablesBuilder(topology)
         route_downwards(builder, topology)
-        slices = max(len(topology.down_ports(leaf)) for leaf in topology.leaves)
-        slots_of = [filled_slots(topology, leaf) for leaf in topology.leaves]
-        first_of_zone: dict[int | None, int] = {}
-        for number, leaf in enumerate(topology.leaves):
-            first_of_zone.setdefault(leaf.zone, number)
+        destinations = _Destinations(topology)
         for leaf in topology.leaves:
-            groups = [single_member(port.id) for port in topology.uplinks(leaf)]
-            for number, other in enumerate(topology.leaves) if groups else ():
-                if other is not leaf:
-                    for slot in slots_of[number]:
-                        place = _uplink(slot % topology.slot_stride, number, slices, len(groups))
-                        builder.route(leaf.index, slot, groups[place])
+            uplinks = topology.uplinks(leaf)
+            places = destinations.uplinks(len(uplinks))
+            _pin(builder, leaf, uplinks, destinations, places, destinations.leaf != leaf.index)
         for spine in topology.spines:
-            groups = [single_member(port.id) for port in topology.uplinks(spine)]
-            for number, other in enumerate(topology.leaves) if groups else ():
-                if other.zone != spine.zone:
-                    rack = number - first_of_zone[other.zone]
-                    for slot in slots_of[number]:
-                        builder.route(spine.index, slot, groups[(slot % topology.slot_stride + rack) % len(groups)])
+            uplinks = topology.uplinks(spine)
+            places = (destinations.downlink + destinations.rack) % max(1, len(uplinks))
+            _pin(builder, spine, uplinks, destinations, places, destinations.zone != spine.zone)
         for superspine in topology.superspines:
-            for number, other in enumerate(topology.leaves):
-                down = [
-                    port for port in topology.down_ports(superspine) if topology.peer_node(port.id).zone == other.zone
-                ]
-                groups = [single_member(port.id) for port in down]
-                for slot in slots_of[number]:
-                    place = _uplink(slot % topology.slot_stride, number, slices, len(groups))
-                    builder.route(superspine.index, slot, groups[place])
+            down = topology.down_ports(superspine)
+            for zone in dict.fromkeys(leaf.zone for leaf in topology.leaves):
+                ports = [port for port in down if topology.peer_node(port.id).zone == zone]
+                places = destinations.uplinks(len(ports))
+                _pin(builder, superspine, ports, destinations, places, destinations.zone == zone)
         return builder.build()
 
 
 SCHEME = Pinning()
 
 
-def _uplink(downlink: int, leaf: int, slices: int, uplinks: int) -> int:
-    """Return the uplink, and so the spine of a zone, to which a destination is pinned: by its downlink and its leaf."""
-    sets = max(1, uplinks // slices)
-    return (slices * (leaf // 2 % sets) + downlink) % uplinks
+class _Destinations:
+    """Every NIC as a destination, each array of shape ``(NICs,)``.
+
+    Attributes:
+        slot: Its slot.
+        downlink: Its place among the slots of its leaf.
+        leaf: Node of its leaf.
+        rack: Number of the leaf within its zone.
+        zone: Number of the zone.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        rows: list[tuple[int, int, int, int, int]] = []
+        racks: dict[int | None, int] = {}
+        for number, leaf in enumerate(topology.leaves):
+            rack = racks[leaf.zone] = racks.get(leaf.zone, -1) + 1
+            rows += [(slot, number, leaf.index, rack, leaf.zone or 0) for slot in filled_slots(topology, leaf)]
+        self.slot, self._number, self.leaf, self.rack, self.zone = np.array(rows, np.intp).reshape(-1, 5).T
+        self.downlink = self.slot % topology.slot_stride
+        self._slices = max(len(topology.down_ports(leaf)) for leaf in topology.leaves)
+
+    def uplinks(self, count: int) -> npt.NDArray[np.intp]:
+        """Return the uplink of any leaf, and so the spine of the zone, to which each is pinned, of ``count``."""
+        sets = max(1, count // self._slices)
+        places: npt.NDArray[np.intp] = self._slices * (self._number // 2 % sets) + self.downlink
+        return places % max(1, count)
+
+
+def _pin(
+    builder: TablesBuilder,
+    switch: Node,
+    ports: Sequence[Port],
+    destinations: _Destinations,
+    places: npt.NDArray[np.intp],
+    chosen: npt.NDArray[np.bool_],
+) -> None:
+    """Let a switch send the destinations that are chosen to the port at each one's place."""
+    for place, port in enumerate(ports):
+        builder.route_slots(switch.index, destinations.slot[chosen & (places == place)], single_member(port.id))
