@@ -20,11 +20,13 @@ from testbed.routing import (
     Demand,
     FlowKey,
     RoutingSettings,
+    build_tables,
     link_loads,
     routing_scheme,
     trace_path,
     trace_routes,
 )
+from testbed.routing.links import LinkState, dead_ports_of
 from testbed.scenario import load_scenario
 from testbed.topology import LinkSpec, NodeKind, Topology, build_zones, check_port_numbers
 
@@ -293,3 +295,16 @@ def test_a_fabric_of_24_thousand_gpus_is_a_topology_but_cannot_be_emulated() -> 
     assert len({port.mac for port in topology.ports}) == len(topology.ports) == 102_400
     with pytest.raises(PlanError, match="102400 ports"):
         check_port_numbers(topology)
+
+
+@pytest.mark.parametrize("name", sorted(ROUTING_SCHEMES))
+def test_dead_links_between_zones_are_avoided_by_every_scheme(name: str) -> None:
+    topology = zones(2, leaves=2, spines=2, superspines=2)
+    dead = dead_ports_of(topology, ["spine0:superspine0", "spine3:superspine1", "leaf1:spine1"])
+    pairs = [(src, dst) for src in range(8) for dst in range(8) if src // 2 != dst // 2]
+    traffic = tuple(Demand(topology.host_port(src).id, flow(topology, src, dst), 1000) for src, dst in pairs)
+    settings = RoutingSettings(flowlet_gap_ns=1000, traffic=(traffic,), links=LinkState(dead))
+    tables = build_tables(topology, routing_scheme(name), hash_seed=3, settings=settings)
+    for demand in traffic:
+        for route in trace_routes(topology, tables, demand.src_port, demand.flow):
+            assert not dead & {port for end in route.path.ports for port in (end, topology.port(end).peer)}
