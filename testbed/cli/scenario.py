@@ -117,6 +117,9 @@ def _switch_lines(switches: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+_MOST_FAULTS = 8
+
+
 def _render_plan(plan: Plan, *, operations: bool) -> str:
     """Return a plan as text for people."""
     from testbed.cli.text import render_columns
@@ -144,6 +147,7 @@ def _render_plan(plan: Plan, *, operations: bool) -> str:
         lines.append(f"zones oversubscribed 1:{report['oversubscription']:.3g}\n\n")
     lines += _switch_lines(report["switches"])
     lines += [f"retransmit timeout  {format_time(plan.retransmit_timeout_ns, significant=4)}\n"]
+    lines += _fault_lines(report)
     lines += _dilation_lines(report["dilation"])
     items: list[tuple[object, ...]] = [
         (
@@ -183,6 +187,24 @@ def _render_plan(plan: Plan, *, operations: bool) -> str:
             "\n" + render_columns(("node", "command"), [(o["node"], o["command"]) for o in report["operations"]])
         )
     return "".join(lines)
+
+
+def _fault_lines(report: dict[str, Any]) -> list[str]:
+    """Return what breaks and when tables follow; of many flaps the first."""
+    from testbed.units import format_time
+
+    lines = []
+    faults = report.get("faults", [])
+    for fault in faults[:_MOST_FAULTS]:
+        until = "" if fault["until_ns"] is None else f" to {format_time(fault['until_ns'])}"
+        lines.append(f"fault               {fault['text']} at {format_time(fault['at_ns'])}{until}\n")
+    if len(faults) > _MOST_FAULTS:
+        lines.append(f"                    and {len(faults) - _MOST_FAULTS} more\n")
+    times = report.get("table_changes_ns", [])
+    if times:
+        more = f" and {len(times) - _MOST_FAULTS} times more" if len(times) > _MOST_FAULTS else ""
+        lines.append(f"tables change       at {', '.join(map(format_time, times[:_MOST_FAULTS]))}{more}\n")
+    return lines
 
 
 def _admission_lines(items: list[dict[str, Any]]) -> list[str]:

@@ -64,6 +64,9 @@ RECOVERED_FRACTION = 0.5
 """Share of what a fault's victims got before it, at which they are said to go again: with fewer links they may get no more."""
 
 
+_DIP_WINDOWS = 4
+
+
 class NoFaults:
     """A run in which nothing breaks."""
 
@@ -171,8 +174,9 @@ def recovery_ns(
 ) -> int | None:
     """Return how long after a fault its victims go again at half their rate or more.
 
-    That is from the fault to the beginning of the first window in which they deliver at least half of what they delivered in the
-    window before the fault, or in what there was of it. 0 where they never fell below.
+    Their rate is what they delivered in the window before the fault, or in what there was of it. If in none of the windows that
+    begin within four windows of the fault they deliver less than half of it, they have not suffered, and it is 0. Else it is from
+    the fault to the beginning of the first window after such a one in which they deliver half again.
 
     Args:
         seen_ns: When it was looked, ascending, shape ``(looks,)``.
@@ -195,5 +199,9 @@ def recovery_ns(
     starts = np.concatenate(([fault_ns], seen_ns[seen_ns > fault_ns]))
     starts = starts[starts + window_ns <= seen_ns[-1]]
     gained = np.interp(starts + window_ns, seen_ns, nbytes) - np.interp(starts, seen_ns, nbytes)
-    again = np.flatnonzero(gained >= RECOVERED_FRACTION * rate * window_ns)
-    return int(starts[again[0]] - fault_ns) if len(again) else None
+    below = gained < RECOVERED_FRACTION * rate * window_ns
+    dips = np.flatnonzero(below & (starts <= fault_ns + _DIP_WINDOWS * window_ns))
+    if not len(starts) or not len(dips):
+        return 0 if len(starts) else None
+    again = np.flatnonzero(~below[dips[0] :])
+    return int(starts[dips[0] + again[0]] - fault_ns) if len(again) else None

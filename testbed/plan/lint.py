@@ -10,6 +10,9 @@ from testbed.plan.dilation import DilationBound
 from testbed.plan.qos import find_qos_warnings
 from testbed.units import format_rate, format_size, format_time
 
+# Of a queue pair, before it gives up: IB's retry_cnt is three bits.
+_RETRIES = 7
+
 if TYPE_CHECKING:
     from testbed.plan.model import Plan, PlannedWorkload
 
@@ -37,6 +40,13 @@ def find_warnings(plan: Plan) -> tuple[str, ...]:
         shown = ", ".join(f"{name} {float(share):.3g}" for name, share in list(links.items())[:_SHOWN_LINKS])
         more = f" and {len(links) - _SHOWN_LINKS} more" if len(links) > _SHOWN_LINKS else ""
         warnings.append(f"links lose frames at random, drawn anew in every run whatever the seed: {shown}{more}")
+    patience_ns = _RETRIES * plan.retransmit_timeout_ns
+    slowest_ns = max(plan.scenario.routing.detection_time_ns, plan.scenario.routing.convergence_time_ns)
+    if any(step.state.dead_ports for step in plan.faults.steps[1:]) and slowest_ns > patience_ns:
+        warnings.append(
+            f"routing follows a dead link after {format_time(slowest_ns)}, {_RETRIES} retransmission timeouts take "
+            f"{format_time(patience_ns)}: queue pairs may give up before"
+        )
     warnings += find_qos_warnings(plan.scenario, plan.topology, plan.marking, plan.pausing)
     if not plan.pausing:
         for planned in plan.largest_workloads:  # what piles up grows with the size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -235,6 +236,13 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
         "retransmit_timeout_ns": plan.retransmit_timeout_ns,
         "warnings": list(plan.warnings),
     }
+    if plan.faults.incidents:
+        report["faults"] = [
+            {"text": one.text, "at_ns": one.begin_ns, "until_ns": one.end_ns} for one in plan.faults.incidents
+        ]
+        report["table_changes_ns"] = [
+            step.at_ns for before, step in itertools.pairwise(plan.faults.steps) if step.tables is not before.tables
+        ]
     if operations:
         names = [node.name for node in topology.nodes]
         report["operations"] = [

@@ -138,9 +138,9 @@ class FaultResult:
         moved_qps: Connections whose data took another way once all switches had reacted.
         detours: Some of these in words.
         lost_packets: Frames lost on the links that it touched, from then to the end, in all iterations.
-        recovery_ns: From the fault until the victims together delivered at least half of what they did before, over a window of
-            four round trips or 16 ticks, the longer of the two: the beginning of the first such window, median of the iterations.
-            0: they never fell below. None: they had nothing to deliver before, or were not seen to recover before the end.
+        recovery_ns: From the fault until the victims together delivered at least half of what they did before, over a window
+            of four round trips or 16 ticks, the longer; see `testbed.engine.faults.recovery_ns`. Median of the iterations.
+            0: they did not fall below. None: they had nothing to deliver before, or were not seen to recover before the end.
     """
 
     text: str

@@ -10,6 +10,7 @@ from testbed.errors import PlanError, ScenarioError
 from testbed.plan.compile import compile_plan
 from testbed.plan.faults import broken_at
 from testbed.plan.model import Plan
+from testbed.plan.report import describe_plan
 from testbed.plan.victims import find_victims
 from testbed.routing import dead_ports_of
 from testbed.scenario import load_scenario
@@ -177,7 +178,9 @@ def test_recovery_is_from_the_fault_to_the_first_window_at_half_the_rate() -> No
     # Two thirds of a window at 1.5 are half of one at 2: it begins a third of a window before they go again.
     assert found is not None
     assert abs(found - 28_000) <= 1000
-    assert recovery_ns(seen, nbytes, fault_ns=10_000, window_ns=6000) == 0
+    # What is delivered at first, out of buffers, is no recovery.
+    assert recovery_ns(seen, nbytes, fault_ns=15_000, window_ns=6000) == found + 5000
+    assert recovery_ns(seen, 2 * seen, fault_ns=10_000, window_ns=6000) == 0
     assert recovery_ns(seen[:40], nbytes[:40], fault_ns=20_000, window_ns=6000) is None
     assert recovery_ns(seen, np.zeros_like(seen), fault_ns=20_000, window_ns=6000) is None
 
@@ -241,3 +244,17 @@ def test_one_uplink_down_orders_the_schemes() -> None:
     assert found["pinning"] == pytest.approx(2.0)
     assert list(found.values()) == sorted(found.values())
     assert len(set(found.values())) == 4
+
+
+def test_the_plan_tells_what_breaks_and_when_and_warns_of_a_slow_protocol() -> None:
+    overrides = ['faults=[{at: 20 us, link_down: "leaf0:spine1"}]', "transport.retransmit_timeout=6 us"]
+    plan = compile_plan(load_scenario(TEXT, overrides), capacity_packets_per_s=None)
+    report = describe_plan(plan)
+    assert report["faults"] == [{"text": "link_down leaf0:spine1", "at_ns": 20_000, "until_ns": None}]
+    assert report["table_changes_ns"] == [21_000, 23_000]
+    assert not any("queue pairs may give up" in one for one in plan.warnings)
+    slow = compile_plan(
+        load_scenario(TEXT, [*overrides, "routing.convergence_time=43 us"]), capacity_packets_per_s=None
+    )
+    assert any("queue pairs may give up" in one for one in slow.warnings)
+    assert "faults" not in describe_plan(plan_of())
