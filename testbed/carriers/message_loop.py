@@ -265,7 +265,7 @@ class MessageCarrier:
             wall_seen_ns=moved - begin,
             retransmitted_packets=transport.retransmitted_packets() - retransmitted_before,
             machine=machine,
-            wall_paused_ns=flow.paused_until(clock.now_ns()) - paused_before,
+            wall_paused_ns=(flow.paused_until(clock.now_ns()) - paused_before).max(axis=1),
             wall_end_ns=end_ns - begin,
             together_bytes_per_wall_s=together_bytes * 1e9 / max(1, together_ns - begin),
             nvlink_bytes=intra_host.arrived_bytes,

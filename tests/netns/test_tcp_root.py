@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from testbed import api
 from testbed.carriers.choose import open_carrier
 from testbed.carriers.protocol import WorkloadSamples
 from testbed.fabric import Fabric
+from testbed.scenario import load_scenario
 from testbed.topology import NodeKind
-from tests.netns.labs import Quiet, lab_name, small_plan
+from tests.netns.labs import SCENARIO, Quiet, lab_name, small_plan
 
 pytestmark = pytest.mark.root
 
@@ -45,6 +47,14 @@ def test_all_reduce_over_tcp_is_right_and_takes_the_predicted_paths() -> None:
         # Headers are 2 % of full frames; ACKs, which go the other way, are about as much of what they acknowledge.
         assert nbytes * iterations <= sent[port] <= 1.1 * iterations * (nbytes + sum(predicted.values()) / 100), port
     assert sum(nbytes for port, nbytes in sent.items() if port.startswith(str(NodeKind.SPINE))) > 0
+
+
+def test_result_of_a_whole_run_says_what_was_wrong() -> None:
+    settings = [*TCP, ALL_REDUCE.replace("iters: 2", "iters: 1"), "qos.pfc.enabled=true"]
+    row = api.run(load_scenario(SCENARIO, settings)).results[0]
+    assert row.wrong_elements == 0
+    assert row.fabric.drops_packets == 0
+    assert row.fabric.pause_frames is not None
 
 
 def test_lost_segments_are_sent_again_and_the_sum_is_still_right() -> None:
