@@ -102,9 +102,14 @@ def build_plan(scenario: Scenario, *, measure: bool = True) -> Plan:
 
     if not measure:
         return compile_plan(scenario, capacity_packets_per_s=None)
-    from testbed.carriers.capacity import known_capacity, wall_tick_ns
+    from testbed.carriers.capacity import known_capacity, known_tick_lateness_ns, wall_tick_ns
 
-    return compile_plan(scenario, capacity_packets_per_s=known_capacity(), wall_tick_ns=wall_tick_ns())
+    return compile_plan(
+        scenario,
+        capacity_packets_per_s=known_capacity(),
+        wall_tick_lateness_ns=known_tick_lateness_ns(),
+        wall_tick_ns=wall_tick_ns(),
+    )
 
 
 def paths(scenario: Scenario) -> PathReport:
@@ -890,6 +895,7 @@ class _BaselineListener:
         from testbed.measure.counters import Snapshot
 
         if number == 0 and not warmup:
+            self._fabric.read_kernel_marks()
             self._fabric.arrays.queues["peak_bytes"] = 0
             self.baseline = Snapshot.of(
                 self._fabric.arrays.queues, self._fabric.arrays.qps, self._fabric.arrays.ingress
@@ -932,6 +938,7 @@ def _run_on(
             listener.note(planned.title)
             heard = _BaselineListener(fabric, listener)
             samples.append(carrier.run(index, heard))
+            fabric.read_kernel_marks()
             counters.append(
                 FabricCounters.between(
                     heard.baseline,
@@ -954,4 +961,6 @@ def _run_on(
             before = after
         refused = refused + carrier.warnings()
     warnings = [*refused, *(capture.stop().warnings() if capture is not None else ())]
-    return assemble_result(plan, samples, counters, fidelities, host=host, warnings=warnings)
+    return assemble_result(
+        plan, samples, counters, fidelities, host=host, warnings=warnings, back_ends=fabric.back_ends
+    )

@@ -16,6 +16,7 @@ from testbed.carriers.protocol import WorkloadSamples
 from testbed.measure.counters import FabricCounters
 from testbed.measure.verdict import worst
 from testbed.plan.model import Plan, PlannedWorkload
+from testbed.plan.operations import BackEnds
 from testbed.plan.victims import find_victims
 from testbed.results import (
     Check,
@@ -57,6 +58,7 @@ def assemble_result(
     *,
     host: Mapping[str, Any],
     warnings: Sequence[str],
+    back_ends: BackEnds | None = None,
 ) -> Result:
     """Return the result of a run.
 
@@ -67,6 +69,7 @@ def assemble_result(
         fidelities: The verdict on the machine for each row; the worst is the run's.
         host: Facts about it.
         warnings: Beside the plan's own.
+        back_ends: Which of the kernel's means did the work, if that is known.
     """
     results = collective_results(plan, samples, counters, fidelities)
     together = functools.reduce(operator.add, counters)
@@ -81,7 +84,17 @@ def assemble_result(
         fidelity=worst(fidelities),
         checks=tuple(judge_check(line, results) for line in expectations(plan)),
         warnings=(*plan.warnings, *warnings),
+        back_ends={} if back_ends is None else describe_back_ends(plan, back_ends),
     )
+
+
+def describe_back_ends(plan: Plan, back_ends: BackEnds) -> dict[str, str | None]:
+    """Return what did the work: the ports' scheduler, and the gate and the marker where anything is paused or marked."""
+    return {
+        "scheduler": "htb" if len(plan.queue_classes) > 1 else "tbf",
+        "gate": back_ends.gate if plan.pausing else None,
+        "marker": back_ends.marker if plan.marking else None,
+    }
 
 
 def expectations(plan: Plan) -> tuple[Expectation, ...]:

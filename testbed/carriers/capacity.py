@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from testbed.carriers.engine import engine_carrier
 from testbed.fabric import Fabric
 from testbed.host import in_virtual_time
@@ -97,6 +99,15 @@ def known_capacity() -> float | None:
         return None
 
 
+def known_tick_lateness_ns() -> int | None:
+    """Return how late this machine's ticks were at their 99th percentile when its capacity was measured; None if unknown."""
+    try:
+        data: dict[str, Any] = json.loads(cache_path().read_text())
+        return int(data[machine_key()]["tick_lateness_ns"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def measure_capacity(report: Callable[[str], None] = lambda text: None) -> float:
     """Measure the capacity of this machine, remember and return it.
 
@@ -112,8 +123,9 @@ def measure_capacity(report: Callable[[str], None] = lambda text: None) -> float
         KernelError: The fabric could not be built.
     """
     carried = 0.0
+    lateness_ns: list[int] = []
     for asked in _STEPS_PACKETS_PER_S:
-        if not any(try_load(asked) <= _CARRIED_RATIO for _ in range(_ATTEMPTS)):
+        if not any(try_load(asked, lateness_ns=lateness_ns) <= _CARRIED_RATIO for _ in range(_ATTEMPTS)):
             break
         carried = float(asked)
         report(f"carries {asked:,} packets/s")
@@ -123,7 +135,7 @@ def measure_capacity(report: Callable[[str], None] = lambda text: None) -> float
         known = json.loads(path.read_text())
     except (OSError, ValueError):
         known = {}
-    known[machine_key()] = {"packets_per_s": capacity}
+    known[machine_key()] = {"packets_per_s": capacity, "tick_lateness_ns": round(float(np.percentile(lateness_ns, 99)))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known, indent=1))
@@ -132,13 +144,20 @@ def measure_capacity(report: Callable[[str], None] = lambda text: None) -> float
     return capacity
 
 
-def try_load(packets_per_s: float, *, leaves: int = 4, seconds: float = _STEP_WALL_SECONDS) -> float:
+def try_load(
+    packets_per_s: float,
+    *,
+    leaves: int = 4,
+    seconds: float = _STEP_WALL_SECONDS,
+    lateness_ns: list[int] | None = None,
+) -> float:
     """Run a load over the reference fabric for a moment; return its completion time over the ideal, inf when frames were lost.
 
     Args:
         packets_per_s: Asked of all hosts together, wall time.
         leaves: Leaves of the reference fabric, four hosts each.
         seconds: How long, wall time.
+        lateness_ns: Gets how late each tick was.
     """
     hosts = 4 * leaves
     dilation = hosts * _RATE_BITS_PER_S / _FRAME_BITS / packets_per_s
@@ -147,6 +166,8 @@ def try_load(packets_per_s: float, *, leaves: int = 4, seconds: float = _STEP_WA
     plan = compile_plan(load_scenario(_REFERENCE, settings), capacity_packets_per_s=None, wall_tick_ns=wall_tick_ns())
     with Fabric.build(plan, f"capacity-{os.getpid()}") as fabric, engine_carrier(fabric) as (carrier, _):
         samples = carrier.run(0, _Quiet())
+    if lateness_ns is not None:
+        lateness_ns += samples.machine[0].wall_lateness_ns.tolist()
     if samples.retransmitted_packets or any(one.unaccounted_bytes for one in samples.machine):
         return float("inf")
     return samples.cct_ns[0] / plan.workloads[0].ideal_cct_ns

@@ -305,6 +305,9 @@ def render_result(result: Result) -> str:
         f"{fabric.nak_packets} NAKs, {fabric.retransmitted_packets} retransmitted (packets)\n"
     )
     lines += _congestion_lines(fabric)
+    used = [f"{what} {name}" for what, name in result.back_ends.items() if name is not None]
+    if len(used) > 1 or result.back_ends.get("scheduler") == "htb":
+        lines.append(f"# back ends: {', '.join(used)}\n")
     lines += _slowdown_lines(result)
     for row in result.results:
         lines += _fault_lines(row, several=len(result.results) > 1)

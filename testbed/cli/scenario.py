@@ -117,6 +117,31 @@ def _switch_lines(switches: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _priority_lines(report: dict[str, Any]) -> list[str]:
+    """Return the data priorities where there are several, and what of the headroom is this machine's reaction time."""
+    from testbed.units import format_time
+
+    lines = []
+    if len(report["data_priorities"]) > 1:
+        shown = ", ".join(
+            f"{one['priority']} ({'lossless' if one['lossless'] else 'lossy'}, weight {one['weight']})"
+            for one in report["data_priorities"]
+        )
+        lines.append(f"data priorities     {shown}; a class of {report['scheduler']} each\n")
+    allowance_ns, late_ns = report["wall_gate_allowance_ns"], report["wall_tick_lateness_ns"]
+    if allowance_ns is not None:
+        late = (
+            "assumed, not measured yet"
+            if late_ns is None
+            else f"of which ticks are {format_time(late_ns)} late, measured"
+        )
+        emulated = format_time(round(allowance_ns / report["time_dilation"]), significant=4)
+        lines.append(
+            f"reaction to pauses  {emulated} in the headroom: {format_time(allowance_ns, significant=4)} of wall time, {late}\n"
+        )
+    return lines
+
+
 _MOST_FAULTS = 8
 
 
@@ -146,6 +171,7 @@ def _render_plan(plan: Plan, *, operations: bool) -> str:
     if report["oversubscription"] is not None:
         lines.append(f"zones oversubscribed 1:{report['oversubscription']:.3g}\n\n")
     lines += _switch_lines(report["switches"])
+    lines += _priority_lines(report)
     lines += [f"retransmit timeout  {format_time(plan.retransmit_timeout_ns, significant=4)}\n"]
     lines += _fault_lines(report)
     lines += _dilation_lines(report["dilation"])

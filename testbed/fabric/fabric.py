@@ -23,8 +23,9 @@ from testbed.fabric.tables import TableWriter, count_rows
 from testbed.kernel import bpf, layout, registry
 from testbed.kernel.links import mac_bytes
 from testbed.kernel.namespaces import entered, open_namespace
-from testbed.kernel.netlink import require_root
+from testbed.kernel.netlink import RouteSocket, require_root
 from testbed.kernel.packet_socket import open_packet_socket
+from testbed.kernel.red import read_marks
 from testbed.kernel.scheduling import choose_cpus
 from testbed.plan.loss import lost_priorities
 from testbed.plan.model import Plan
@@ -270,6 +271,19 @@ class Fabric:
             LabError: The lab has no such node.
         """
         return namespace_of(self.state, node)
+
+    def read_kernel_marks(self) -> None:
+        """Note in the queues' counters what qdiscs have marked; where the eBPF program marks, it counts by itself."""
+        if self.back_ends.marker != "red":
+            return
+        for node in self.plan.topology.nodes:
+            descriptor = open_namespace(self.namespace_of(node.name))
+            try:
+                with entered(descriptor), RouteSocket() as route:
+                    for (index, priority), marked in read_marks(route).items():
+                        self.arrays.queues["marked_packets"][index - IFINDEX_BASE, priority] = marked
+            finally:
+                os.close(descriptor)
 
     @contextlib.contextmanager
     def packet_sockets(self) -> Iterator[list[socket.socket]]:

@@ -18,8 +18,9 @@ from testbed.errors import KernelError
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x100, 0x200, 0x400
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_NEWROUTE, RTM_NEWNEIGH, RTM_NEWRULE = 20, 24, 28, 32
-RTM_NEWQDISC, RTM_DELQDISC, RTM_NEWTCLASS, RTM_NEWTFILTER = 36, 37, 40, 44
-NLMSG_ERROR = 2
+RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC, RTM_NEWTCLASS, RTM_NEWTFILTER = 36, 37, 38, 40, 44
+NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_NLM_F_DUMP = 0x300
 _NLM_F_ACK_TLVS = 0x200
 _NLM_F_CAPPED = 0x100
 _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 270, 10, 11
@@ -130,6 +131,33 @@ class RouteSocket:
             offset += (size + 3) & ~3
         return attributes
 
+    def dump(self, operation: str, kind: int, payload: bytes) -> list[bytes]:
+        """Return the body of every answer to a request for all there is.
+
+        Args:
+            operation: The equal shell command.
+            kind: ``RTM_GET…``.
+            payload: Family header.
+
+        Raises:
+            KernelError: The kernel refused.
+        """
+        self._sequence += 1
+        header = _HEADER.pack(16 + len(payload), kind, NLM_F_REQUEST | _NLM_F_DUMP, self._sequence, 0)
+        self._socket.send(header + payload)
+        found: list[bytes] = []
+        while True:
+            data = self._socket.recv(1 << 20)
+            offset = 0
+            while offset + 16 <= len(data):
+                length, answer, _flags, _sequence, _pid = _HEADER.unpack_from(data, offset)
+                if answer == _NLMSG_DONE:
+                    return found
+                if answer == NLMSG_ERROR:
+                    raise KernelError(operation, -struct.unpack_from("=i", data, offset + 16)[0])
+                found.append(data[offset + 16 : offset + length])
+                offset += (length + 3) & ~3
+
     def _flush(self, batch: Sequence[Message]) -> None:
         first = self._sequence + 1
         parts = []
@@ -174,6 +202,19 @@ def _extended_ack(answer: bytes, flags: int) -> str:
             return answer[offset + 4 : offset + length].rstrip(b"\0").decode(errors="replace")
         offset += (length + 3) & ~3
     return ""
+
+
+def split_attributes(data: bytes) -> dict[int, bytes]:
+    """Return netlink attributes by number; of one that stands twice the last."""
+    found = {}
+    offset = 0
+    while offset + 4 <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        if length < 4:
+            break
+        found[kind & 0x3FFF] = data[offset + 4 : offset + length]
+        offset += (length + 3) & ~3
+    return found
 
 
 def require_root() -> None:

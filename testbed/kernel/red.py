@@ -14,11 +14,20 @@ from __future__ import annotations
 import struct
 
 from testbed.kernel import tc
-from testbed.kernel.netlink import NLM_F_CREATE, NLM_F_REPLACE, RTM_NEWQDISC, Message, attribute, attribute_u32
+from testbed.kernel.netlink import (
+    NLM_F_CREATE,
+    NLM_F_REPLACE,
+    RTM_NEWQDISC,
+    Message,
+    RouteSocket,
+    attribute,
+    attribute_u32,
+)
 
 _TCA_RED_PARMS, _TCA_RED_STAB, _TCA_RED_MAX_P, _TCA_RED_FLAGS = 1, 2, 3, 4
 _TC_RED_ECN, _TC_RED_NODROP = 1, 8
 _STAB_BYTES = 256
+_XSTATS = struct.Struct("=4I")
 # After an idle time nothing is left of the average: it is shifted by so many bits.
 _NO_MEMORY = 31
 _LIMIT_BYTES = 0x7FFFFFFF
@@ -56,6 +65,19 @@ def create_red(
 def red_handle(priority: int) -> int:
     """Return the handle of a queue's marker."""
     return tc.RED_HANDLE + (priority << 16)
+
+
+def read_marks(route: RouteSocket) -> dict[tuple[int, int], int]:
+    """Return the frames that each marker of the socket's namespace has marked, by interface index and priority.
+
+    Source:
+        include/uapi/linux/pkt_sched.h, ``struct tc_red_xstats``: early, pdrop, other, marked.
+    """
+    found = {}
+    for index, handle, kind, statistics in tc.read_qdiscs(route):
+        if kind == "red" and len(statistics) >= _XSTATS.size:
+            found[index, (handle - tc.RED_HANDLE) >> 16] = _XSTATS.unpack_from(statistics)[3]
+    return found
 
 
 def spacing_probability(share: float) -> float:

@@ -8,20 +8,24 @@ import struct
 from testbed.kernel.netlink import (
     NLM_F_CREATE,
     NLM_F_REPLACE,
+    RTM_GETQDISC,
     RTM_NEWQDISC,
     RTM_NEWTCLASS,
     RTM_NEWTFILTER,
     Message,
+    RouteSocket,
     attribute,
     attribute_text,
     attribute_u32,
+    split_attributes,
 )
 
 TC_H_ROOT = 0xFFFFFFFF
 TC_H_CLSACT = 0xFFFFFFF1
 TC_H_INGRESS_HOOK = 0xFFFFFFF2
 TC_H_EGRESS_HOOK = 0xFFFFFFF3
-_TCA_KIND, _TCA_OPTIONS = 1, 2
+_TCA_KIND, _TCA_OPTIONS, _TCA_XSTATS = 1, 2, 4
+_TCMSG_BYTES = 20
 _TCA_TBF_PARMS, _TCA_TBF_RATE64, _TCA_TBF_BURST = 1, 4, 6
 _LINKLAYER_ETHERNET = 1
 _TCA_BPF_FD, _TCA_BPF_NAME, _TCA_BPF_FLAGS, _TCA_BPF_FLAG_ACT_DIRECT = 6, 7, 8, 1
@@ -52,6 +56,17 @@ def handle_text(handle: int) -> str:
     """Return ``1:2`` for ``0x10002``."""
     minor = handle & 0xFFFF
     return f"{handle >> 16:x}:{minor:x}" if minor else f"{handle >> 16:x}:"
+
+
+def read_qdiscs(route: RouteSocket) -> list[tuple[int, int, str, bytes]]:
+    """Return interface index, handle, kind and statistics of its own of every qdisc in the socket's namespace."""
+    found = []
+    for body in route.dump("tc -s qdisc show", RTM_GETQDISC, _tcmsg(0, 0, 0)):
+        index, handle = struct.unpack_from("=iI", body, 4)
+        values = split_attributes(body[_TCMSG_BYTES:])
+        kind = values.get(_TCA_KIND, b"").rstrip(b"\0").decode()
+        found.append((index, handle, kind, values.get(_TCA_XSTATS, b"")))
+    return found
 
 
 def qdisc_payload(index: int, handle: int, parent: int, kind: str, options: bytes) -> bytes:

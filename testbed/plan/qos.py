@@ -194,6 +194,16 @@ def shared_bytes(switch: Switch, node: Node, thresholds: Mapping[int, PauseThres
 
 
 def _check_room(node: Node, switch: Switch, thresholds: Mapping[int, PauseThresholds], frame_bytes: int) -> None:
+    """Raise PlanError where a switch's memory cannot do what the thresholds ask for, whatever the traffic."""
+    for port in node.ports:
+        one = thresholds.get(port)
+        if one is not None and one.xoff_bytes is not None and one.xoff_bytes + one.headroom_bytes > switch.buffer_bytes:
+            raise PlanError(
+                f"qos.pfc: a port of {node.name} may hold {one.xoff_bytes + one.headroom_bytes} bytes before it has paused its "
+                f"neighbour (xoff {one.xoff_bytes}, headroom {one.headroom_bytes}), more than the {switch.buffer_bytes} bytes of "
+                "buffer: the lossless priority would drop",
+                hint="a smaller qos.pfc.xoff, or a larger fabric.switch.buffer",
+            )
     left = shared_bytes(switch, node, thresholds)
     if left < 2 * frame_bytes * len(node.ports):
         total = switch.buffer_bytes - left
@@ -229,7 +239,7 @@ def find_qos_warnings(
         if node.kind is NodeKind.HOST or not thresholds:
             continue
         static = [thresholds[port] for port in node.ports if thresholds[port].xoff_bytes is not None]
-        most = sum((one.xoff_bytes or 0) + one.headroom_bytes for one in static)
+        most = sum(((one.xoff_bytes or 0) + one.headroom_bytes) * len(one.priorities) for one in static)
         buffer = switch_of(scenario, node).buffer_bytes
         if most > buffer:
             warnings.append(

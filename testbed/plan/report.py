@@ -186,6 +186,7 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
         operations: Add ``operations[]``: the equal shell commands, in order, each with its node.
     """
     topology, dilation, fabric = plan.topology, plan.dilation, plan.scenario.fabric
+    paused = plan.scenario.qos.paused_priorities
     ports: list[Mapping[str, Any]] = [
         {
             "name": topology.port_name(port.id),
@@ -233,6 +234,13 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
         ],
         "workloads": [_describe_row(plan, planned, row) for planned in plan.workloads for row in planned.rows],
         "switches": _describe_switches(plan),
+        "data_priorities": [
+            {"priority": one.priority, "lossless": one.priority in paused, "weight": one.weight}
+            for one in plan.scenario.qos.data_priorities
+        ],
+        "scheduler": "htb" if len(plan.queue_classes) > 1 else "tbf",
+        "wall_tick_lateness_ns": plan.wall_tick_lateness_ns,
+        "wall_gate_allowance_ns": plan.wall_gate_allowance_ns if plan.pausing else None,
         "retransmit_timeout_ns": plan.retransmit_timeout_ns,
         "warnings": list(plan.warnings),
     }

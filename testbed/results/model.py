@@ -404,6 +404,7 @@ class Result:
         fidelity: Whether to trust it, that of the worst row; None when nothing ran.
         checks: One per line of ``expect:``.
         warnings: What to look at before trusting a figure, and what is not modelled.
+        back_ends: Which of the kernel's means did the work: ``scheduler``, ``gate``, ``marker``, or None.
         schema_version: Version of this structure.
     """
 
@@ -416,6 +417,7 @@ class Result:
     fidelity: Fidelity | None = None
     checks: tuple[Check, ...] = ()
     warnings: tuple[str, ...] = ()
+    back_ends: Mapping[str, str | None] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def to_json_dict(self) -> dict[str, Any]:

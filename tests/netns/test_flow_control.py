@@ -20,6 +20,7 @@ from testbed.fabric import Fabric
 from testbed.kernel.gate import PauseSender, open_bypass_socket
 from testbed.kernel.links import mac_bytes
 from testbed.kernel.packet_socket import open_packet_socket
+from testbed.kernel.probe import probe_qdisc
 from testbed.scenario import load_scenario
 from tests.netns.labs import (
     Quiet,
@@ -153,6 +154,14 @@ def test_tshark_decodes_the_pauses_of_a_run(tmp_path: Path) -> None:
 # --- gates ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["tbf", "plug"])
+def gate(request: pytest.FixtureRequest) -> str:
+    """Name a gate that this kernel has, as a setting; skip for one that it lacks."""
+    if request.param == "plug" and not probe_qdisc("plug"):
+        pytest.skip('this kernel has no qdisc "plug" (modprobe sch_plug)')
+    return f"qos.pfc.gate={request.param}"
+
+
 def spin(flow: FlowControl, condition: Callable[[], bool]) -> None:
     """Run the tick of the flow control alone until something holds."""
 
@@ -163,9 +172,9 @@ def spin(flow: FlowControl, condition: Callable[[], bool]) -> None:
     wait_until(look, "what the tick should bring about")
 
 
-def test_pause_of_someone_else_holds_until_its_quanta_expire() -> None:
+def test_pause_of_someone_else_holds_until_its_quanta_expire(gate: str) -> None:
     """A pause frame that we did not send stops the port; without refresh it starts again by itself."""
-    with small_fabric("qos.pfc.enabled=true", "fabric.host_link.delay=1 us", name="expiry") as fabric:
+    with small_fabric("qos.pfc.enabled=true", "fabric.host_link.delay=1 us", gate, name="expiry") as fabric:
         topology = fabric.plan.topology
         nic, leaf = topology.host_port(0), topology.port(topology.host_port(0).peer)
         queue = fabric.arrays.queues[nic.id, PRIORITY]
@@ -195,9 +204,9 @@ def test_pause_of_someone_else_holds_until_its_quanta_expire() -> None:
 
 
 @pytest.mark.parametrize("action", ["drop", "forward"])
-def test_watchdog_releases_a_queue_that_stays_paused(action: str) -> None:
+def test_watchdog_releases_a_queue_that_stays_paused(action: str, gate: str) -> None:
     watchdog = f"qos.pfc.watchdog={{enabled: true, detect: 5 us, restore: 20 us, action: {action}}}"
-    with small_fabric("qos.pfc.enabled=true", watchdog, name="watchdog") as fabric:
+    with small_fabric("qos.pfc.enabled=true", watchdog, gate, name="watchdog") as fabric:
         topology = fabric.plan.topology
         nic, leaf = topology.host_port(0), topology.port(topology.host_port(0).peer)
         queue = fabric.arrays.queues[nic.id, PRIORITY]

@@ -14,6 +14,7 @@ from testbed.kernel.gate import GatedQueue, QueueGates, bypass_sockets
 from testbed.kernel.gate_tbf import TbfGate
 from testbed.kernel.namespaces import open_namespace
 from testbed.kernel.packet_socket import open_packet_socket
+from testbed.kernel.probe import probe_qdisc
 from testbed.plan.operations import ShapePort
 from tests.netns.labs import (
     assert_drained,
@@ -114,8 +115,11 @@ def deviation(depths: list[int], marks: list[bool], chance: float = 1.0) -> floa
     return abs(sum(mark for _, mark in between) - expected) / spread
 
 
-def test_marks_follow_kmin_the_slope_and_kmax() -> None:
-    with small_fabric(*SETTINGS, f"qos.ecn.pmax={PMAX}", name="marks") as fabric:
+@pytest.mark.parametrize("marker", ["bpf", "red"])
+def test_marks_follow_kmin_the_slope_and_kmax(marker: str) -> None:
+    if marker == "red" and not probe_qdisc("red"):
+        pytest.skip('this kernel has no qdisc "red" (modprobe sch_red)')
+    with small_fabric(*SETTINGS, f"qos.ecn.pmax={PMAX}", f"qos.ecn.marker={marker}", name="marks") as fabric:
         depths, marks = marks_by_depth(fabric, KMAX // FRAME + 60, PRIORITY_TOS | ECT0)
         assert_drained(fabric)
         below = [mark for depth, mark in zip(depths, marks, strict=True) if depth <= KMIN]
@@ -133,6 +137,7 @@ def test_marks_follow_kmin_the_slope_and_kmax() -> None:
         # Negative control: the bound would not hold for half of pmax.
         assert deviation(depths, marks, chance=0.5) > 5
         port = fabric.plan.topology.port(fabric.plan.topology.host_port(1).peer)
+        fabric.read_kernel_marks()
         assert int(fabric.arrays.queues["marked_packets"][port.id, 3]) == sum(marks)
 
 

@@ -11,10 +11,13 @@ import pytest
 
 from testbed.carriers.flow_control import flow_control
 from testbed.engine.flow_control import FlowControl
-from testbed.fabric import Fabric
+from testbed.fabric import Fabric, ifindex_of
+from testbed.kernel import tc
 from testbed.kernel.gate import PauseSender, open_bypass_socket
 from testbed.kernel.links import mac_bytes
+from testbed.kernel.netlink import RouteSocket
 from testbed.kernel.packet_socket import open_packet_socket
+from testbed.kernel.probe import probe_qdisc
 from tests.netns.labs import (
     Quiet,
     assert_drained,
@@ -46,10 +49,13 @@ def deployed_fabric(*settings: str, name: str) -> Iterator[Fabric]:
         fabric.destroy()
 
 
+@pytest.mark.parametrize("gate", ["tbf", "plug"])
 @pytest.mark.parametrize("paused", [3, 4])
-def test_pause_frame_stops_its_priority_alone_on_a_deployed_lab(paused: int) -> None:
+def test_pause_frame_stops_its_priority_alone_on_a_deployed_lab(paused: int, gate: str) -> None:
+    if gate == "plug" and not probe_qdisc("plug"):
+        pytest.skip('this kernel has no qdisc "plug" (modprobe sch_plug)')
     other = 7 - paused
-    with deployed_fabric(*TWO, "fabric.host_link.delay=1 us", name=f"alone{paused}") as fabric:
+    with deployed_fabric(*TWO, f"qos.pfc.gate={gate}", "fabric.host_link.delay=1 us", name=f"alone{paused}") as fabric:
         topology = fabric.plan.topology
         nic, leaf = topology.host_port(0), topology.port(topology.host_port(0).peer)
         with in_node(fabric, "leaf0"):
@@ -97,6 +103,22 @@ def test_every_port_has_a_class_per_priority_and_unknown_ones_go_with_the_lossy(
         shown = run_in(fabric, "leaf0", "tc", "-s", "class", "show", "dev", "down0").stdout.split("class htb 10:")
         sent = {part.split()[0]: int(part.split("Sent ")[1].split()[2]) for part in shown[1:]}
         assert (sent["10"], sent["13"], sent["14"]) == (6, 3, 4)
+
+
+def test_qdiscs_of_a_node_are_read_with_their_kinds() -> None:
+    """How marks of the kernel are counted: each qdisc's own statistics, by interface and handle."""
+    with small_fabric(*TWO, name="read") as fabric:
+        with in_node(fabric, "leaf0"), RouteSocket() as route:
+            found = tc.read_qdiscs(route)
+        (port,) = (
+            port for port in fabric.plan.topology.ports if fabric.plan.topology.port_name(port.id) == "leaf0/up0"
+        )
+        kinds = {handle >> 16: kind for index, handle, kind, _ in found if index == ifindex_of(port.id)}
+        assert kinds[0x1] == "mq"
+        assert kinds[0x10] == "htb"
+        assert kinds[0x20] == "pfifo"
+        if fabric.back_ends.gate == "tbf":
+            assert [kinds[0x30 + priority] for priority in (3, 4)] == ["tbf", "tbf"]
 
 
 def test_lossless_priorities_lose_nothing_where_a_lossy_one_drops() -> None:

@@ -87,6 +87,7 @@ def test_json_has_the_keys_that_scripts_rely_on() -> None:
         "fidelity",
         "checks",
         "warnings",
+        "back_ends",
     ]
     assert fields["schema_version"] == 1
     assert {
