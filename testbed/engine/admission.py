@@ -43,13 +43,12 @@ class Admission(Protocol):
             packets: Packets that each QP sends in this one, shape ``(qps,)``; or each connection, shape ``(connections,)``.
         """
 
-    def admit(self, now_ns: int, wants: Ints, released: Ints, sent: Ints, pacer: NicPacer) -> Ints:
-        """Send the grants that are due, and return how many of the packets each QP wants to send are admitted.
+    def admit(self, now_ns: int, released: Ints, sent: Ints, pacer: NicPacer) -> Ints:
+        """Send the grants that are due, and return how far each QP may send; what it sends again it may.
 
         Args:
             now_ns: The clock.
-            wants: Packets that each QP could send, those to be sent again included, shape ``(qps,)``.
-            released: End of what each was given to send, counted over all iterations.
+            released: End of what each QP was given to send, counted over all iterations, shape ``(qps,)``.
             sent: Next new packet of each.
             pacer: Told of grants that share the NIC's queue with data, and which NICs had nothing admitted.
         """
@@ -66,9 +65,9 @@ class NoAdmission:
     def restart(self, now_ns: int, offset: Ints, packets: Ints) -> None:
         """Do nothing."""
 
-    def admit(self, now_ns: int, wants: Ints, released: Ints, sent: Ints, pacer: NicPacer) -> Ints:
-        """Return what is wanted."""
-        return wants
+    def admit(self, now_ns: int, released: Ints, sent: Ints, pacer: NicPacer) -> Ints:
+        """Return all that was given."""
+        return released
 
     def finish(self) -> AdmissionSamples | None:
         """Return nothing."""
@@ -155,25 +154,22 @@ class GrantedAdmission:
         self._frames = self._repeated = 0
         self._delays_ns: list[npt.NDArray[np.float64]] = []
 
-    def admit(self, now_ns: int, wants: Ints, released: Ints, sent: Ints, pacer: NicPacer) -> Ints:
+    def admit(self, now_ns: int, released: Ints, sent: Ints, pacer: NicPacer) -> Ints:
         """Send the grants that are due and return what is admitted; see `Admission`."""
         self._turn += 1
         came_at_ns = self._receive(now_ns)  # before any are sent: a snapshot holds what left a tick ago at the latest
         self._hold_starved(now_ns, sent, came_at_ns, pacer)
         self._grant(now_ns, pacer)
         admitted = self._scheme.admitted_packets(self._received)
-        fresh = np.minimum(wants, released - sent)
+        wants = released - sent
         new: Ints
         if self._per_connection == 1:
-            new = np.minimum(fresh, np.maximum(admitted + self._offset - sent, 0))
+            new = np.minimum(wants, np.maximum(admitted + self._offset - sent, 0))
         else:
             left = admitted - self._of_connections(sent - self._offset)
-            new = share_budget(self._connection_of, fresh, np.maximum(left, 0), self._turn)
-        np.less(new, fresh, out=self._is_limited)
-        np.add(sent, new, out=self._admitted_until)
-        # What goes before `sent` was granted when it was sent first.
-        again: Ints = wants - fresh
-        return new + again
+            new = share_budget(self._connection_of, wants, np.maximum(left, 0), self._turn)
+        np.less(new, wants, out=self._is_limited)
+        return np.add(sent, new, out=self._admitted_until)
 
     def finish(self) -> AdmissionSamples | None:
         """Return what this iteration noted."""

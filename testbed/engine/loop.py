@@ -453,14 +453,12 @@ class TickLoop:
             deq = data.lane_deq_bytes()  # before enq: a depth is never negative
             room = deq - data.lane_enq_bytes()
             room += allowance
-            wants = recovery.wants(released)
+            wants = recovery.wants(admission.admit(now, released, sent, pacer) if admission.limits else released)
             if self._setup.selective and (shut := (wants <= 0) & (released > sent)).any():
                 # A NIC all of whose QPs have used up their windows does not make up for it.
                 closed = np.bincount(nic, weights=shut, minlength=nics) > 0
                 closed &= np.bincount(nic, weights=wants > 0, minlength=nics) == 0
                 pacer.hold_until(closed, float(now + tick_ns))
-            if admission.limits:
-                wants = admission.admit(now, wants, released, sent, pacer)
             if limit.limits:
                 wants = limit.allowed(now, wants)
                 starts_at = np.full(nics, np.inf)

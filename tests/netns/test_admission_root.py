@@ -204,6 +204,21 @@ def test_lost_grants_are_made_up_for_by_later_ones() -> None:
         assert int(responders["rx_packets"].sum()) == 2 * 3 * PACKETS
 
 
+@pytest.mark.parametrize("recovery", ["go_back_n", "selective"])
+@pytest.mark.parametrize("qps", [1, 3])
+def test_lost_data_is_sent_again_within_the_window(recovery: str, qps: int) -> None:
+    lossy = ("fabric.host_link.loss=1/50", "fabric.lost_frames=data", "transport.retransmit_timeout=60 us")
+    with ran(CTS, *lossy, f"transport.loss_recovery={recovery}", f"transport.qps_per_connection={qps}") as (
+        fabric,
+        samples,
+    ):
+        assert samples.retransmitted_packets > 0  # precondition
+        responders = fabric.arrays.qps[qp_index(0, RESPONDER) :: 2]
+        assert int(responders["rx_payload_bytes"].sum()) == 2 * 3 * PACKETS * 4096
+        # What is sent again comes beside what is granted, but for what was lost: at most a window more.
+        assert receivers_peak(fabric) <= 2 * 3 * WINDOW_PACKETS * FRAME_BYTES
+
+
 def test_grant_is_repeated_after_a_silence_when_all_were_lost() -> None:
     def lose_the_first(fabric: Fabric) -> None:
         enough = int(fabric.arrays.queues["lost_packets"][:, 7].sum()) >= 3 * GRANTS

@@ -223,10 +223,10 @@ class World:
         history = [base.copy()] * self.TRANSIT_TICKS
         for tick in range(ticks):
             now = tick * self.TICK_NS
-            wants = base + each - sent
-            allowed = self.admission.admit(now, wants, base + each, sent, self.pacer)
-            assert (allowed <= wants).all()
-            sent += allowed
+            until = self.admission.admit(now, base + each, sent, self.pacer)
+            assert (until >= sent).all()
+            assert (until <= base + each).all()
+            sent = until.copy()
             in_flight = (sent - responders["rx_packets"].astype(np.int64)).reshape(2, -1).sum(axis=1)
             self.most_in_flight = max(getattr(self, "most_in_flight", 0), int(in_flight.max()))
             history.append(sent.copy())
@@ -281,7 +281,7 @@ def test_nic_that_waited_for_a_grant_does_not_make_up_for_the_time(monkeypatch: 
     wants, sent = np.full(2, 100), np.zeros(2, np.int64)
     for tick in range(10):
         now = tick * World.TICK_NS
-        allowed = world.admission.admit(now, wants, wants, sent, world.pacer)
+        allowed = world.admission.admit(now, wants, sent, world.pacer)
         if allowed.any():
             break
         world.pacer.budget(now, ints(0, 0, 0), np.full(3, 1e9), np.zeros(3))
@@ -291,12 +291,17 @@ def test_nic_that_waited_for_a_grant_does_not_make_up_for_the_time(monkeypatch: 
     assert budget.tolist() == [1, 1, 0]
 
 
-def test_packets_sent_again_need_no_grant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qp_that_went_back_may_send_again_what_was_granted(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, qps=1, window=8, grants=1)
     world.admission.restart(0, np.zeros(2, np.int64), np.full(2, 100))
-    # All of a window is sent, three of its packets are missing at the receiver, 92 are new.
-    allowed = world.admission.admit(0, ints(95, 92), ints(100, 100), ints(8, 8), world.pacer)
-    assert allowed.tolist() == [3, 0]
+    sent = np.zeros(2, np.int64)
+    for tick in range(10):
+        until = world.admission.admit(tick * World.TICK_NS, np.full(2, 100), sent, world.pacer)
+        sent = until.copy()
+    assert sent.tolist() == [8, 8]
+    # The second lost all but three packets.
+    until = world.admission.admit(10 * World.TICK_NS, np.full(2, 100), ints(8, 3), world.pacer)
+    assert until.tolist() == [8, 8]
 
 
 @pytest.mark.parametrize(("priority", "charged"), [(3, 2 * 162), (6, 0)])
@@ -306,7 +311,7 @@ def test_grants_in_the_datas_queue_take_time_of_their_nic(
     world = World(monkeypatch, qps=1, window=8, grants=1, priority=priority)
     world.admission.restart(0, np.zeros(2, np.int64), np.full(2, 100))
     before = world.pacer._free_at[2]
-    world.admission.admit(0, np.full(2, 100), np.full(2, 100), np.zeros(2, np.int64), world.pacer)
+    world.admission.admit(0, np.full(2, 100), np.zeros(2, np.int64), world.pacer)
     assert world.pacer._free_at[2] - before == charged
 
 
