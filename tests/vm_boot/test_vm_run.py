@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 TESTBED = [sys.executable, "-m", "testbed"]
 INFRASTRUCTURE_EXIT = 125
+SCENARIO = Path(__file__).parents[2] / "scenarios" / "virtual-time.yaml"
+# The bar of virtual time; docs/virtual-machine.md.
+REPEAT_FRACTION = 0.005
 
 pytestmark = pytest.mark.root
 
@@ -43,3 +49,45 @@ def test_command_that_takes_too_long_is_ended() -> None:
     assert done.returncode == INFRASTRUCTURE_EXIT
     assert "error: `sleep 1000` did not end within 2 s" in done.stderr
     assert "once more" not in done.stderr
+
+
+@contextlib.contextmanager
+def busy_neighbours(count: int) -> Iterator[None]:
+    """Keep processes that do nothing but compute for the block."""
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+
+
+def test_run_in_virtual_time_repeats_beside_busy_neighbours(tmp_path: Path) -> None:
+    times = []
+    for neighbours in (0, 4):
+        folder = tmp_path / str(neighbours)
+        with busy_neighbours(neighbours):
+            done = subprocess.run(
+                [
+                    *TESTBED,
+                    "run",
+                    "--virtual-time",
+                    str(SCENARIO),
+                    "--iters",
+                    "1",
+                    "--no-series",
+                    "--output",
+                    str(folder),
+                ],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=550,
+            )
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert ", in virtual time\n" in done.stdout
+        result = json.loads((folder / "result.json").read_text())
+        assert result["fidelity"]["verdict"] == "trusted"
+        times.append(result["results"][0]["cct_ns"][0])
+    assert max(times) / min(times) - 1.0 <= REPEAT_FRACTION, times
