@@ -1,0 +1,52 @@
+"""What an uplink costs that is down, and one that dies on the way, against what the tables and the times of rerouting give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import testbed
+from testbed.results import FidelityVerdict, Result
+
+pytestmark = [pytest.mark.root, pytest.mark.fidelity]
+
+SCENARIOS = Path(__file__).parents[2] / "scenarios" / "faults"
+ATTEMPTS = 4
+# Switch ports are 0.3 % fast, and their buckets hold some ticks' worth: a shared link may be that much faster than predicted.
+TOLERANCE = 0.04
+
+
+def trusted_run(file: str, *settings: str) -> Result:
+    """Return a run that this machine could be trusted with; skip as not judged when there is none in a few."""
+    scenario = testbed.load(SCENARIOS / file, settings)
+    for _ in range(ATTEMPTS):
+        result = testbed.run(scenario, series=False)
+        if result.fidelity is not None and result.fidelity.verdict is FidelityVerdict.TRUSTED:
+            return result
+    pytest.skip(f"not judged: none of {ATTEMPTS} runs could be trusted")
+
+
+def test_an_uplink_that_is_down_costs_what_the_tables_say() -> None:
+    short = ("workload[0].size=8MiB", "workload[0].warmup_iters=0", "time_dilation=3000")
+    (broken,), (whole,) = (trusted_run("uplink-down.yaml", *short, *more).results for more in ((), ("faults=[]",)))
+    assert broken.predicted_cct_ratio == pytest.approx(2.0)
+    assert broken.cct_ratio == pytest.approx(2.0, rel=TOLERANCE)
+    assert whole.cct_ratio == pytest.approx(1.0, abs=0.01)  # the negative control
+
+
+def test_a_link_that_dies_costs_the_detour_and_at_most_the_outage() -> None:
+    settings = ("workload[0].iters=1", "workload[0].warmup_iters=0", "time_dilation=3000")
+    (row,) = trusted_run("link-dies.yaml", *settings).results
+    (fault,) = row.faults
+    assert row.cct_ideal_ns is not None
+    assert row.cct_ratio is not None
+    # Before, all goes at line rate; after, two flows share an uplink. In between the victims stand still, until all switches know
+    # and at the latest a retransmission timeout later.
+    timely = (fault.at_ns + 2 * (row.cct_ideal_ns - fault.at_ns)) / row.cct_ideal_ns
+    outage_ns = 100_000 + 400_000
+    assert (1 - TOLERANCE) * timely <= row.cct_ratio <= (1 + TOLERANCE) * (timely + outage_ns / row.cct_ideal_ns)
+    assert fault.moved_qps > 0
+    assert fault.lost_packets > 0
+    assert row.fabric.retransmitted_packets is not None
+    assert row.fabric.retransmitted_packets > 0
