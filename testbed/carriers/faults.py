@@ -11,7 +11,7 @@ import numpy.typing as npt
 from testbed.engine.faults import Faults, NoFaults, Watch
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.fabric import Fabric
-from testbed.fabric.broken import broken_state, read_broken
+from testbed.fabric.broken import broken_state, note_disturbed, note_undisturbed, read_broken, repair
 from testbed.fabric.faults import StateWriter, state_writer
 from testbed.plan.faults import FaultStep
 from testbed.plan.model import Plan
@@ -62,6 +62,7 @@ def fabric_faults(fabric: Fabric, flow: FlowControl | NoFlowControl, now_ns: int
     """
     plan, steps = fabric.plan, fabric.plan.faults.steps
     first = steps[0].state
+    repair(fabric)
     own = broken_state(plan.scenario, plan.topology, read_broken(fabric.state))
     if len(steps) == 1 and first == own:
         flow.set_dead(first.dead_ports, now_ns)
@@ -70,6 +71,7 @@ def fabric_faults(fabric: Fabric, flow: FlowControl | NoFlowControl, now_ns: int
     ports = sorted({port for state in (own, *(step.state for step in steps)) for port, _ in state.rates_bits_per_s})
     with state_writer(fabric, own, ports) as writer:
         before = writer.tables.read()
+        note_disturbed(fabric, ports)
         try:
             changed = writer.write(first, steps[0].tables)
             if changed:
@@ -80,6 +82,7 @@ def fabric_faults(fabric: Fabric, flow: FlowControl | NoFlowControl, now_ns: int
             flow.set_rates(writer.write(own, None))
             flow.set_dead(frozenset(), now_ns)
             writer.tables.restore(before)
+            note_undisturbed(fabric)
 
 
 def workload_faults(fabric: Fabric, workload: int, effects: FabricFaults | None) -> Faults | NoFaults:

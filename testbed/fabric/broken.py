@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 from testbed.errors import LabError
@@ -15,7 +16,7 @@ from testbed.routing import Knowledge
 from testbed.scenario import Fault, Scenario
 from testbed.topology import Topology
 
-_BROKEN = "broken"
+_BROKEN, _DISTURBED = "broken", "disturbed_ports"
 
 
 def read_broken(state: registry.LabState) -> tuple[Fault, ...]:
@@ -33,6 +34,41 @@ def broken_state(scenario: Scenario, topology: Topology, broken: Sequence[Fault]
     return changes[0][1]
 
 
+def note_disturbed(fabric: Fabric, ports: Sequence[int]) -> None:
+    """Record, before it is done, that a run breaks things in a deployed lab, and which ports' rates it changes."""
+    if not fabric.state.ephemeral:
+        fabric.state.details[_DISTURBED] = list(ports)
+        registry.write_state(fabric.state)
+
+
+def note_undisturbed(fabric: Fabric) -> None:
+    """Record that all is as it was."""
+    if fabric.state.details.pop(_DISTURBED, None) is not None:
+        registry.write_state(fabric.state)
+
+
+def repair(fabric: Fabric) -> None:
+    """Let a deployed lab be as its record says if a run that broke things in it was killed.
+
+    Raises:
+        KernelError: The kernel refused a rate.
+    """
+    disturbed = fabric.state.details.get(_DISTURBED)
+    if disturbed is None:
+        return
+    plan = fabric.plan
+    own = broken_state(plan.scenario, plan.topology, read_broken(fabric.state))
+    everything = FabricState(
+        dead_ports=frozenset(port.id for port in plan.topology.ports),
+        rates_bits_per_s=tuple((port, 1) for port in sorted(disturbed)),
+        losses=tuple((port.id, Fraction(1)) for port in plan.topology.ports),
+    )
+    ports = {*disturbed, *(port for port, _ in own.rates_bits_per_s)}
+    with state_writer(fabric, everything, sorted(ports)) as writer:
+        writer.write(own, plan.faults.tables_for(Knowledge.of(own.links)))
+    note_undisturbed(fabric)
+
+
 def set_broken(fabric: Fabric, broken: Sequence[Fault]) -> None:
     """Let exactly these faults stand in a deployed lab; its switches forward by what is left.
 
@@ -46,6 +82,7 @@ def set_broken(fabric: Fabric, broken: Sequence[Fault]) -> None:
         PlanError: One names something that the fabric lacks.
         KernelError: The kernel refused a rate.
     """
+    repair(fabric)
     plan, state = fabric.plan, fabric.state
     before = broken_state(plan.scenario, plan.topology, read_broken(state))
     after = broken_state(plan.scenario, plan.topology, broken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from testbed import api
 from testbed.carriers.protocol import WorkloadSamples
 from testbed.errors import LabError, RunError
 from testbed.fabric import Fabric
+from testbed.fabric.broken import note_disturbed
 from testbed.fabric.faults import state_writer
 from testbed.kernel import bpf, layout
 from testbed.plan.faults import FabricState
 from testbed.plan.victims import find_victims
-from testbed.routing import dead_ports_of
+from testbed.routing import Knowledge, dead_ports_of
 from testbed.scenario import load_scenario
 from tests.netns.labs import (
     SCENARIO,
@@ -246,6 +248,18 @@ def test_what_is_broken_by_hand_is_routed_around_shown_and_healed() -> None:
         assert fabric.arrays.queues["loss_threshold"][topology.link("leaf1:spine0").a].all()
         assert api.heal_lab(name) == []
         assert_whole(fabric)
+        # A run that broke something was killed: whoever takes the lab next puts it right.
+        up = topology.link("leaf0:spine1").a
+        rate = run_in(fabric, "leaf0", "tc", "qdisc", "show", "dev", "up1").stdout
+        with state_writer(fabric, FabricState(), (up,)) as writer:
+            slow = FabricState(dead_ports_of(topology, ["spine2"]), ((up, 1_000_000_000),), ((up, Fraction(1, 2)),))
+            writer.write(slow, fabric.plan.faults.tables_for(Knowledge.of(slow.links)))
+        assert run_in(fabric, "leaf0", "tc", "qdisc", "show", "dev", "up1").stdout != rate
+        with Fabric.attach(fabric.plan, name) as taken:
+            note_disturbed(taken, [up])
+        assert api.heal_lab(name) == []
+        assert_whole(fabric)
+        assert run_in(fabric, "leaf0", "tc", "qdisc", "show", "dev", "up1").stdout == rate
         assert api.inspect(name).broken == ()
     finally:
         api.destroy(name)
