@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from testbed.kernel.registry import LabState
     from testbed.measure.counters import FabricCounters
     from testbed.plan.model import Plan
+    from testbed.plan.prediction import Prediction
     from testbed.plan.report import PathReport
     from testbed.results import Fidelity, LinkDirection, Result
     from testbed.results.graph import Graph
@@ -121,6 +122,25 @@ def paths(scenario: Scenario) -> PathReport:
     from testbed.plan.report import describe_paths
 
     return describe_paths(build_plan(scenario, measure=False))
+
+
+def predict(
+    scenario: Scenario, *, seeds: int = 200, links_down: Sequence[str] = (), per_seed: bool = False
+) -> Prediction:
+    """Return the slowdown to expect over many hash seeds, by a model; nothing is built, and no limit of emulation holds.
+
+    Args:
+        scenario: The scenario.
+        seeds: Number of hash seeds, from the scenario's own on.
+        links_down: Links such as ``leaf0:spine1``, and switches, that are down all the time.
+        per_seed: Return the ratio under each seed too.
+
+    Raises:
+        PlanError: There is no such link, or a flow has no way to its destination.
+    """
+    from testbed.plan.prediction import predict as predict_scenario
+
+    return predict_scenario(scenario, seeds=seeds, links_down=links_down, per_seed=per_seed)
 
 
 def run(

@@ -154,7 +154,7 @@ class EngineCarrier:
 def _explained(error: RunError, plan: Plan, faults: Faults | NoFaults | None) -> RunError:
     """Return an error that says what was broken when it happened."""
     step = plan.faults.steps[faults.step if isinstance(faults, Faults) else 0]
-    broken = broken_at(plan.faults, step.at_ns)
+    broken = broken_at(plan.faults.incidents, step.at_ns)
     if not broken:
         return error
     return RunError(

@@ -1,4 +1,4 @@
-"""Commands that look at a scenario and build nothing: validate, plan, paths, schema. None needs root."""
+"""Commands that look at a scenario and build nothing: validate, plan, paths, predict, schema. None needs root."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from testbed.cli.options import Format, OutputFormat, ScenarioFile, Set, read_ov
 
 if TYPE_CHECKING:
     from testbed.plan.model import Plan
+    from testbed.plan.prediction import Prediction, RatioSpread
     from testbed.plan.report import FlowPath
 
 
@@ -77,6 +78,120 @@ def paths(file: ScenarioFile, overrides: Set = None, output_format: Format = Out
     for collision in report.collisions:
         print(f"collision at {collision.port}: {', '.join(collision.flows)}")
     print(f"predicted completion time over ideal: {report.predicted_cct_ratio:.3f}")
+
+
+def predict(
+    file: ScenarioFile,
+    overrides: Set = None,
+    output_format: Format = OutputFormat.TABLE,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            "--seeds", metavar="N", min=1, envvar="TESTBED_SEEDS", help="Hash seeds, from the scenario's own on."
+        ),
+    ] = 200,
+    links_down: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--down",
+            metavar="LINK|SWITCH",
+            envvar="TESTBED_DOWN",
+            help="A link such as leaf0:spine1, or a switch, that is down; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    per_seed: Annotated[
+        bool, typer.Option("--per-seed", envvar="TESTBED_PER_SEED", help="Show the ratio under each hash seed too.")
+    ] = False,
+) -> None:
+    """Predict completion time over ideal for many hash seeds, by max-min fair shares; no kernel, any size."""
+    from testbed import api
+    from testbed.cli.text import render_json
+
+    prediction = api.predict(
+        api.load(file, read_overrides(overrides)), seeds=seeds, links_down=links_down or (), per_seed=per_seed
+    )
+    if output_format is OutputFormat.JSON:
+        print(render_json(_without_levels(prediction)))
+    else:
+        print(_render_prediction(prediction), end="")
+
+
+def _without_levels(prediction: Prediction) -> dict[str, Any]:
+    """Return a prediction as plain data, the figures of its ratios beside its other fields."""
+    import dataclasses
+
+    data = dataclasses.asdict(prediction)
+    items, phases = data.pop("items"), data.pop("phases")
+    for one in (data, *items, *phases):
+        one |= one.pop("ratios") or {}
+        if one.get("cct_ratios") is None:
+            one.pop("cct_ratios", None)
+    return {**data, "items": items, "phases": phases}
+
+
+_RATIOS = ("mean", "p5", "p95", "min", "max")
+
+
+def _ratio_cells(ratios: RatioSpread) -> tuple[str, ...]:
+    values = (
+        ratios.cct_ratio_mean,
+        ratios.cct_ratio_p5,
+        ratios.cct_ratio_p95,
+        ratios.cct_ratio_min,
+        ratios.cct_ratio_max,
+    )
+    return tuple(f"{value:.3f}" for value in values)
+
+
+def _render_prediction(prediction: Prediction) -> str:
+    from testbed.cli.text import render_columns
+    from testbed.units import format_size, format_time
+
+    what = f"{prediction.nodes} nodes, {prediction.links} links"
+    if prediction.links_down:
+        what += f", down: {', '.join(prediction.links_down)}"
+    last = prediction.hash_seed + prediction.seeds - 1
+    lines = [
+        f"# {prediction.name}: {prediction.scheme}, hash seeds {prediction.hash_seed} to {last}; {what}\n",
+        "# completion time over ideal, by max-min fair shares: no latencies, no queues, no pauses\n",
+    ]
+    header: tuple[str, ...]
+    header = ("workload", "algorithm", "size", "nranks", "flows", *_RATIOS)
+    rows: list[tuple[object, ...]] = [
+        (
+            item.collective,
+            item.algorithm,
+            format_size(item.size_bytes),
+            item.nranks,
+            item.flows,
+            *_ratio_cells(item.ratios),
+        )
+        for item in prediction.items
+    ]
+    if any(item.job for item in prediction.items):
+        header = ("job", *header, "alone")
+        rows = [
+            (item.job, *row, "" if item.cct_ratio_alone_mean is None else f"{item.cct_ratio_alone_mean:.3f}")
+            for item, row in zip(prediction.items, rows, strict=True)
+        ]
+    lines.append(render_columns(header, rows, right=header[2:]))
+    if prediction.phases:
+        lines.append("\n")
+        phases = [
+            (
+                format_time(phase.at_ns),
+                *(_ratio_cells(phase.ratios) if phase.ratios else ("cut off", "", "", "", "")),
+                phase.cut_off or ", ".join(phase.broken) or "nothing broken",
+            )
+            for phase in prediction.phases
+        ]
+        lines.append(render_columns(("from", *_RATIOS, "state"), phases, right=("from", *_RATIOS)))
+    ratios = prediction.ratios.cct_ratios
+    if ratios is not None:
+        seeds = ((prediction.hash_seed + number, f"{ratio:.3f}") for number, ratio in enumerate(ratios))
+        lines.append("\n" + render_columns(("hash seed", "ratio"), seeds, right=("hash seed", "ratio")))
+    return "".join(lines)
 
 
 _MAX_NAMES = 4

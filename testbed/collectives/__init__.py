@@ -26,7 +26,7 @@ from testbed.collectives.patterns import (
     incast_flows,
     permutation_flows,
 )
-from testbed.collectives.qp_scaling import cut_into_pieces, deal_over_qps, split_over_qps
+from testbed.collectives.qp_scaling import cut_into_pieces, deal_over_qps, split_over_qps, striped_bytes
 from testbed.collectives.reduce import BinaryTreeReduce, RingReduce
 from testbed.collectives.ring import RingAllReduce
 from testbed.collectives.ring_all_gather import RingAllGather
@@ -38,6 +38,7 @@ from testbed.collectives.schedule import (
     CollectiveAlgorithm,
     Schedule,
     ScheduleBuilder,
+    SteadyTraffic,
     TransferOp,
 )
 from testbed.collectives.send_recv import RingSendRecv
@@ -93,6 +94,7 @@ __all__ = [
     "RingSendRecv",
     "Schedule",
     "ScheduleBuilder",
+    "SteadyTraffic",
     "TransferOp",
     "build_flows",
     "busiest_nic_bytes",
@@ -109,5 +111,6 @@ __all__ = [
     "place_schedule",
     "ring_order",
     "split_over_qps",
+    "striped_bytes",
     "wire_bytes",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from testbed.collectives.ring import RingAllReduce
 from testbed.collectives.schedule import (
     SLICES_PER_CHUNK,
@@ -11,6 +13,7 @@ from testbed.collectives.schedule import (
     CollectiveAlgorithm,
     Schedule,
     ScheduleBuilder,
+    SteadyTraffic,
     TransferOp,
     check_arguments,
     slice_borders,
@@ -65,6 +68,25 @@ class HierarchicalAllReduce(CollectiveAlgorithm):
         if self._gpus == 1:
             return RingAllReduce().build_schedule(order, size_bytes, slices)
         return _Builder(order, self._gpus, size_bytes, slices).build()
+
+    def steady_traffic(self, order: Sequence[int], size_bytes: int) -> SteadyTraffic:
+        """Return the rings between hosts and those inside them; see `CollectiveAlgorithm.steady_traffic`."""
+        hosts = np.array(list(dict.fromkeys(rank // self._gpus for rank in order)), np.int64)
+        gpus, count = np.arange(self._gpus), len(hosts)
+        here = hosts[:, None] * self._gpus + gpus
+        between = SteadyTraffic(
+            here.reshape(-1),
+            np.roll(here, -1, axis=0).reshape(-1),
+            np.full(here.size, 2 * (count - 1) / count * size_bytes / self._gpus),
+        )
+        if self._gpus == 1:
+            return between
+        inside = SteadyTraffic(
+            here.reshape(-1),
+            np.roll(here, -1, axis=1).reshape(-1),
+            np.full(here.size, 2 * (self._gpus - 1) / self._gpus * size_bytes),
+        )
+        return SteadyTraffic(*(np.concatenate(pair) for pair in zip(between, inside, strict=True)))
 
     def traffic_factor(self, nranks: int) -> float:
         """Return ``2 * (n - 1) / n``; see `CollectiveAlgorithm.traffic_factor`."""

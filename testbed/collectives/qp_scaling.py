@@ -33,6 +33,33 @@ def split_over_qps(schedule: Schedule, qps: int, mtu: int, networked: int | None
     Source:
         NCCL, ``NCCL_IB_SPLIT_DATA_ON_QPS=1`` (there in units of 128 bytes).
     """
+    pieces = _stripe(schedule, qps, mtu, networked)
+    return _spread(schedule, qps, *pieces, networked)
+
+
+def striped_bytes(schedule: Schedule, qps: int, mtu: int, networked: int | None = None) -> npt.NDArray[np.float64]:
+    """Return what each queue pair carries under `split_over_qps`, shape ``(networked, qps)``, bytes.
+
+    Args:
+        schedule: What is sent.
+        qps: Queue pairs per connection; at least 1.
+        mtu: Payload of a full packet, bytes.
+        networked: Connections, the first ones, that have queue pairs; by default all.
+
+    Raises:
+        ValueError: If ``qps`` or ``mtu`` is below 1.
+    """
+    owner, qp, _, nbytes = _stripe(schedule, qps, mtu, networked)
+    count = _networked(schedule, networked)
+    row = schedule.connection[owner].astype(np.int64) * qps + qp
+    mine = row < count * qps
+    return np.bincount(row[mine], nbytes[mine], count * qps).astype(np.float64).reshape(count, qps)
+
+
+def _stripe(
+    schedule: Schedule, qps: int, mtu: int, networked: int | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the pieces of striped transfers: their owner, queue pair, first byte and size."""
     if mtu < 1:
         raise ValueError(f"mtu must be at least 1, got {mtu}")
     _check_qps(qps)
@@ -49,7 +76,7 @@ def split_over_qps(schedule: Schedule, qps: int, mtu: int, networked: int | None
     end = np.minimum(((part + 1) * least[owner] + np.minimum(part + 1, extra[owner])) * mtu, schedule.nbytes[owner])
     qp = np.where(inside[owner], 0, (first_qp[owner] + part) % qps)
     nbytes = np.where(inside[owner], schedule.nbytes[owner], end - begin)
-    return _spread(schedule, qps, owner, qp, begin, nbytes, networked)
+    return owner, qp, begin, nbytes
 
 
 def cut_into_pieces(schedule: Schedule, piece_bytes: int, networked: int | None = None) -> Schedule:

@@ -12,6 +12,7 @@ from testbed.collectives.schedule import (
     Collective,
     CollectiveAlgorithm,
     Schedule,
+    SteadyTraffic,
     TransferOp,
     check_arguments,
     split_evenly,
@@ -38,6 +39,10 @@ class RingAllReduce(CollectiveAlgorithm):
         nranks = len(order)
         step, position = np.ogrid[: 2 * (nranks - 1), :nranks]
         return build_ring_steps(order, size_bytes, slices, (position - step) % nranks, reduce_steps=nranks - 1)
+
+    def steady_traffic(self, order: Sequence[int], size_bytes: int) -> SteadyTraffic:
+        """Return a ring; see `CollectiveAlgorithm.steady_traffic`."""
+        return SteadyTraffic.around(order, 2 * (len(order) - 1) / len(order) * size_bytes)
 
     def traffic_factor(self, nranks: int) -> float:
         """Return ``2 * (n - 1) / n``; see `CollectiveAlgorithm.traffic_factor`."""

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from testbed.collectives.ring import build_ring_steps
-from testbed.collectives.schedule import SLICES_PER_CHUNK, Collective, CollectiveAlgorithm, Schedule, check_arguments
+from testbed.collectives.schedule import (
+    SLICES_PER_CHUNK,
+    Collective,
+    CollectiveAlgorithm,
+    Schedule,
+    SteadyTraffic,
+    check_arguments,
+)
 
 
 class RingAllGather(CollectiveAlgorithm):
@@ -30,6 +37,10 @@ class RingAllGather(CollectiveAlgorithm):
         step, position = np.ogrid[: nranks - 1, :nranks]
         chunk = np.array(order, np.int64)[(position - step) % nranks]
         return build_ring_steps(order, size_bytes, slices, chunk, reduce_steps=0)
+
+    def steady_traffic(self, order: Sequence[int], size_bytes: int) -> SteadyTraffic:
+        """Return a ring; see `CollectiveAlgorithm.steady_traffic`."""
+        return SteadyTraffic.around(order, (len(order) - 1) / len(order) * size_bytes)
 
     def traffic_factor(self, nranks: int) -> float:
         """Return ``(n - 1) / n``; see `CollectiveAlgorithm.traffic_factor`."""

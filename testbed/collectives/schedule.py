@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -197,6 +197,26 @@ class Schedule:
             raise ValueError(f"transfer {late} depends on a transfer that does not come before it")
 
 
+class SteadyTraffic(NamedTuple):
+    """Connections that all run at once.
+
+    Attributes:
+        src: Sending ranks, shape ``(connections,)``, int64.
+        dst: Receiving ranks, likewise.
+        nbytes: What each carries, shape ``(connections,)``, float64.
+    """
+
+    src: npt.NDArray[np.int64]
+    dst: npt.NDArray[np.int64]
+    nbytes: npt.NDArray[np.float64]
+
+    @classmethod
+    def around(cls, order: Sequence[int], nbytes: float) -> SteadyTraffic:
+        """Return a ring in which every rank sends as much to its successor."""
+        here = np.array(order, np.int64)
+        return cls(here, np.roll(here, -1), np.full(len(here), float(nbytes)))
+
+
 class CollectiveAlgorithm(Protocol):
     """One way of carrying out one collective; one file per algorithm.
 
@@ -240,6 +260,21 @@ class CollectiveAlgorithm(Protocol):
     def on_hosts(self, gpus_per_host: int) -> CollectiveAlgorithm:
         """Return the algorithm for hosts of that many ranks; most do not care."""
         return self
+
+    def steady_traffic(self, order: Sequence[int], size_bytes: int) -> SteadyTraffic | None:
+        """Return what each connection carries if all of them run at once from beginning to end, in place of a schedule.
+
+        Where there are too many ranks for a schedule, this is enough to predict what paths do to it.
+
+        Args:
+            order: As for `build_schedule`.
+            size_bytes: As for `build_schedule`.
+
+        Returns:
+            The traffic, but for the rounding of chunks to bytes; None where connections take turns, or wait for each other
+            longer than a slice.
+        """
+        return None
 
     def chunk_bytes(self, size_bytes: int, nranks: int) -> int:
         """Return the size of the smallest chunk that `build_schedule` cuts into slices."""

@@ -11,6 +11,7 @@ from testbed.collectives.schedule import (
     Collective,
     CollectiveAlgorithm,
     Schedule,
+    SteadyTraffic,
     TransferOp,
     check_arguments,
     split_evenly,
@@ -52,6 +53,10 @@ class RingSendRecv(CollectiveAlgorithm):
             connections=tuple(zip(here.tolist(), successor.tolist(), strict=True)),
             in_place=False,
         )
+
+    def steady_traffic(self, order: Sequence[int], size_bytes: int) -> SteadyTraffic:
+        """Return a ring; see `CollectiveAlgorithm.steady_traffic`."""
+        return SteadyTraffic.around(order, size_bytes)
 
     def traffic_factor(self, nranks: int) -> float:
         """Return 1; see `CollectiveAlgorithm.traffic_factor`."""

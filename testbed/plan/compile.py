@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.collectives import (
+    CollectiveAlgorithm,
     Flow,
     IntraHostLinks,
     Schedule,
@@ -34,6 +34,7 @@ from testbed.plan.admission import forecast_admission
 from testbed.plan.dilation import WALL_TICK_NS, choose_dilation, choose_tick_ns
 from testbed.plan.faults import FaultPlan, build_changes, build_steps
 from testbed.plan.jobs import fluid_ends_ns, job_hosts, measured_sets, port_times_ns, ranks_of_hosts
+from testbed.plan.limits import check_emulation_limits
 from testbed.plan.lint import find_warnings
 from testbed.plan.model import Plan, PlannedJob, PlannedWorkload
 from testbed.plan.predict import predict_cct_ratio
@@ -193,18 +194,15 @@ def compile_plan(
         PlanError: No fabric can be planned from it.
     """
     topology = build_topology(scenario)
+    check_emulation_limits(scenario, topology)
     check_port_numbers(topology)
     items = [
         (index, item, _spread_over_qps(traffic, scenario, topology)) for index, item, traffic in _all_traffic(scenario)
     ]
     if not items:
         raise PlanError("the workload is empty")
-    settings = RoutingSettings(
-        flowlet_gap_ns=scenario.routing.flowlet_gap_ns or 0,
-        spray_order=str(scenario.routing.spray_order),
-        adaptive_scope=str(scenario.routing.adaptive_scope),
-        traffic=tuple(_demands(sent, topology, scenario.transport.carrier) for _, _, sent in items),
-        hash_seed_per_tier=scenario.routing.hash_seed_per_tier,
+    settings = routing_settings(
+        scenario, tuple(_demands(sent, topology, scenario.transport.carrier) for _, _, sent in items)
     )
     scheme = routing_scheme(str(scenario.routing.scheme))
 
@@ -276,11 +274,23 @@ def compile_plan(
     return replace(plan, warnings=find_warnings(plan))
 
 
+def routing_settings(scenario: Scenario, traffic: tuple[tuple[Demand, ...], ...]) -> RoutingSettings:
+    """Return what routing schemes may go by beside topology and seed."""
+    routing = scenario.routing
+    return RoutingSettings(
+        flowlet_gap_ns=routing.flowlet_gap_ns or 0,
+        spray_order=str(routing.spray_order),
+        adaptive_scope=str(routing.adaptive_scope),
+        traffic=traffic,
+        hash_seed_per_tier=routing.hash_seed_per_tier,
+    )
+
+
 def _all_traffic(scenario: Scenario) -> Iterator[tuple[int, Workload, _Traffic]]:
     """Yield what is run one after the other, each as the number of its item, an item and its traffic."""
     for index, item in enumerate(scenario.workload):
         for one_size in expand_sizes(item):
-            yield index, one_size, _build_traffic(one_size, scenario)
+            yield index, one_size, build_traffic(one_size, scenario)
     if scenario.jobs:
         hosts = job_hosts(scenario)
         for index, items in job_rounds(scenario.jobs):
@@ -292,7 +302,7 @@ def _capacity_share(scenario: Scenario) -> float:
     return CLASSES_CAPACITY_SHARE if len(scenario.qos.data_priorities) > 1 else 1.0
 
 
-def _build_traffic(item: Workload, scenario: Scenario, hosts: Sequence[int] | None = None) -> _Traffic:
+def build_traffic(item: Workload, scenario: Scenario, hosts: Sequence[int] | None = None) -> _Traffic:
     """Return the schedule of a workload item, the ranks that take part in order, and busbw / algbw.
 
     Slices below a packet would only add headers: where chunks are small they are cut into fewer. Connections inside hosts
@@ -346,7 +356,7 @@ def _priorities(item: Workload, scenario: Scenario, connections: int) -> list[in
 
 def _merge_jobs(items: Sequence[Workload], hosts: Sequence[tuple[int, ...]], scenario: Scenario) -> _Traffic:
     """Return what all jobs send at the same time, as one schedule."""
-    parts = [_build_traffic(item, scenario, of_job) for item, of_job in zip(items, hosts, strict=True)]
+    parts = [build_traffic(item, scenario, of_job) for item, of_job in zip(items, hosts, strict=True)]
     schedule, place = _in_order(
         merge_schedules(
             [
@@ -368,28 +378,29 @@ def _merge_jobs(items: Sequence[Workload], hosts: Sequence[tuple[int, ...]], sce
     return _Traffic(schedule, order, 1.0, priorities=priorities, jobs=jobs)
 
 
-def _collective(item: CollectiveWorkload, scenario: Scenario, ranks: Sequence[int]) -> _Traffic:
-    """Return the traffic of a collective among some ranks of the fabric, numbered in their order."""
+def order_and_algorithm(
+    item: CollectiveWorkload, scenario: Scenario, ranks: Sequence[int]
+) -> tuple[tuple[int, ...], CollectiveAlgorithm]:
+    """Return some ranks of the fabric, numbered in their order, as a collective visits them, and its algorithm."""
     kind = item.order if isinstance(item.order, tuple) else str(item.order)
     # Ranks are numbered rack after rack for the order, whatever the order of a job's hosts.
-    by_leaf = [[number for number, rank in enumerate(ranks) if rank in leaf] for leaf in _ranks_of_leaves(scenario)]
-    racked = [number for leaf in by_leaf for number in leaf]
-    counts = [len(leaf) for leaf in by_leaf]
-    zones = scenario.fabric.zones if isinstance(scenario.fabric, ZonesFabric) else 1
-    order = ring_order(kind, counts, np.random.default_rng([scenario.seed, _ORDER_STREAM]), zones=zones)
+    ends = np.cumsum(scenario.fabric.rank_counts)
+    leaf = np.searchsorted(ends, np.asarray(ranks), side="right")
+    racked = np.argsort(leaf, kind="stable").tolist()
+    counts = np.bincount(leaf, minlength=len(ends)).tolist()
+    order = ring_order(kind, counts, np.random.default_rng([scenario.seed, _ORDER_STREAM]))
     if isinstance(kind, str):
         order = tuple(racked[place] for place in order)
-    algorithm = find_algorithm(str(item.collective), str(item.algorithm)).on_hosts(scenario.fabric.gpus_per_host)
+    return order, find_algorithm(str(item.collective), str(item.algorithm)).on_hosts(scenario.fabric.gpus_per_host)
+
+
+def _collective(item: CollectiveWorkload, scenario: Scenario, ranks: Sequence[int]) -> _Traffic:
+    """Return the traffic of a collective among some ranks of the fabric, numbered in their order."""
+    order, algorithm = order_and_algorithm(item, scenario, ranks)
     most = algorithm.chunk_bytes(item.size_bytes, len(order)) // scenario.transport.mtu_bytes
     slices = max(1, min(algorithm.slices_per_chunk(len(order)), most))
     schedule = algorithm.build_schedule(order, item.size_bytes, slices)
     return _Traffic(schedule, order, algorithm.traffic_factor(len(order)))
-
-
-def _ranks_of_leaves(scenario: Scenario) -> list[range]:
-    """Return the ranks under each leaf."""
-    ends = np.cumsum([0, *scenario.fabric.rank_counts]).tolist()
-    return [range(begin, end) for begin, end in itertools.pairwise(ends)]
 
 
 def _pattern(item: IncastWorkload | PermutationWorkload | FlowsWorkload, scenario: Scenario, nranks: int) -> _Traffic:

@@ -214,32 +214,45 @@ def build_steps(
         scenario: Says how late routing follows.
         tables_for: The tables of the scenario's scheme, given what has been noticed.
     """
+    known: dict[Knowledge, ForwardingTables] = {}
+    steps: list[FaultStep] = []
+    for at_ns, state, knowledge in find_knowledge(changes, scenario):
+        if knowledge not in known:
+            tables = tables_for(knowledge)
+            known[knowledge] = next((one for one in known.values() if one == tables), tables)
+        step = FaultStep(at_ns, state, known[knowledge])
+        if not steps or step.state != steps[-1].state or step.tables is not steps[-1].tables:
+            steps.append(step)
+    return tuple(steps)
+
+
+def find_knowledge(changes: Sequence[_Change], scenario: Scenario) -> tuple[tuple[int, FabricState, Knowledge], ...]:
+    """Return the moments at which the fabric changes, or somebody has noticed: when, its state, and what is known of it.
+
+    Args:
+        changes: The fabric's states.
+        scenario: Says how late routing follows.
+    """
     routing = scenario.routing
     delays = (routing.detection_time_ns, routing.convergence_time_ns, routing.te_loop_time_ns)
     times = {at_ns for at_ns, _ in changes[1:]}
     times |= {at_ns + delay_ns for at_ns in times for delay_ns in delays}
-    known: dict[Knowledge, ForwardingTables] = {}
-    steps: list[FaultStep] = []
+    moments: list[tuple[int, FabricState, Knowledge]] = []
     for at_ns in (-1, *sorted(times)):  # -1: before anything happens, also at 0
         knowledge = Knowledge(*(_state_at(changes, at_ns - delay_ns).links for delay_ns in delays))
         # Losses are not noticed at all, and rates by nobody but a controller.
         knowledge = Knowledge(
             LinkState(knowledge.adjacent.dead_ports), LinkState(knowledge.fabric.dead_ports), knowledge.controller
         )
-        if knowledge not in known:
-            tables = tables_for(knowledge)
-            known[knowledge] = next((one for one in known.values() if one == tables), tables)
-        step = FaultStep(max(0, at_ns), _state_at(changes, at_ns), known[knowledge])
-        if not steps or step.state != steps[-1].state or step.tables is not steps[-1].tables:
-            steps.append(step)
-    return tuple(steps)
+        moments.append((max(0, at_ns), _state_at(changes, at_ns), knowledge))
+    return tuple(moments)
 
 
-def broken_at(faults: FaultPlan, at_ns: int) -> list[str]:
+def broken_at(incidents: Sequence[Incident], at_ns: int) -> list[str]:
     """Return what is broken at a moment of the iteration, in words, and since when."""
     return [
         one.text + (f" since {format_time(one.begin_ns)}" if one.begin_ns else "")
-        for one in faults.incidents
+        for one in incidents
         if not one.mends and one.begin_ns <= at_ns and (one.end_ns is None or at_ns < one.end_ns)
     ]
 

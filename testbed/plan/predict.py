@@ -46,7 +46,7 @@ def predict_cct_ratio(
     Returns:
         At least 1, but for rounding.
     """
-    steps = _steps(schedule)
+    steps = transfer_steps(schedule)
     # Behind the fabric's ports: one out of each rank's GPU and one into it.
     first = len(topology.ports) + 1
     inside = [
@@ -144,7 +144,7 @@ def _time(schedule: Schedule, ways: _Ways, steps: npt.NDArray[np.int64]) -> floa
     return max(busiest, _longest_chain(schedule, schedule.nbytes / _transfer_rates(schedule, ways, steps)))
 
 
-def _steps(schedule: Schedule) -> npt.NDArray[np.int64]:
+def transfer_steps(schedule: Schedule) -> npt.NDArray[np.int64]:
     """Return how many dependencies each transfer is away from the beginning, shape ``(transfers,)``."""
     steps = [0] * len(schedule)
     latest = [0] * len(schedule.connections)  # of the transfers before it on its connection

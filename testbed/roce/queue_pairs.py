@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -65,13 +66,29 @@ class Connection:
     priority: int = DATA_PRIORITY
 
 
-def qp_index(connection: int, role: int) -> int:
-    """Return the row of ``qps`` of one end of a connection."""
+@overload
+def qp_index(connection: int, role: int) -> int: ...
+
+
+@overload
+def qp_index(connection: npt.NDArray[np.int64], role: int) -> npt.NDArray[np.int64]: ...
+
+
+def qp_index(connection: int | npt.NDArray[np.int64], role: int) -> int | npt.NDArray[np.int64]:
+    """Return the row of ``qps`` of one end of a connection, or of several."""
     return 2 * connection + role
 
 
-def qpn_of(connection: int, role: int) -> int:
-    """Return the QPN of one end of a connection."""
+@overload
+def qpn_of(connection: int, role: int) -> int: ...
+
+
+@overload
+def qpn_of(connection: npt.NDArray[np.int64], role: int) -> npt.NDArray[np.int64]: ...
+
+
+def qpn_of(connection: int | npt.NDArray[np.int64], role: int) -> int | npt.NDArray[np.int64]:
+    """Return the QPN of one end of a connection, or of several."""
     return QPN_BASE + qp_index(connection, role)
 
 

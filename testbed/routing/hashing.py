@@ -7,6 +7,7 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -66,12 +67,35 @@ def hash_flows(flows: npt.NDArray[np.uint32], *, hash_fields: HashField, seed: i
     Returns:
         Shape ``(n,)``, uint32.
     """
-    selected = np.array([field in hash_fields for field in _FIELDS], dtype=np.uint32)
-    columns = flows.astype(np.uint32, copy=False).T * selected[:, np.newaxis]
-    src_address, dst_address, src_port, dst_port, protocol, dst_qp = columns
-    h = np.full(len(flows), mix((seed + _SEED_OFFSET) & _WORD), dtype=np.uint32)
-    for word in (src_address, dst_address, src_port << np.uint32(16) | dst_port, protocol, dst_qp):
-        h = _mix_array(h ^ word)
+    columns = [column if field in hash_fields else None for column, field in zip(flows.T, _FIELDS, strict=True)]
+    return hash_columns(columns, np.full(len(flows), seed, np.uint32))
+
+
+def hash_columns(
+    columns: Sequence[npt.NDArray[np.uint32] | None], seeds: npt.NDArray[np.uint32]
+) -> npt.NDArray[np.uint32]:
+    """Return the 32-bit hashes of many flows, each with a seed of its own.
+
+    Args:
+        columns: The fields of ``FlowKey`` in its order, each shape ``(n,)``, uint32; None for one that is not read.
+        seeds: Seed of each, shape ``(n,)``, uint32; or several for each, shape ``(seeds, n)``.
+
+    Returns:
+        Shape of the seeds, uint32.
+    """
+    src_address, dst_address, src_port, dst_port, protocol, dst_qp = (
+        None if column is None else column.astype(np.uint32, copy=False) for column in columns
+    )
+    ports = dst_port
+    if src_port is not None:
+        ports = src_port << np.uint32(16)
+        if dst_port is not None:
+            ports = ports | dst_port
+    h = _mix_array(seeds + np.uint32(_SEED_OFFSET))
+    for word in (src_address, dst_address, ports, protocol, dst_qp):
+        if word is not None:
+            h ^= word
+        h = _mix_array(h)
     return h
 
 
@@ -135,8 +159,13 @@ def mix(h: int) -> int:
 
 
 def _mix_array(h: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
-    h = h ^ h >> np.uint32(16)
-    h = h * np.uint32(0x85EB_CA6B)
-    h = h ^ h >> np.uint32(13)
-    h = h * np.uint32(0xC2B2_AE35)
-    return h ^ h >> np.uint32(16)
+    """Return what `mix` makes of each number; the array is overwritten."""
+    shifted = h >> np.uint32(16)
+    h ^= shifted
+    h *= np.uint32(0x85EB_CA6B)
+    np.right_shift(h, np.uint32(13), out=shifted)
+    h ^= shifted
+    h *= np.uint32(0xC2B2_AE35)
+    np.right_shift(h, np.uint32(16), out=shifted)
+    h ^= shifted
+    return h

@@ -32,8 +32,12 @@ from testbed.scenario.section import key as _key
 from testbed.scenario.section import list_key as _list_key
 from testbed.scenario.switch import Switch as Switch
 
-MAX_HOSTS = 1024
-MAX_SWITCHES = 256
+MAX_HOSTS = 32_768
+"""Hosts, and ranks, of the largest fabric that can be described; what can be emulated says `testbed.plan.limits`."""
+
+MAX_SWITCHES = 4096
+"""Switches of each tier, likewise."""
+
 GIB = 2**30
 
 _RATE = kinds.rate(10**6, 1_600 * 10**9)

@@ -38,9 +38,6 @@ from testbed.scenario.model import (
 from testbed.scenario.sweep import MAX_SIZES, count_sizes
 from testbed.units import format_size, format_time
 
-MAX_LINKS = 32_767
-"""A port's number has 16 bits in its MAC address, and every link has two ports."""
-
 MAX_FRAME_HEADER_BYTES = 74
 """Ethernet 14, IPv4 20, UDP 8, BTH 12, RETH 16, ICRC 4."""
 
@@ -133,14 +130,6 @@ def _check_size(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         yield Violation(_HOSTS, f"must give at most {MAX_HOSTS} hosts in total, not {fabric.nhosts}")
     elif fabric.nranks > MAX_HOSTS:
         yield Violation(_GPUS, f"must give at most {MAX_HOSTS} ranks in total, not {fabric.nranks}")
-    elif not isinstance(fabric, ClosFabric) or valid(_SPINES, _SUPERSPINES):
-        nlinks = fabric.nhosts * fabric.nics_per_host
-        if isinstance(fabric, ClosFabric):
-            nlinks += len(fabric.host_counts) * fabric.spines
-        if isinstance(fabric, ZonesFabric):
-            nlinks += fabric.zones * fabric.spines * fabric.superspines
-        if nlinks > MAX_LINKS:
-            yield Violation(_SPINES, f"must keep the fabric at {MAX_LINKS} links or less, not {nlinks}")
 
 
 def _check_buffer(scenario: Scenario, valid: Valid) -> Iterator[Violation]:

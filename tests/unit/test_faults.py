@@ -83,7 +83,10 @@ def test_faults_overlap_and_heal_ends_those_of_its_target() -> None:
     last = plan.faults.steps[-1].state
     assert {rate for _, rate in last.rates_bits_per_s} == {50_000_000_000}
     assert {float(loss) for _, loss in last.losses} == {0.75}
-    assert broken_at(plan.faults, 30_000) == ["link_down leaf0:spine1 since 10 us", "switch_down spine1 since 20 us"]
+    assert broken_at(plan.faults.incidents, 30_000) == [
+        "link_down leaf0:spine1 since 10 us",
+        "switch_down spine1 since 20 us",
+    ]
 
 
 def test_a_flapping_link_goes_down_again_and_again_until_it_is_healed() -> None:
