@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from testbed.measure.counters import FabricCounters
     from testbed.plan.model import Plan
     from testbed.plan.prediction import Prediction
-    from testbed.plan.report import PathReport
+    from testbed.plan.report import PathComparison, PathReport
     from testbed.results import Fidelity, LinkDirection, Result
     from testbed.results.graph import Graph
     from testbed.scenario import Fault, Scenario
@@ -122,6 +122,31 @@ def paths(scenario: Scenario) -> PathReport:
     from testbed.plan.report import describe_paths
 
     return describe_paths(build_plan(scenario, measure=False))
+
+
+def compare_paths(file: Path) -> PathComparison:
+    """Return what a run measured beside what its paths had promised: bytes of every link, and completion times.
+
+    Args:
+        file: Its ``result.json``, or the folder that holds it.
+
+    Raises:
+        TestbedError: The file cannot be read, or is no result.
+    """
+    from testbed.plan.report import PathComparison, RatioComparison, compare_links
+    from testbed.units import format_size
+
+    result, scenario = _read_result(file)
+    sent = {way.src: way.bytes for link in result.fabric.links for way in link.directions}
+    rows = tuple(
+        RatioComparison(
+            f"{row.collective} ({row.algorithm}) of {format_size(row.size_bytes)}",
+            row.predicted_cct_ratio,
+            row.cct_ratio,
+        )
+        for row in result.results
+    )
+    return PathComparison(rows, compare_links(build_plan(scenario, measure=False), sent))
 
 
 def predict(
@@ -553,15 +578,8 @@ def describe_graph(scenario: Scenario) -> Graph:
     return _graph_of(scenario, {})
 
 
-def describe_result_graph(file: Path) -> Graph:
-    """Return the fabric of a run with the figures of its links, from its ``result.json``.
-
-    Args:
-        file: The file, or the folder that holds it.
-
-    Raises:
-        TestbedError: The file cannot be read, or is no result.
-    """
+def _read_result(file: Path) -> tuple[Result, Scenario]:
+    """Return a run's result and scenario from its ``result.json``, or the folder that holds it."""
     import json
 
     from testbed.results import Result
@@ -577,6 +595,19 @@ def describe_result_graph(file: Path) -> Graph:
         raise TestbedError(f"{file} cannot be read: {error.strerror}", hint=hint) from None
     except (ValueError, AttributeError) as error:  # JSON's and pydantic's errors are ValueErrors
         raise TestbedError(f"{file}: {str(error).splitlines()[0]}", hint=hint) from None
+    return result, scenario
+
+
+def describe_result_graph(file: Path) -> Graph:
+    """Return the fabric of a run with the figures of its links, from its ``result.json``.
+
+    Args:
+        file: The file, or the folder that holds it.
+
+    Raises:
+        TestbedError: The file cannot be read, or is no result.
+    """
+    result, scenario = _read_result(file)
     measured = {way.src: way for link in result.fabric.links for way in link.directions}
     return _graph_of(scenario, measured)
 

@@ -14,7 +14,7 @@ from testbed.cli.options import Format, OutputFormat, ScenarioFile, Set, read_ov
 if TYPE_CHECKING:
     from testbed.plan.model import Plan
     from testbed.plan.prediction import Prediction, RatioSpread
-    from testbed.plan.report import FlowPath
+    from testbed.plan.report import FlowPath, PathComparison
 
 
 def validate(
@@ -60,9 +60,16 @@ def plan(
 
 
 def paths(file: ScenarioFile, overrides: Set = None, output_format: Format = OutputFormat.TABLE) -> None:
-    """Show each flow's path, the load of each link, collisions and the slowdown they predict."""
+    """Show each flow's path, the load of each link, collisions and the slowdown they predict.
+
+    For the folder of a run's results, or its result.json: what was predicted beside what was measured.
+    """
     from testbed import api
     from testbed.cli.text import render_columns, render_json
+
+    if file.is_dir() or file.suffix == ".json":
+        _print_comparison(api.compare_paths(file), output_format)
+        return
 
     report = api.paths(api.load(file, read_overrides(overrides)))
     if output_format is OutputFormat.JSON:
@@ -78,6 +85,33 @@ def paths(file: ScenarioFile, overrides: Set = None, output_format: Format = Out
     for collision in report.collisions:
         print(f"collision at {collision.port}: {', '.join(collision.flows)}")
     print(f"predicted completion time over ideal: {report.predicted_cct_ratio:.3f}")
+
+
+def _print_comparison(compared: PathComparison, output_format: OutputFormat) -> None:
+    from testbed.cli.text import render_columns, render_json
+
+    if output_format is OutputFormat.JSON:
+        print(render_json(compared))
+        return
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
+    rows = [(row.title, number(row.predicted_cct_ratio), number(row.measured_cct_ratio)) for row in compared.rows]
+    print(
+        render_columns(("row", "predicted ratio", "measured ratio"), rows, right=("predicted ratio", "measured ratio"))
+    )
+    links = [
+        (
+            link.name,
+            link.predicted_bytes,
+            link.measured_bytes,
+            f"{link.measured_bytes / link.predicted_bytes:.4f}" if link.predicted_bytes else "",
+        )
+        for link in compared.links
+    ]
+    columns = ("predicted (B)", "measured (B)", "measured/predicted")
+    print(render_columns(("link", *columns), links, right=columns), end="")
 
 
 def predict(

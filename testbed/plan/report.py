@@ -8,9 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from testbed.collectives import wire_bytes
 from testbed.plan.admission import forecast_peak_bytes
 from testbed.plan.model import Plan, PlannedJob, PlannedWorkload
 from testbed.plan.operations import CreateLink, Operation
+from testbed.roce.wire import LINK_OVERHEAD_BYTES
 from testbed.routing import find_collisions, link_loads
 from testbed.scenario import ZonesFabric
 from testbed.topology import NodeKind, Topology, format_address
@@ -118,6 +123,83 @@ def describe_paths(plan: Plan) -> PathReport:
         ]
     worst = max(planned.predicted_cct_ratio for planned in plan.workloads)
     return PathReport(tuple(flows), tuple(links), tuple(collisions), worst)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkComparison:
+    """What one direction of a link carried in a run, beside what its paths had promised.
+
+    Attributes:
+        name: Its two ports, such as ``leaf0/up1>spine1/down0``.
+        predicted_bytes: Data frames without FCS, over all measured iterations.
+        measured_bytes: All frames without FCS: what was sent again, ACKs and pauses too.
+    """
+
+    name: str
+    predicted_bytes: int
+    measured_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RatioComparison:
+    """Completion time over ideal of one row of the results, as predicted and as measured."""
+
+    title: str
+    predicted_cct_ratio: float | None
+    measured_cct_ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PathComparison:
+    """A run beside its prediction.
+
+    Attributes:
+        rows: The rows of the results.
+        links: Every direction of a link that data crossed, or was to cross.
+    """
+
+    rows: tuple[RatioComparison, ...]
+    links: tuple[LinkComparison, ...]
+
+
+def predict_port_bytes(plan: Plan) -> npt.NDArray[np.float64]:
+    """Return the bytes of data frames, without FCS, that every port sends in all measured iterations, by port id.
+
+    Every flow is taken to keep its first path, and nothing to be sent twice.
+    """
+    mtu = plan.scenario.transport.mtu_bytes
+    total = np.zeros(len(plan.topology.ports) + 1)
+    for planned in plan.workloads:
+        schedule, count = planned.schedule, len(planned.connections)
+        frames = wire_bytes(schedule.nbytes, mtu) - LINK_OVERHEAD_BYTES * -(-schedule.nbytes // mtu)
+        carried = np.bincount(schedule.connection, frames, len(schedule.connections))[:count] * planned.workload.iters
+        ways = [(route, nbytes) for routes, nbytes in zip(planned.routes, carried, strict=True) for route in routes]
+        weights = [route.share * nbytes for route, nbytes in ways]
+        total += link_loads(plan.topology, [route.path for route, _ in ways], weights)
+    return total
+
+
+def compare_links(plan: Plan, measured_bytes: Mapping[str, int | None]) -> tuple[LinkComparison, ...]:
+    """Return every direction of a link that data crossed, or was to cross, the fullest first.
+
+    Args:
+        plan: The plan of the run.
+        measured_bytes: What each port sent, by its name.
+    """
+    topology, predicted = plan.topology, predict_port_bytes(plan)
+    found = [
+        LinkComparison(
+            f"{topology.port_name(port.id)}>{topology.port_name(port.peer)}",
+            round(predicted[port.id]),
+            measured_bytes.get(topology.port_name(port.id)) or 0,
+        )
+        for port in topology.ports
+    ]
+    return tuple(
+        sorted(
+            (one for one in found if one.predicted_bytes or one.measured_bytes), key=lambda one: -one.predicted_bytes
+        )
+    )
 
 
 def _describe_flows(plan: Plan, index: int, planned: PlannedWorkload) -> list[FlowPath]:

@@ -199,3 +199,23 @@ def test_graphviz_accepts_the_dot_text(tmp_path: Path) -> None:
         done = subprocess.run(["dot", "-Tsvg"], input=render_dot(graph), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert not done.stderr
+
+
+def test_paths_of_a_result_compare_what_links_carried_with_what_was_predicted(tmp_path: Path) -> None:
+    file = result_file(tmp_path)
+    compared = api.compare_paths(tmp_path)
+    assert compared == api.compare_paths(file)
+    sent = {link.name.split(">")[0]: link for link in compared.links}
+    assert sent["leaf0/up1"].measured_bytes == 10
+    # Pinned ring of four ranks: each sends 1.5 times 64 MiB, in frames of 4096 bytes and their headers, three times.
+    for port in ("host0/eth0", "leaf0/up0", "leaf0/up1", "spine0/down1"):
+        assert sent[port].predicted_bytes == pytest.approx(3 * 1.5 * 64 * 2**20 * (4096 + 58) / 4096, rel=1e-3)
+    shown = CliRunner().invoke(app, ["paths", str(tmp_path)], catch_exceptions=False)
+    assert shown.exit_code == 0
+    assert "leaf0/up1>spine1/down0" in shown.stdout
+    assert "predicted ratio" in shown.stdout
+
+
+def test_paths_of_what_is_no_result_are_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["paths", str(tmp_path)])
+    assert done.exit_code != 0
