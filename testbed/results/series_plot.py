@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,10 @@ _MOST_PORTS, _MOST_FLOWS = 8, 16
 LIMIT_SUFFIX = ", limit"
 # A rate is a mean over at least so many frames of the fastest link: fewer show the frames, not the rate.
 _RATE_FRAMES = 32
+# Nor is it the on and off of single pauses: there are at most so many steps of a rate.
+_MOST_RATES = 100
+# More KiB than that are shown as MiB.
+_MOST_KIB = 4096
 _EVENTS = {
     "ECN marks": ("queues", "marked_packets"),
     "CNPs received": ("qps", "cnps_packets"),
@@ -128,7 +133,8 @@ def build_plot(
         raise TestbedError(f"the series has no samples of row {row}{iterations}", hint=f"rows go from 0 to {rows - 1}")
     grid = _Grid(shown_queues, shown_qps, steps)
     fastest = max(port["rate_bits_per_s"] for port in header["ports"])
-    rates = grid.coarsened(_RATE_FRAMES * header["frame_wire_bytes"] * 8e9 / fastest)
+    frames_ns = _RATE_FRAMES * header["frame_wire_bytes"] * 8e9 / fastest
+    rates = grid.coarsened(max(frames_ns, 1e3 * (grid.edges_us[-1] - grid.edges_us[0]) / _MOST_RATES))
     ports = _name_queues(shown_queues, [port for port in header["ports"] if not port["is_host"]])
     panels = [
         _depth_panel(shown_queues, grid, ports),
@@ -247,10 +253,22 @@ def _thresholds(ports: list[dict[str, Any]], lines: tuple[Line, ...], keys: dict
     return tuple(Threshold(title, value / 1024) for title, value in found)
 
 
+def _bytes_panel(title: str, lines: tuple[Line, ...], limits: tuple[Threshold, ...]) -> Panel:
+    """Return a panel of lines in KiB, or in MiB where that leaves fewer digits."""
+    if max((float(np.nanmax(line.values, initial=0.0)) for line in lines), default=0.0) < _MOST_KIB:
+        return Panel(title, "KiB", lines, limits)
+    return Panel(
+        title,
+        "MiB",
+        tuple(replace(line, values=line.values / 1024) for line in lines),
+        tuple(replace(limit, value=limit.value / 1024) for limit in limits),
+    )
+
+
 def _depth_panel(queues: Columns, grid: _Grid, ports: list[dict[str, Any]]) -> Panel:
     lines, which = _port_lines(queues, grid, ports, "depth_bytes")
     limits = _thresholds(ports, lines, {"Kmin": "kmin_bytes", "Kmax": "kmax_bytes"})
-    return Panel("Depth of egress queues" + which, "KiB", lines, limits)
+    return _bytes_panel("Depth of egress queues" + which, lines, limits)
 
 
 def _ingress_panel(queues: Columns, grid: _Grid, ports: list[dict[str, Any]]) -> Panel | None:
@@ -258,7 +276,7 @@ def _ingress_panel(queues: Columns, grid: _Grid, ports: list[dict[str, Any]]) ->
     if not lines:
         return None
     limits = _thresholds(ports, lines, {"XOFF": "xoff_bytes"})
-    return Panel("Held for ingress ports" + which, "KiB", lines, limits)
+    return _bytes_panel("Held for ingress ports" + which, lines, limits)
 
 
 def _rate_panel(qps: Columns, grid: _Grid, header: dict[str, Any]) -> Panel:
@@ -294,8 +312,13 @@ def _pause_panel(queues: Columns) -> Panel | None:
     if not bars:
         return None
     longest = sorted(bars, key=lambda bar: -float(bar.length_us.sum()))[:_MOST_FLOWS]
-    drawn = tuple(bar for bar in bars if bar in longest)
+    drawn = tuple(sorted((bar for bar in bars if bar in longest), key=lambda bar: _natural(bar.name)))
     return Panel("Paused by PFC" + _of_most(len(drawn), len(bars)), "", bars=drawn)
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """Return what puts host2 before host10."""
+    return [(word, int(number or 0)) for word, number in re.findall(r"(\D+)(\d*)", name)]
 
 
 def _event_panel(queues: Columns, qps: Columns, grid: _Grid) -> Panel | None:
