@@ -76,20 +76,23 @@ static __always_inline __u64 take_turn(__u32 group_index)
 	return state ? __sync_fetch_and_add(&state->turn, 1) : 0;
 }
 
-/* The live member with the shortest queue for its weight; the search begins at another member every time, so that
+/* The live member of a group with the shortest queue for its weight; the search begins at another member every time, so that
  * equals are taken in turn. If none is live, the one it began at.
  *
  * Whatever the loop carries from one round to the next is unknown to the verifier from the outset (`zero` is read from a
- * map) and changes without a branch of its own: rounds then look alike to it, or it would follow every history of them.
+ * map) and changes without a branch of its own: rounds then look alike to it, or it would follow every history of them. It is a
+ * function to the verifier, which thus goes through the rounds once, not once for every way that leads here.
  */
-static __always_inline __u32 select_least_depth(const struct tb_group *group, __u32 group_index, __u32 priority)
+__attribute__((noinline)) __u32 tb_select_least_depth(__u32 group_index, __u32 priority)
 {
+	struct tb_group *group = bpf_map_lookup_elem(&tb_groups, &group_index);
 	struct tb_group_state *state = bpf_map_lookup_elem(&tb_group_states, &group_index);
-	__u32 members = group->members, first, best, i;
+	__u32 members, first, best, i;
 	__u64 best_depth, best_weight;
 
-	if (!state || !members)
+	if (!group || !state || !group->members)
 		return 0;
+	members = group->members;
 	first = best = __sync_fetch_and_add(&state->turn, 1) % members;
 	best_depth = best_weight = state->zero;
 	for (i = 0; i < TB_MAX_CHOICES; i++) {
@@ -173,7 +176,7 @@ static __always_inline __u32 select_egress(const struct tb_group *group, __u32 g
 				     group->members);
 			break;
 		case TB_SELECT_LEAST_DEPTH:
-			key += select_least_depth(group, group_index, priority);
+			key += tb_select_least_depth(group_index, priority);
 			break;
 		case TB_SELECT_FLOWLET:
 			key += scale(flowlet_hash(group, group_index, hash_flow(&flow, ip, group)), group->members);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import selectors
 import socket
 import statistics
@@ -17,10 +18,12 @@ import numpy.typing as npt
 import pytest
 
 from testbed.fabric import Fabric
+from testbed.kernel import bpf, layout
 from testbed.kernel.packet_socket import open_packet_socket
 from testbed.routing import ForwardingTables
 from testbed.routing.hashing import select_members
 from testbed.topology import HOST_NETWORK, NodeKind, Topology
+from tests.conftest import skip_or_fail
 from tests.netns.labs import (
     PATIENCE_S,
     address_of,
@@ -381,3 +384,24 @@ def run_tcp(fabric: Fabric, sources: list[int], destination: int, *, nbytes: int
 def same_leaf(fabric: Fabric, source: int, destination: int) -> bool:
     topology = fabric.plan.topology
     return topology.peer_node(topology.host_port(source).id) == topology.peer_node(topology.host_port(destination).id)
+
+
+def test_the_verifier_is_soon_done_with_every_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Building a fabric waits for it, at about 4 us an instruction; beyond a million it refuses a program.
+    visited: dict[str, int] = {}
+    close = bpf.LoadedObject.close
+
+    def look(loaded: bpf.LoadedObject) -> None:
+        for name, descriptor in loaded.programs.items() if loaded._open else ():
+            found = re.search(r"^verified_insns:\s+(\d+)", Path(f"/proc/self/fdinfo/{descriptor}").read_text(), re.M)
+            if found is None:
+                skip_or_fail("this kernel does not tell how long the verifier took")
+            else:
+                visited[name] = int(found[1])
+        close(loaded)
+
+    monkeypatch.setattr(bpf.LoadedObject, "close", look)
+    with small_fabric(name="verifier"):
+        pass
+    assert set(visited) == set(layout.FABRIC_PROGRAMS)
+    assert max(visited.values()) < 100_000, visited

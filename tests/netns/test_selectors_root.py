@@ -57,7 +57,7 @@ class Switch:
         initial = {".rodata.config": config, ".rodata.crc": layout.pack_crc_table()}
         self._loaded = bpf.load_object(map_entries=entries, initial_values=initial, programs=("switch_ingress",))
         self.arrays = layout.MappedArrays(self._loaded.maps, entries)
-        fabric_module._fill_ports(plan, self.arrays)
+        fabric_module._fill_ports(plan, self.arrays, fabric.back_ends)
         self.arrays.fib[:] = plan.tables.fib.reshape(-1)
         leaf = topology.leaves[0]
         remote = [slot for slot in range(topology.slots) if topology.slot_leaf(slot) is not leaf]
