@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from testbed.carriers.admission import admission
 from testbed.carriers.faults import FabricFaults, fabric_faults, port_rates_of, workload_faults
@@ -78,6 +79,13 @@ class EngineCarrier:
         limit, recorder = rate_limit(plan, workload), self._recording.recorder if self._recording else None
         if recorder is not None:
             recorder.begin_workload(workload, len(planned.connections), self.flow.closed, control_of(limit))
+        queues = self._fabric.arrays.queues
+
+        def lost_frames() -> npt.NDArray[np.int64]:
+            lost: npt.NDArray[np.int64] = (queues["drop_packets"] + queues["lost_packets"]).sum(axis=1).astype(np.int64)
+            return lost
+
+        lost_before = lost_frames()
         loop = TickLoop(
             engine_setup(plan, workload),
             queues=self._fabric.arrays.queues,
@@ -86,7 +94,7 @@ class EngineCarrier:
             sockets=self._sockets,
             clock=self._clock,
             probe=self._probe,
-            describe_connection=lambda index: describe_connection(plan, workload, index),
+            describe_connection=lambda index: describe_connection(plan, workload, index, lost_frames() - lost_before),
             flow_control=self.flow,
             rate_limit=limit,
             admission=admission(plan, workload, self._fabric.arrays.qps, self._sockets),
@@ -250,13 +258,31 @@ def control_of(limit: RateLimit) -> CongestionControl | None:
     return limit.control if isinstance(limit, CongestionLimit) else None
 
 
-def describe_connection(plan: Plan, workload: int, index: int) -> str:
-    """Name a connection by its ranks, QP and path."""
-    planned = plan.workloads[workload]
+def describe_connection(
+    plan: Plan, workload: int, index: int, lost_packets: npt.NDArray[np.int64] | None = None
+) -> str:
+    """Name a connection by its ranks, QP and path, and the link that lost most of the frames.
+
+    Args:
+        plan: The plan.
+        workload: Index of the workload.
+        index: Index of the connection.
+        lost_packets: Frames that were dropped before each port or lost behind it, shape ``(ports + 1,)``.
+    """
+    planned, topology = plan.workloads[workload], plan.topology
     connection = planned.connections[index]
     requester = connection.requester
-    path = planned.paths[index].describe(plan.topology)
-    return f"rank {requester.local.rank} to {requester.remote.rank}, QP {requester.qpn:#x} ({path})"
+    path = planned.paths[index].describe(topology)
+    text = f"rank {requester.local.rank} to {requester.remote.rank}, QP {requester.qpn:#x} ({path})"
+    if lost_packets is None or not lost_packets.any():
+        return text
+    # Of its own ways first, there and back; its ACKs may come back by others.
+    own = {port for route in planned.possible_routes[index] for port in route.path.ports}
+    own |= {topology.port(port).peer for port in own}
+    candidates = [port for port in sorted(own) if lost_packets[port]] or np.flatnonzero(lost_packets).tolist()
+    worst = max(candidates, key=lambda port: int(lost_packets[port]))
+    link = topology.links[topology.port(worst).link].name
+    return f"{text}; most frames were lost on {link}, {int(lost_packets[worst])} from {topology.port_name(worst)}"
 
 
 @contextlib.contextmanager

@@ -27,11 +27,9 @@ from testbed.engine.recovery import GoBackN, LossRecovery, Resent, Selective
 from testbed.engine.stream import PacketStreams, build_streams
 from testbed.errors import RunError
 from testbed.measure.samples import AdmissionSamples, MachineSamples
-from testbed.roce.queue_pairs import REQUESTER, RESPONDER, Connection, nics_of, qp_index
+from testbed.roce.queue_pairs import NIC_QUEUE_FRAMES, REQUESTER, RESPONDER, Connection, nics_of, qp_index
 from testbed.roce.wire import LINK_OVERHEAD_BYTES, Opcode, data_tos, frame_bytes
 
-# Frames in a host's queue beyond which its NIC waits, at most: a paused or starved host then stops by itself.
-_MAX_CREDIT_FRAMES = 48
 _MIN_CREDIT_FRAMES = 8
 # While the fabric's CPU stalls, what all hosts may have sent must fit into its backlog (net.core.netdev_max_backlog).
 _BACKLOG_SHARE = 0.6
@@ -44,7 +42,7 @@ _PROBE_TICKS = 8
 # What is judged over spans of many ticks is looked at every so many, as are the rings of frames to come.
 _LOOK_TICKS = 4
 # More than a connection can send between two such looks.
-_REFILL_MARGIN_PACKETS = 2 * _MAX_CREDIT_FRAMES
+_REFILL_MARGIN_PACKETS = 2 * NIC_QUEUE_FRAMES
 # Nothing moved for this many ticks: the fabric is at rest. Far more than the slowest frame time of a dilated link.
 _REST_TICKS = 200
 # Nothing arrived for this many retransmission timeouts: something else than loss is wrong.
@@ -238,7 +236,7 @@ class TickLoop:
         self._shaping = ShapingObserver(setup.wall_port_rate_bytes_per_s, self._frame_wire_bytes)
         senders = len(np.unique(self._nic))
         credit = int(_BACKLOG_SHARE * setup.max_backlog_frames) // senders
-        self._credit_frames = max(_MIN_CREDIT_FRAMES, min(_MAX_CREDIT_FRAMES, credit))
+        self._credit_frames = max(_MIN_CREDIT_FRAMES, min(NIC_QUEUE_FRAMES, credit))
         initial_psns = np.array([connection.initial_psn for connection in connections], np.int64)
         self._writer = FrameWriter(
             [c.requester for c in connections], initial_psns, setup.mtu, tos=[data_tos(c.priority) for c in connections]

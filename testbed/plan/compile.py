@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -31,7 +33,7 @@ from testbed.collectives import (
 )
 from testbed.errors import PlanError
 from testbed.plan.admission import forecast_admission
-from testbed.plan.dilation import WALL_TICK_NS, choose_dilation, choose_tick_ns
+from testbed.plan.dilation import WALL_TICK_NS, TimeDilation, choose_dilation, choose_tick_ns
 from testbed.plan.faults import FaultPlan, build_changes, build_steps
 from testbed.plan.jobs import fluid_ends_ns, job_hosts, measured_sets, port_times_ns, ranks_of_hosts
 from testbed.plan.limits import check_emulation_limits
@@ -39,7 +41,7 @@ from testbed.plan.lint import find_warnings
 from testbed.plan.model import Plan, PlannedJob, PlannedWorkload
 from testbed.plan.predict import predict_cct_ratio
 from testbed.plan.qos import notification_interval_ns, response_ns
-from testbed.roce.queue_pairs import Connection, Endpoint, build_connections
+from testbed.roce.queue_pairs import NIC_QUEUE_FRAMES, Connection, Endpoint, build_connections
 from testbed.roce.wire import IP_PROTOCOL_TCP, IP_PROTOCOL_UDP, LINK_OVERHEAD_BYTES, ROCE_UDP_PORT, Opcode, frame_bytes
 from testbed.routing import (
     Demand,
@@ -77,6 +79,8 @@ from testbed.topology import LinkSpec, RankMap, Topology, build_clos, build_star
 # Retransmission timeout "auto": several loop times beside what the deepest queue of the path can add.
 _TIMEOUT_LOOPS = 4
 _TIMEOUT_QUEUES = 2
+# Not below this much wall time: timers are looked at every 16 ticks, and ticks of a busy machine come tens of milliseconds late.
+_TIMEOUT_TICKS = 64
 
 # What is drawn at random beside QPs: each has a stream of its own, so that one does not change with the other.
 _ORDER_STREAM, _PERMUTATION_STREAM = 1, 2
@@ -267,7 +271,7 @@ def compile_plan(
         dilation=dilation,
         workloads=workloads,
         wall_tick_lateness_ns=wall_tick_lateness_ns,
-        retransmit_timeout_ns=_retransmit_timeout_ns(scenario, topology, workloads),
+        retransmit_timeout_ns=_retransmit_timeout_ns(scenario, topology, workloads, dilation),
         warnings=(),
         faults=faults,
     )
@@ -743,10 +747,31 @@ def trace_connection_routes(
     return trace_routes(topology, tables, nic.id, flow_of(connection, carrier), over_time=over_time)
 
 
-def _retransmit_timeout_ns(scenario: Scenario, topology: Topology, workloads: tuple[PlannedWorkload, ...]) -> int:
+def _retransmit_timeout_ns(
+    scenario: Scenario, topology: Topology, workloads: tuple[PlannedWorkload, ...], dilation: TimeDilation
+) -> int:
+    """Return the retransmission timeout: long enough that only a loss makes it run out.
+
+    A packet waits in switches, and under PFC in its NIC as well, beside what the other NICs hold for the same link. And on this
+    machine's clock it is never shorter than a busy machine may stall: a late tick is no lost packet.
+    """
     if scenario.transport.retransmit_timeout_ns is not None:
         return scenario.transport.retransmit_timeout_ns
     loop_ns = 2 * max(int(planned.one_way_ns.max(initial=0)) for planned in workloads)
     slowest = min(port.rate_bits_per_s for port in topology.ports)
     queue_ns = 8_000_000_000 * scenario.fabric.switch.buffer_bytes // slowest
-    return _TIMEOUT_LOOPS * loop_ns + _TIMEOUT_QUEUES * queue_ns
+    held_ns = 0
+    if scenario.qos.pfc.enabled:
+        frame_bits = 8 * (frame_bytes(Opcode.WRITE_MIDDLE, scenario.transport.mtu_bytes) + LINK_OVERHEAD_BYTES)
+        sharing = max(_most_sharing(planned) for planned in workloads)
+        held_ns = sharing * NIC_QUEUE_FRAMES * frame_bits * 10**9 // slowest
+    stall_ns = math.ceil(_TIMEOUT_TICKS * dilation.wall_tick_ns / dilation.value)
+    return max(_TIMEOUT_LOOPS * loop_ns + _TIMEOUT_QUEUES * queue_ns + held_ns, stall_ns)
+
+
+def _most_sharing(planned: PlannedWorkload) -> int:
+    """Return the most NICs whose packets leave by one port."""
+    crossed = {
+        (port, route.path.ports[0]) for routes in planned.routes for route in routes for port in route.path.ports
+    }
+    return max(Counter(port for port, _ in crossed).values(), default=1)

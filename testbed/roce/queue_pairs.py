@@ -15,6 +15,9 @@ REQUESTER, RESPONDER = 0, 1
 # QPN of row 0 of the QP table; 0 and 1 are management QPs in InfiniBand.
 QPN_BASE = 0x100
 
+# Frames in a host's queue beyond which its NIC waits, at most: a paused or starved host then stops by itself.
+NIC_QUEUE_FRAMES = 48
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
