@@ -434,7 +434,8 @@ class TickLoop:
                 writer.extend(fed, sent - offset)
             if ticks % _TIMEOUT_CHECK_TICKS == 0:
                 recovery.check_timeouts(now, released)
-                if now - moved_ns > _STALL_TIMEOUTS * self._wall_timeout_ns:
+                # Packets may get through one by one for long before a message is whole.
+                if now - max(moved_ns, recovery.moved_ns) > _STALL_TIMEOUTS * self._wall_timeout_ns:
                     raise RunError(
                         f"nothing arrived for {_STALL_TIMEOUTS} retransmission timeouts",
                         hint="`testbed inspect` shows where frames are; `testbed doctor` what the machine lacks",

@@ -35,6 +35,7 @@ class LossRecovery(Protocol):
         resending: Whether any QP has packets that go before ``sent``.
         retransmitted_packets: Packets sent again in this iteration.
         timeouts: Timers that ran out in this iteration.
+        moved_ns: When the last packet of any QP was acknowledged.
     """
 
     sent: npt.NDArray[np.int64]
@@ -42,6 +43,7 @@ class LossRecovery(Protocol):
     resending: bool
     retransmitted_packets: int
     timeouts: int
+    moved_ns: int
 
     def restart(self, now_ns: int, offset: npt.NDArray[np.int64], feedback: npt.NDArray[np.int64]) -> None:
         """Begin an iteration whose first packets are ``offset``; ``feedback`` is as for :meth:`hear`."""
@@ -93,6 +95,7 @@ class Requesters:
         self._sent_seen = np.zeros(qps, np.int64)
         self.retransmitted_packets = 0
         self.timeouts = 0
+        self.moved_ns = 0
 
     def restart(self, now_ns: int, offset: npt.NDArray[np.int64], feedback: npt.NDArray[np.int64]) -> None:
         """Begin an iteration: nothing is sent, everything before ``offset`` acknowledged."""
@@ -102,6 +105,7 @@ class Requesters:
         self._progress_ns[:] = now_ns
         self._retries[:] = 0
         self.retransmitted_packets = self.timeouts = 0
+        self.moved_ns = now_ns
 
     def _note_acks(self, now_ns: int, acked: npt.NDArray[np.int64]) -> bool:
         """Take note of ACKs; return whether any QP got on."""
@@ -111,6 +115,7 @@ class Requesters:
         np.maximum(self.acked, acked, out=self.acked)
         self._progress_ns[advanced] = now_ns
         self._retries[advanced] = 0
+        self.moved_ns = now_ns
         return True
 
     def _find_timeouts(self, now_ns: int, released: npt.NDArray[np.int64]) -> npt.NDArray[np.intp]:
