@@ -1,0 +1,119 @@
+"""Loss recovery against theory: what a lossy link leaves of a link's rate, and what spraying does to each kind of receiver."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from testbed.carriers.engine import engine_carrier
+from testbed.fabric import Fabric
+from testbed.plan.compile import compile_plan
+from testbed.scenario import load_scenario
+from tests.fidelity.test_flow_control import ATTEMPTS, is_trusted
+from tests.netns.labs import Quiet, lab_name
+from tests.support.loss_model import expected_slots
+
+pytestmark = pytest.mark.root
+
+# One flow, one link that loses data in one direction. About 100 packets leave between a loss and the rewind.
+STREAM = """
+name: lossy-stream
+fabric:
+  kind: star
+  hosts_per_leaf: 2
+  host_link: {rate: 400 Gbit/s, delay: 2 us}
+  lost_frames: data
+transport: {loss_recovery: go_back_n}
+workload: [{pattern: flows, flows: [{src: 0, dst: 1, size: 48 MiB}], iters: 1, warmup_iters: 0}]
+"""
+PACKETS = 48 * 2**20 // 4096
+LOOP_PACKETS = 102
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What one stream took and counted."""
+
+    slots: float
+    resent: int
+    naks: int
+    lost: int
+    sent: int
+    timeout_slots: float
+
+
+def stream(loss: float, recovery: str) -> Streamed:
+    lossy = f"fabric.lossy_links=[{{link: 'host0:switch0', fraction: {loss:.6f}}}]"
+    plan = compile_plan(
+        load_scenario(STREAM, [lossy, f"transport.loss_recovery={recovery}"]), capacity_packets_per_s=60_000
+    )
+    for _ in range(ATTEMPTS):
+        with Fabric.build(plan, lab_name("stream")) as fabric, engine_carrier(fabric) as (carrier, _):
+            samples = carrier.run(0, Quiet())
+            counted = fabric.arrays
+            nic = plan.topology.host_port(0).id
+            lost = int(counted.queues["lost_packets"][nic].sum())
+            sent = int(counted.queues["deq_packets"][nic, 3])
+            naks = int(counted.qps["naks_packets"].sum())
+        if is_trusted(plan, samples):
+            slot_ns = 8 * plan.frame_wire_bytes / 400
+            latency_ns = plan.workloads[0].ideal_cct_ns - PACKETS * slot_ns
+            return Streamed(
+                (samples.cct_ns[0] - latency_ns) / slot_ns,
+                samples.retransmitted_packets,
+                naks,
+                lost,
+                sent,
+                plan.retransmit_timeout_ns / slot_ns,
+            )
+    pytest.skip(f"not judged: none of {ATTEMPTS} runs could be trusted")
+
+
+@pytest.mark.parametrize(
+    "product", [pytest.param(0.05, marks=pytest.mark.slow), pytest.param(0.3, marks=pytest.mark.slow), 1.0]
+)
+def test_efficiency_under_loss_is_the_expected_one(product: float) -> None:
+    loss = product / LOOP_PACKETS
+    seen = stream(loss, "go_back_n")
+    # Preconditions: losses as asked for (five standard deviations), each repaired by a NAK.
+    assert abs(seen.lost - seen.sent * loss) <= 5 * math.sqrt(seen.sent * loss)
+    if not seen.naks:
+        pytest.skip("not judged: nothing was lost")
+    rewind = seen.resent / seen.naks
+    expected = PACKETS / expected_slots(PACKETS, seen.lost / seen.sent, rewind, seen.timeout_slots)
+    efficiency = PACKETS / seen.slots
+    print(f"p W {product}: W {rewind:.0f}, efficiency {efficiency:.3f}, expected {expected:.3f}")
+    assert efficiency == pytest.approx(expected, rel=0.1)
+    if product == 1.0:  # negative control: the value is not 1 whatever is lost
+        assert efficiency < 0.7
+
+    selective = stream(loss, "selective")
+    print(f"selective: efficiency {PACKETS / selective.slots:.3f}, {selective.resent} resent of {selective.lost} lost")
+    assert PACKETS / selective.slots > efficiency
+    assert selective.resent < seen.resent
+
+
+@pytest.mark.slow
+def test_spraying_collapses_before_go_back_n_and_not_before_selective() -> None:
+    spray = Path("scenarios/routing/spray-selective.yaml").read_text()
+    ratios = {}
+    for recovery in ("selective", "go_back_n"):
+        settings = [f"transport.loss_recovery={recovery}", "workload.0.size=4 MiB", "workload.0.iters=1", "expect=[]"]
+        plan = compile_plan(load_scenario(spray, settings), capacity_packets_per_s=60_000)
+        for _ in range(ATTEMPTS):
+            with Fabric.build(plan, lab_name("spray")) as fabric, engine_carrier(fabric) as (carrier, _):
+                samples = carrier.run(0, Quiet())
+                assert fabric.arrays.qps["out_of_order_packets"].any()
+            if is_trusted(plan, samples) or recovery == "go_back_n":  # a collapse is one whatever the machine adds
+                ratios[recovery] = samples.cct_ns[0] / plan.workloads[0].ideal_cct_ns
+                break
+        else:
+            pytest.skip(f"not judged: none of {ATTEMPTS} runs could be trusted")
+        if recovery == "selective":
+            assert samples.retransmitted_packets == 0
+    print(ratios)
+    assert ratios["selective"] <= 1.1
+    assert ratios["go_back_n"] > 1.5
