@@ -34,6 +34,10 @@ from testbed.roce.congestion import CongestionControl, make
 from testbed.scenario import CongestionControl as ControlName
 from testbed.scenario import LossRecovery
 
+# Round trips by which packets may overtake each other where they are spread over several paths: queues of links that carry all
+# they can differ by more than one. Repairs come later for it, which costs little while the window is open.
+SPREAD_REORDER_LOOPS = 4
+
 
 class EngineCarrier:
     """Runs workloads over the QPs of the engine.
@@ -234,6 +238,7 @@ def engine_setup(plan: Plan, workload: int) -> EngineSetup:
         wall_cnp_interval_ns=round(plan.cnp_interval_ns * plan.dilation.value),
         selective=plan.scenario.transport.loss_recovery is LossRecovery.SELECTIVE,
         reorder_time_ns=plan.scenario.transport.reorder_time_ns,
+        reorder_loops=SPREAD_REORDER_LOOPS if any(len(ways) > 1 for ways in planned.possible_routes) else 1,
     )
 
 

@@ -93,8 +93,9 @@ class EngineSetup:
         intra_host: What carries the schedules' other connections, inside hosts; None where there are none.
         wall_cnp_interval_ns: A responder sends at most one CNP per QP in this time; 0: none at all.
         selective: Whether what is missing alone is sent again; else go-back-N.
-        reorder_time_ns: How long a packet may be overtaken before it counts as lost, emulated; None: its path's round trip
-            and some ticks.
+        reorder_time_ns: How long a packet may be overtaken before it counts as lost, emulated; None: some of its path's
+            round trips, and some ticks.
+        reorder_loops: How many round trips that is.
     """
 
     connections: Sequence[Connection]
@@ -114,6 +115,7 @@ class EngineSetup:
     wall_cnp_interval_ns: int = 0
     selective: bool = False
     reorder_time_ns: int | None = None
+    reorder_loops: int = 1
 
 
 @dataclass
@@ -258,7 +260,7 @@ class TickLoop:
         if windows is None:
             raise ValueError("selective recovery needs the windows of packets out of order")
         windows[: 2 * count] = 0
-        wall_reorder = 2 * wall_one_way_ns + _REORDER_TICKS * self._setup.wall_tick_ns
+        wall_reorder = 2 * self._setup.reorder_loops * wall_one_way_ns + _REORDER_TICKS * self._setup.wall_tick_ns
         if self._setup.reorder_time_ns is not None:
             wall_reorder = np.full(count, round(self._setup.reorder_time_ns * self._setup.time_dilation))
         sockets, nic, ring = self._sockets, self._nic.tolist(), self._writer.ring

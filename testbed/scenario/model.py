@@ -497,7 +497,7 @@ class Transport(_Section):
     reorder_time_ns: Annotated[int | None, _TIMEOUT] = _key(
         "reorder_time",
         "Under selective: how long after a later packet's SACK a packet may still come before it counts as lost; auto: the "
-        "round trip of the idle path and four of the engine's ticks.",
+        "round trip of the idle path, four where packets are spread over several, and four of the engine's ticks.",
         default="auto",
     )
     retransmit_timeout_ns: Annotated[int | None, _TIMEOUT] = _key(
