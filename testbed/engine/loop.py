@@ -472,11 +472,14 @@ class TickLoop:
                 idle = True if single else np.bincount(nic, weights=wants, minlength=nics) == 0
                 pacer.hold_until(data.any_of_nics(paused) & idle, float(now + tick_ns))
             again: Resent | None = None
+            available_at_ns = progress.released_at_ns
+            if recovery.resumed_at_ns is not None:
+                available_at_ns = np.maximum(available_at_ns, recovery.resumed_at_ns)
             if wants.any():
                 credit = room * frames_per_byte
                 if self._one_qp_per_nic:
                     packet = sent - offset
-                    shares = pacer.budget(now, wants, credit, progress.released_at_ns)
+                    shares = pacer.budget(now, wants, credit, available_at_ns)
                     if recovery.resending:
                         again = recovery.resend(shares)
                         pacer.charge(again.wire_bytes)
@@ -488,7 +491,7 @@ class TickLoop:
                     self._arrivals.note_sent(gone, pacer.started_at_ns[gone], sent_bytes[gone])
                 else:
                     nic_wants = np.bincount(nic, weights=wants, minlength=nics).astype(np.int64)
-                    np.maximum.at(nic_released_at, nic, progress.released_at_ns)
+                    np.maximum.at(nic_released_at, nic, available_at_ns)
                     active = np.flatnonzero(wants)
                     if single:
                         budget = pacer.budget(now, nic_wants, credit, nic_released_at)

@@ -74,3 +74,4 @@ class GoBackN(Requesters):
         self._progress_ns[qps] = now_ns
         self._writer.rewind(qps, self.sent - self._offset)
         self._rewound = True
+        self._note_resumed(now_ns, qps)

@@ -36,6 +36,7 @@ class LossRecovery(Protocol):
         retransmitted_packets: Packets sent again in this iteration.
         timeouts: Timers that ran out in this iteration.
         moved_ns: When the last packet of any QP was acknowledged.
+        resumed_at_ns: When each QP was last given something to send again; None before the first.
     """
 
     sent: npt.NDArray[np.int64]
@@ -44,6 +45,7 @@ class LossRecovery(Protocol):
     retransmitted_packets: int
     timeouts: int
     moved_ns: int
+    resumed_at_ns: npt.NDArray[np.float64] | None
 
     def restart(self, now_ns: int, offset: npt.NDArray[np.int64], feedback: npt.NDArray[np.int64]) -> None:
         """Begin an iteration whose first packets are ``offset``; ``feedback`` is as for :meth:`hear`."""
@@ -96,6 +98,7 @@ class Requesters:
         self.retransmitted_packets = 0
         self.timeouts = 0
         self.moved_ns = 0
+        self.resumed_at_ns: npt.NDArray[np.float64] | None = None
 
     def restart(self, now_ns: int, offset: npt.NDArray[np.int64], feedback: npt.NDArray[np.int64]) -> None:
         """Begin an iteration: nothing is sent, everything before ``offset`` acknowledged."""
@@ -106,6 +109,13 @@ class Requesters:
         self._retries[:] = 0
         self.retransmitted_packets = self.timeouts = 0
         self.moved_ns = now_ns
+        self.resumed_at_ns = None
+
+    def _note_resumed(self, now_ns: int, qps: npt.NDArray[np.intp] | int) -> None:
+        """Note that QPs have something to send again: a NIC that had nothing does not make up for the time before."""
+        if self.resumed_at_ns is None:
+            self.resumed_at_ns = np.zeros(len(self.sent))
+        self.resumed_at_ns[qps] = now_ns
 
     def _note_acks(self, now_ns: int, acked: npt.NDArray[np.int64]) -> bool:
         """Take note of ACKs; return whether any QP got on."""

@@ -96,13 +96,13 @@ class Selective(Requesters):
         suspects = self._horizon > self._acked_now
         if suspects.any():
             for qp in np.flatnonzero(suspects).tolist():
-                self._find_lost(qp, int(self._acked_now[qp]), int(self._horizon[qp]))
+                self._find_lost(now_ns, qp, int(self._acked_now[qp]), int(self._horizon[qp]))
 
     def check_timeouts(self, now_ns: int, released: npt.NDArray[np.int64]) -> None:
         """Send the first missing packet and the last again on every QP whose timer has run out."""
         for qp in self._find_timeouts(now_ns, released).tolist():
             self._resent[qp].clear()
-            self._queue(qp, [int(self.acked[qp]), int(self.sent[qp]) - 1])
+            self._queue(now_ns, qp, [int(self.acked[qp]), int(self.sent[qp]) - 1])
 
     def wants(self, released: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return what is left to send: what the window lets go, and what is sent again."""
@@ -142,16 +142,18 @@ class Selective(Requesters):
         """Note what has left for the first time."""
         self.sent += taken
 
-    def _find_lost(self, qp: int, low: int, until: int) -> None:
+    def _find_lost(self, now_ns: int, qp: int, low: int, until: int) -> None:
         """Queue what is missing of the packets from ``low`` to ``until``, which have been overtaken for the reorder time."""
         numbers = np.arange(low, until)
         missing = numbers[~self._is_sacked(qp, numbers)].tolist()
         resent = {number: behind for number, behind in self._resent[qp].items() if number >= low}
         self._resent[qp] = resent
         # What was sent again is lost again when something that left behind it has come.
-        self._queue(qp, [number for number in missing if number not in resent or until > resent[number]])
+        self._queue(now_ns, qp, [number for number in missing if number not in resent or until > resent[number]])
 
-    def _queue(self, qp: int, numbers: list[int]) -> None:
+    def _queue(self, now_ns: int, qp: int, numbers: list[int]) -> None:
+        if numbers:
+            self._note_resumed(now_ns, qp)
         for number in numbers:
             self._pending[qp].setdefault(number, None)
         self._pending_count[qp] = len(self._pending[qp])
