@@ -216,9 +216,11 @@ def format_fraction(fraction: Fraction) -> str:
     for prime in (2, 5):
         while rest % prime == 0:
             rest //= prime
+    ratio = f"{fraction.numerator}/{fraction.denominator}"
     if is_power_of_two or rest != 1:
-        return f"{fraction.numerator}/{fraction.denominator}"
-    return _exact_decimal(fraction)
+        return ratio
+    decimal = _exact_decimal(fraction)
+    return decimal if _QUANTITY.fullmatch(decimal) else ratio  # more digits than are read back
 
 
 def _split(value: object, rule: str) -> tuple[Fraction, str]:

@@ -4,7 +4,7 @@ import contextlib
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from testbed.units import (
@@ -146,6 +146,7 @@ def test_formats_are_read_back_exactly(value: int) -> None:
     assert parse_byte_rate(format_byte_rate(value)) == value
 
 
+@example(Fraction(1, 167772160))  # 25 digits as a decimal
 @given(st.fractions(min_value=0, max_value=10**6, max_denominator=10**9))
 def test_fractions_are_read_back_exactly(value: Fraction) -> None:
     assert parse_fraction(format_fraction(value)) == value
