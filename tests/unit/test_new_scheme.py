@@ -28,6 +28,14 @@ def test_paths_follow_a_scheme_that_is_one_new_file(package: Path) -> None:
     assert report["predicted_cct_ratio"] == pytest.approx(1.0)
 
 
+def test_predictions_follow_it_too(package: Path) -> None:
+    done = run_copy(package, "predict", AI_ZONE, "--set", "routing.scheme=mirror", "--seeds", "3", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["scheme"] == "mirror"
+    assert report["cct_ratio_mean"] == report["cct_ratio_p95"] == pytest.approx(1.0)
+
+
 def test_a_misspelling_is_told_its_name(package: Path) -> None:
     wrong = run_copy(package, "validate", AI_ZONE, "--set", "routing.scheme=miror")
     assert wrong.returncode == 1
