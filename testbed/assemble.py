@@ -187,7 +187,7 @@ def compare_jobs(rows: Sequence[CollectiveResult]) -> tuple[CollectiveResult, ..
     """Return the rows of jobs with what the others cost each, where it ran without them as well.
 
     Rows of different items or sizes are not compared: the rounds follow each other, and in each a job runs alone before it runs
-    beside others.
+    beside others. Where the machine spoilt the time alone there is no slowdown.
     """
     alone: dict[str, float] = {}
     beside_one: dict[tuple[str, str], float] = {}
@@ -199,12 +199,16 @@ def compare_jobs(rows: Sequence[CollectiveResult]) -> tuple[CollectiveResult, ..
             result.append(row)
             continue
         if not row.beside:
-            alone[row.job] = median_ns
+            result.append(replace(row, slowdown=None, slowdown_by={}))
+            alone.pop(row.job, None)
+            if _may_be_judged(row):
+                alone[row.job] = median_ns
+            continue
         slowdown = median_ns / alone[row.job]
         if len(row.beside) == 1:
             beside_one[row.job, row.beside[0]] = slowdown
         known = {other: beside_one[row.job, other] for other in row.beside if (row.job, other) in beside_one}
-        result.append(replace(row, slowdown=slowdown if row.beside else None, slowdown_by=known))
+        result.append(replace(row, slowdown=slowdown, slowdown_by=known))
     return tuple(result)
 
 
