@@ -195,7 +195,9 @@ def test_the_completion_time_of_a_job_is_that_of_its_own_connections(strategy: s
         assert job_cct_ns(planned, job, np.zeros(networked), inside) == expected
 
 
-def _row(job: str, beside: tuple[str, ...], cct_ns: int) -> CollectiveResult:
+def _row(
+    job: str, beside: tuple[str, ...], cct_ns: int, verdict: FidelityVerdict = FidelityVerdict.TRUSTED
+) -> CollectiveResult:
     return CollectiveResult.from_samples(
         collective="all_reduce",
         algorithm="ring",
@@ -204,7 +206,7 @@ def _row(job: str, beside: tuple[str, ...], cct_ns: int) -> CollectiveResult:
         cct_ns=[cct_ns],
         cct_ideal_ns=1000.0,
         traffic_factor=1.5,
-        fidelity=Fidelity(FidelityVerdict.TRUSTED),
+        fidelity=Fidelity(verdict),
         job=job,
         beside=beside,
     )
@@ -248,6 +250,13 @@ def test_rows_that_ran_together_alone_have_no_slowdown() -> None:
     rows = compare_jobs([_row("a", ("b",), 1500), _row("b", ("a",), 2000)])
     assert [row.slowdown for row in rows] == [None, None]
     assert judge_check(parse_expectation("job.a.cct_ratio <= 1.5"), rows).verdict == "pass"
+
+
+def test_slowdown_over_a_time_alone_that_the_machine_spoilt_is_not_judged() -> None:
+    rows = compare_jobs([_row("a", (), 1050, FidelityVerdict.INVALID), _row("b", (), 1000), _row("a", ("b",), 2000)])
+    assert rows[2].slowdown is None
+    check = judge_check(parse_expectation("job.a.slowdown >= 1.9"), rows)
+    assert (check.verdict, check.observed) == ("not_judged", None)
 
 
 @pytest.mark.parametrize("file", sorted(SCENARIOS.glob("*.yaml")), ids=lambda file: file.stem)
