@@ -529,7 +529,9 @@ def test_lost_tail_is_sent_again_after_the_timeout() -> None:
 
 
 def test_lost_acks_are_made_up_for_by_duplicates() -> None:
-    with small_fabric(*LINE, *STREAM, "transport.retransmit_timeout=3 us", name="acks") as fabric:
+    # Long enough for a timeout while the data still goes on: an ACK is asked for at the 32nd packet, 2.8 us from the beginning.
+    size = "workload.0.size=512 KiB"
+    with small_fabric(*LINE, *STREAM, size, "transport.retransmit_timeout=3 us", name="acks") as fabric:
         qps = fabric.arrays.qps
         requesters = [qp_index(connection, REQUESTER) for connection in (0, 1)]
 
