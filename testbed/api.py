@@ -113,15 +113,27 @@ def build_plan(scenario: Scenario, *, measure: bool = True) -> Plan:
     )
 
 
-def paths(scenario: Scenario) -> PathReport:
+def paths(scenario: Scenario, lab: str | None = None) -> PathReport:
     """Return every flow's path, the load of each link and the predicted slowdown; nothing is built.
+
+    Args:
+        scenario: Its flows.
+        lab: A deployed lab of the same fabric: what is broken there is broken here.
 
     Raises:
         PlanError: No fabric can be planned from it.
+        LabError: There is no such lab, or it was built from another fabric.
     """
     from testbed.plan.report import describe_paths
 
-    return describe_paths(build_plan(scenario, measure=False))
+    if lab is None:
+        return describe_paths(build_plan(scenario, measure=False))
+    from testbed.fabric.fabric import require_same_fabric
+    from testbed.kernel.registry import read_state
+
+    plan = _plan_for_lab(scenario, lab)
+    require_same_fabric(plan, read_state(lab))
+    return describe_paths(plan)
 
 
 def compare_paths(file: Path) -> PathComparison:

@@ -59,7 +59,21 @@ def plan(
         print(_render_plan(built, operations=operations), end="")
 
 
-def paths(file: ScenarioFile, overrides: Set = None, output_format: Format = OutputFormat.TABLE) -> None:
+def paths(
+    file: ScenarioFile,
+    overrides: Set = None,
+    output_format: Format = OutputFormat.TABLE,
+    lab: Annotated[
+        str | None,
+        typer.Option(
+            "--lab",
+            metavar="LAB",
+            envvar="TESTBED_LAB",
+            help="A deployed lab: the paths that the scenario's flows would take there now, around what is broken.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Show each flow's path, the load of each link, collisions and the slowdown they predict.
 
     For the folder of a run's results, or its result.json: what was predicted beside what was measured.
@@ -71,7 +85,7 @@ def paths(file: ScenarioFile, overrides: Set = None, output_format: Format = Out
         _print_comparison(api.compare_paths(file), output_format)
         return
 
-    report = api.paths(api.load(file, read_overrides(overrides)))
+    report = api.paths(api.load(file, read_overrides(overrides)), lab)
     if output_format is OutputFormat.JSON:
         print(render_json(report))
         return

@@ -46,6 +46,30 @@ _BUSY_S = 30.0
 _DRAIN_LOOK_S = 0.01
 
 
+def require_same_fabric(plan: Plan, state: registry.LabState) -> None:
+    """Check that a lab is finished and is what a plan would build.
+
+    Raises:
+        LabError: It is not.
+    """
+    if not state.ready:
+        raise LabError(f"lab {state.name!r} was never finished", hint="`testbed gc` removes it")
+    resolved = plan.scenario.resolved()
+    hint = f"`testbed destroy {state.name}` and deploy this scenario, or run it without --name"
+    for section in ("fabric", "qos", "routing"):
+        if resolved.get(section) != state.scenario.get(section):
+            raise LabError(f"lab {state.name!r} was deployed with another `{section}`", hint=hint)
+    for key in ("mtu", "loss_recovery"):
+        if resolved["transport"][key] != state.scenario["transport"][key]:
+            raise LabError(f"lab {state.name!r} was deployed with another `transport.{key}`", hint=hint)
+    if plan.dilation.value != state.details["time_dilation"]:
+        raise LabError(
+            f"lab {state.name!r} runs at time_dilation {state.details['time_dilation']:g}, "
+            f"the plan at {plan.dilation.value:g}",
+            hint="leave `time_dilation` at auto: the lab's is then taken",
+        )
+
+
 class Fabric:
     """The namespaces, links, qdiscs, programs and maps of one lab.
 
@@ -200,22 +224,7 @@ class Fabric:
         lock = registry.lock_lab(name)
         try:
             state = registry.read_state(name)
-            if not state.ready:
-                raise LabError(f"lab {name!r} was never finished", hint="`testbed gc` removes it")
-            resolved = plan.scenario.resolved()
-            hint = f"`testbed destroy {name}` and deploy this scenario, or run it without --name"
-            for section in ("fabric", "qos", "routing"):
-                if resolved.get(section) != state.scenario.get(section):
-                    raise LabError(f"lab {name!r} was deployed with another `{section}`", hint=hint)
-            for key in ("mtu", "loss_recovery"):
-                if resolved["transport"][key] != state.scenario["transport"][key]:
-                    raise LabError(f"lab {name!r} was deployed with another `transport.{key}`", hint=hint)
-            if plan.dilation.value != state.details["time_dilation"]:
-                raise LabError(
-                    f"lab {name!r} runs at time_dilation {state.details['time_dilation']:g}, "
-                    f"the plan at {plan.dilation.value:g}",
-                    hint="leave `time_dilation` at auto: the lab's is then taken",
-                )
+            require_same_fabric(plan, state)
             arrays = open_arrays(state)
             _wait_until_drained(name, arrays)
         except BaseException:

@@ -236,6 +236,12 @@ def test_what_is_broken_by_hand_is_routed_around_shown_and_healed() -> None:
         assert api.break_lab(name, link) == [f"link_down {link}"]
         assert ping(fabric, 0, 2)  # another way
         assert api.inspect(name).broken == (f"link_down {link}",)
+        scenario = load_scenario(SCENARIO, wide)
+        uplink = f"leaf0/{topology.port(port.members[0]).ifname}>"
+        assert any(load.name.startswith(uplink) for load in api.paths(scenario).links if load.flows)
+        assert not any(load.name.startswith(uplink) for load in api.paths(scenario, name).links if load.flows)
+        with pytest.raises(LabError, match="another `routing`"):
+            api.paths(load_scenario(SCENARIO, (*wide, "routing.scheme=ecmp")), name)
         assert not (fabric.arrays.queues["lost_packets"]).any()
         assert len(api.break_lab(name, "host2:leaf1")) == 2
         assert not ping(fabric, 0, 2)  # there is no other
