@@ -1,4 +1,4 @@
-"""What the bars of flow control share: plans, runs that may be judged, and someone who sends pause frames."""
+"""What the bars share: plans, runs that may be judged, and someone who sends pause frames."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import pytest
 
+import testbed
 from testbed.carriers.protocol import WorkloadSamples
 from testbed.fabric import Fabric
 from testbed.kernel.gate import PauseSender, open_bypass_socket
@@ -16,7 +17,7 @@ from testbed.kernel.links import mac_bytes
 from testbed.measure.verdict import judge
 from testbed.plan.compile import compile_plan
 from testbed.plan.model import Plan
-from testbed.results import FidelityVerdict
+from testbed.results import FidelityVerdict, Result
 from testbed.scenario import load_scenario
 from tests.netns.labs import in_node
 
@@ -62,6 +63,16 @@ def judged(plan: Plan, run: Callable[[], tuple[T, Sequence[WorkloadSamples]]], t
             return seen
         heard.append(doubts[0])
     pytest.skip(f"not judged: none of {ATTEMPTS} runs could be: {' / '.join(heard)}")
+
+
+def trusted_run(file: Path, *settings: str) -> Result:
+    """Return a run that this machine could be trusted with; skip as not judged when there is none in a few."""
+    scenario = testbed.load(file, settings)
+    for _ in range(ATTEMPTS):
+        result = testbed.run(scenario, series=False)
+        if result.fidelity is not None and result.fidelity.verdict is FidelityVerdict.TRUSTED:
+            return result
+    pytest.skip(f"not judged: none of {ATTEMPTS} runs could be trusted")
 
 
 @contextlib.contextmanager

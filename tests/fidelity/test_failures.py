@@ -6,25 +6,13 @@ from pathlib import Path
 
 import pytest
 
-import testbed
-from testbed.results import FidelityVerdict, Result
+from tests.fidelity.runs import trusted_run
 
 pytestmark = [pytest.mark.root, pytest.mark.fidelity]
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios" / "faults"
-ATTEMPTS = 4
 # Switch ports are 0.3 % fast, and their buckets hold some ticks' worth: a shared link may be that much faster than predicted.
 TOLERANCE = 0.04
-
-
-def trusted_run(file: str, *settings: str) -> Result:
-    """Return a run that this machine could be trusted with; skip as not judged when there is none in a few."""
-    scenario = testbed.load(SCENARIOS / file, settings)
-    for _ in range(ATTEMPTS):
-        result = testbed.run(scenario, series=False)
-        if result.fidelity is not None and result.fidelity.verdict is FidelityVerdict.TRUSTED:
-            return result
-    pytest.skip(f"not judged: none of {ATTEMPTS} runs could be trusted")
 
 
 @pytest.mark.parametrize(
@@ -38,17 +26,17 @@ def trusted_run(file: str, *settings: str) -> Result:
 )
 def test_an_uplink_that_is_down_costs_what_the_tables_say(settings: tuple[str, ...], expected: float) -> None:
     short = ("workload[0].size=8MiB", "workload[0].warmup_iters=0", "time_dilation=3000")
-    (broken,) = trusted_run("uplink-down.yaml", *short, *settings).results
+    (broken,) = trusted_run(SCENARIOS / "uplink-down.yaml", *short, *settings).results
     assert broken.predicted_cct_ratio == pytest.approx(expected)
     assert broken.cct_ratio == pytest.approx(expected, rel=TOLERANCE)
     if settings == ("routing.scheme=pinning",):  # the negative control: it is the link's absence that costs
-        (whole,) = trusted_run("uplink-down.yaml", *short, "faults=[]").results
+        (whole,) = trusted_run(SCENARIOS / "uplink-down.yaml", *short, "faults=[]").results
         assert whole.cct_ratio == pytest.approx(1.0, abs=0.01)
 
 
 def test_a_link_that_dies_costs_the_detour_and_at_most_the_outage() -> None:
     settings = ("workload[0].iters=1", "workload[0].warmup_iters=0", "time_dilation=3000")
-    (row,) = trusted_run("link-dies.yaml", *settings).results
+    (row,) = trusted_run(SCENARIOS / "link-dies.yaml", *settings).results
     (fault,) = row.faults
     assert row.cct_ideal_ns is not None
     assert row.cct_ratio is not None

@@ -6,25 +6,13 @@ from pathlib import Path
 
 import pytest
 
-import testbed
-from testbed.results import FidelityVerdict, Result
+from tests.fidelity.runs import trusted_run
 
 pytestmark = [pytest.mark.root, pytest.mark.fidelity]
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios"
-ATTEMPTS = 4
 # Switch ports are 0.3 % fast, and their buckets hold some ticks' worth: a shared link may be that much faster than predicted.
 TOLERANCE = 0.04
-
-
-def trusted_run(file: str, *settings: str) -> Result:
-    """Return a run that this machine could be trusted with; skip as not judged when there is none in a few."""
-    scenario = testbed.load(SCENARIOS / file, settings)
-    for _ in range(ATTEMPTS):
-        result = testbed.run(scenario, series=False)
-        if result.fidelity is not None and result.fidelity.verdict is FidelityVerdict.TRUSTED:
-            return result
-    pytest.skip(f"not judged: none of {ATTEMPTS} runs could be trusted")
 
 
 def jobs_smaller(jobs: int) -> list[str]:
@@ -32,7 +20,7 @@ def jobs_smaller(jobs: int) -> list[str]:
 
 
 def test_jobs_on_half_racks_slow_each_other_down_under_pinning_as_predicted() -> None:
-    result = trusted_run("jobs/fragmented.yaml", *jobs_smaller(4))
+    result = trusted_run(SCENARIOS / "jobs/fragmented.yaml", *jobs_smaller(4))
     alone = [row for row in result.results if not row.beside]
     together = [row for row in result.results if row.beside]
     assert len(alone) == len(together) == 4
@@ -46,7 +34,7 @@ def test_jobs_on_half_racks_slow_each_other_down_under_pinning_as_predicted() ->
 @pytest.mark.parametrize("file", ["jobs/fragmented-doubled.yaml", "jobs/full-racks.yaml"])
 def test_jobs_with_paths_of_their_own_do_not_notice_each_other(file: str) -> None:
     jobs = 4 if "doubled" in file else 2
-    for row in trusted_run(file, *jobs_smaller(jobs)).results:
+    for row in trusted_run(SCENARIOS / file, *jobs_smaller(jobs)).results:
         assert row.cct_ratio is not None
         assert row.cct_ratio <= 1.03
 
@@ -54,7 +42,7 @@ def test_jobs_with_paths_of_their_own_do_not_notice_each_other(file: str) -> Non
 def test_one_seed_for_all_tiers_slows_down_what_crosses_between_zones_as_predicted() -> None:
     sizes = [f"workload[0].flows[{flow}].size=4MiB" for flow in range(8)]
     polarised, cured = (
-        trusted_run("zones/polarised.yaml", *sizes, f"routing.hash_seed_per_tier={per_tier}").results[0]
+        trusted_run(SCENARIOS / "zones/polarised.yaml", *sizes, f"routing.hash_seed_per_tier={per_tier}").results[0]
         for per_tier in ("false", "true")
     )
     for row in (polarised, cured):
