@@ -32,6 +32,7 @@ KMIN, KMAX, PMAX = 100_000, 1_100_000, 0.5
 PAYLOAD = 986  # with headers: frames of 1020 bytes
 FRAME = PAYLOAD + 34
 ECT0, CE, NOT_ECT = 2, 3, 0
+ROUNDS = 3  # of some 980 frames on the slope: seven tenths of pmax are then 11 standard deviations away
 PRIORITY = 3
 PRIORITY_TOS = PRIORITY << 5
 SETTINGS = (
@@ -77,6 +78,7 @@ def marks_by_depth(fabric: Fabric, frames: int, tos: int) -> tuple[list[int], li
         sending = open_packet_socket("eth0")
     frame = ip_frame(fabric, 0, topology.host_port(1).address, bytes(PAYLOAD), tos=tos)
     depths, marks = [], []
+    gone = int(queue["deq_packets"])
     with listening_socket(fabric, "host1", "eth0") as listening, sending:
         with closed_gate(fabric, port.id):
             for number in range(frames):
@@ -85,7 +87,7 @@ def marks_by_depth(fabric: Fabric, frames: int, tos: int) -> tuple[list[int], li
                 if number % 8 == 7 or number == frames - 1:  # not more at once than the backlog holds
                     wanted = before + 1
                     wait_until(lambda w=wanted: int(queue["enq_packets"]) >= w, "the frame in the queue")
-            left = int(queue["deq_packets"])  # the bucket let a full frame's worth go at once, all others stood behind
+            left = int(queue["deq_packets"]) - gone  # the bucket let a full frame's worth go at once, all others stood behind
         wait_until(lambda: int(queue["deq_packets"]) == int(queue["enq_packets"]), "an empty queue")
         for number in range(frames):
             data = listening.recv(2048)
@@ -120,22 +122,29 @@ def test_marks_follow_kmin_the_slope_and_kmax(marker: str) -> None:
     if marker == "red" and not probe_qdisc("red"):
         pytest.skip('this kernel has no qdisc "red" (modprobe sch_red)')
     with small_fabric(*SETTINGS, f"qos.ecn.pmax={PMAX}", f"qos.ecn.marker={marker}", name="marks") as fabric:
-        depths, marks = marks_by_depth(fabric, KMAX // FRAME + 60, PRIORITY_TOS | ECT0)
+        depths, marks = [], []
+        for _ in range(ROUNDS):
+            more_depths, more_marks = marks_by_depth(fabric, KMAX // FRAME + 70, PRIORITY_TOS | ECT0)
+            depths += more_depths
+            marks += more_marks
         assert_drained(fabric)
+        if marker == "red":
+            # sch_red.c, red_enqueue(): the depth is that of the child before the frame is added to it.
+            depths = [depth - FRAME for depth in depths]
         below = [mark for depth, mark in zip(depths, marks, strict=True) if depth <= KMIN]
         above = [mark for depth, mark in zip(depths, marks, strict=True) if depth > KMAX]
         assert len(below) > 50
         assert not any(below)
         assert len(above) > 50
-        assert all(above)
+        assert all(above), [n for n, (d, m) in enumerate(zip(depths, marks, strict=True)) if d > KMAX and not m]
         assert deviation(depths, marks) < 5
         # By thirds of the slope, too: a constant chance would fit the sum.
         third = (KMAX - KMIN) // 3
         for low in (KMIN, KMIN + third, KMIN + 2 * third):
             part = [(d, m) for d, m in zip(depths, marks, strict=True) if low < d <= low + third]
             assert deviation([d for d, _ in part], [m for _, m in part]) < 5
-        # Negative control: the bound would not hold for half of pmax.
-        assert deviation(depths, marks, chance=0.5) > 5
+        # Negative control: the bound would not hold for seven tenths of pmax.
+        assert deviation(depths, marks, chance=0.7) > 5
         port = fabric.plan.topology.port(fabric.plan.topology.host_port(1).peer)
         fabric.read_kernel_marks()
         assert int(fabric.arrays.queues["marked_packets"][port.id, 3]) == sum(marks)
