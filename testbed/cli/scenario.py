@@ -203,6 +203,7 @@ def _render_prediction(prediction: Prediction) -> str:
     lines = [
         f"# {prediction.name}: {prediction.scheme}, hash seeds {prediction.hash_seed} to {last}; {what}\n",
         "# completion time over ideal, by max-min fair shares: no latencies, no queues, no pauses\n",
+        *(f"# left out: {one}\n" for one in prediction.left_out),
     ]
     header: tuple[str, ...]
     header = ("workload", "algorithm", "size", "nranks", "flows", *_RATIOS)

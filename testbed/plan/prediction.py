@@ -22,6 +22,7 @@ from testbed.plan.compile import (
 from testbed.plan.faults import broken_at, build_changes, find_knowledge
 from testbed.plan.forecast import Forecast, Messages, forecast
 from testbed.plan.jobs import fluid_ends_ns, job_hosts, ranks_of_hosts
+from testbed.plan.left_out import find_left_out
 from testbed.roce.queue_pairs import REQUESTER, RESPONDER, qpn_of
 from testbed.roce.wire import IP_PROTOCOL_TCP, IP_PROTOCOL_UDP, ROCE_UDP_PORT, source_port
 from testbed.routing import (
@@ -142,6 +143,7 @@ class Prediction:
         items: The same of each item; they run one after the other, jobs at the same time.
         phases: What changes while an iteration runs, as faults happen and routing learns of them; empty where nothing does. The
             figures above are those of the first.
+        left_out: What the scenario has and the prediction knows nothing of.
     """
 
     name: str
@@ -154,6 +156,7 @@ class Prediction:
     ratios: RatioSpread
     items: tuple[ItemPrediction, ...]
     phases: tuple[PhasePrediction, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def predict(
@@ -199,9 +202,12 @@ def predict(
         try:
             ratios, _ = at(moment)
         except PlanError as error:
-            phases.append(PhasePrediction(at_ns, tuple(broken), None, error.message))
+            phase = PhasePrediction(at_ns, tuple(broken), None, error.message)
         else:
-            phases.append(PhasePrediction(at_ns, tuple(broken), _spread_of(ratios, per_seed), ""))
+            phase = PhasePrediction(at_ns, tuple(broken), _spread_of(ratios, per_seed), "")
+        # A controller that hears of it last changes nothing where there is none.
+        if not phases or replace(phase, at_ns=phases[-1].at_ns) != phases[-1]:
+            phases.append(phase)
     return Prediction(
         name=scenario.name,
         scheme=scenario.routing.scheme,
@@ -213,6 +219,7 @@ def predict(
         ratios=_spread_of(worst, per_seed),
         items=tuple(items),
         phases=tuple(phases),
+        left_out=find_left_out(scenario),
     )
 
 

@@ -450,3 +450,35 @@ def test_24_576_gpus_are_predicted_within_a_minute() -> None:
     assert time.process_time() - start < 60
     assert found.items[0].flows == 24_576 * 16
     assert found.ratios.cct_ratio_mean > 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left_out"),
+    [
+        (("transport.admission.scheme=cts",), "transport.admission: cts"),
+        (("qos.priorities=[{priority: 4, weight: 3}]",), "qos.priorities"),
+        (("fabric.host_link.loss=1/1000",), "lost frames"),
+        (("fabric.uplink={loss: 1/1000}",), "lost frames"),
+        (('fabric.lossy_links=[{link: "leaf0:spine1", fraction: 1/100}]',), "lost frames"),
+        (('faults=[{at: 1 us, loss: {link: "leaf0:spine1", fraction: 1/100}}]',), "lost frames"),
+        (("faults=[{at: 1 us, slow_receiver: {host: host1, rate: 100 Gbit/s}}]",), "slow receivers"),
+        (("routing.scheme=spray",), "routing.scheme: spray"),
+        (("workload=[{pattern: flows, flows: [{src: 0, dst: 4, size: 1 MiB, start: 1 us}]}]",), "start times"),
+    ],
+)
+def test_a_prediction_says_what_of_the_scenario_it_leaves_out(overrides: tuple[str, ...], left_out: str) -> None:
+    (line,) = predict(scenario_of(*overrides), seeds=1).left_out
+    assert line.startswith(left_out)
+
+
+def test_a_prediction_that_leaves_nothing_out_says_nothing(tmp_path: Path) -> None:
+    assert predict(scenario_of("routing.scheme=spray", "transport.loss_recovery=selective"), seeds=1).left_out == ()
+    file = tmp_path / "scenario.yaml"
+    file.write_text(TEXT)
+    assert "left out" not in CliRunner().invoke(app, ["predict", str(file), "--seeds", "1"]).stdout
+    shown = (
+        CliRunner()
+        .invoke(app, ["predict", str(file), "--seeds", "1", "--set", "transport.admission.scheme=cts"])
+        .stdout
+    )
+    assert "# left out: transport.admission: cts" in shown
