@@ -13,6 +13,7 @@ from benchmarks.all import TABLES
 from benchmarks.record import PAGE, RESULTS, Column, Table, fill_page
 from benchmarks.reference import load_plan
 from benchmarks.tick import load_plan_with_qps
+from tests.fidelity.bars import follows_its_own_seed
 
 TABLE = Table("speed", (Column("name", "name"), Column("time_ns", "time", "ms", ".2f", 1e-6)))
 ROWS: list[dict[str, Any]] = [
@@ -92,3 +93,10 @@ def test_a_thread_that_ends_while_it_is_looked_at_hides_no_other(monkeypatch: py
     assert 1 in machine.others_run_ns()
     monkeypatch.setattr(machine.os, "listdir", with_one_that_is_gone)
     assert 1 in machine.others_run_ns()
+
+
+def test_a_ratio_that_follows_another_seed_than_its_own_is_found() -> None:
+    assert follows_its_own_seed([1.98, 2.97, 2.0], [2.0, 3.0, 2.0])
+    assert not follows_its_own_seed([2.97, 1.98, 2.97], [2.0, 3.0, 2.0])  # the seeds mixed up
+    assert not follows_its_own_seed([2.0, 3.0, 3.0], [2.0, 3.0, 2.0])  # one follows another's
+    assert not follows_its_own_seed([2.0, 2.0], [2.0, 2.0])  # nothing tells them apart
