@@ -68,6 +68,11 @@ static __always_inline __u32 mix(__u32 h)
 	return h;
 }
 
+static __always_inline __u32 crc_byte(__u32 crc, __u8 byte)
+{
+	return crc_table[(crc ^ byte) & 0xff] ^ (crc >> 8);
+}
+
 static __always_inline struct tb_queue *queue_of(__u32 port, __u32 priority)
 {
 	__u32 key = port * TB_PRIORITIES + (priority & (TB_PRIORITIES - 1));
@@ -456,11 +461,6 @@ int host_egress(struct __sk_buff *skb)
 	/* Steering reads the hash and has one CPU to choose from: any value spares the flow dissector. */
 	bpf_set_hash(skb, 1);
 	return TC_ACT_OK;
-}
-
-static __always_inline __u32 crc_byte(__u32 crc, __u8 byte)
-{
-	return crc_table[(crc ^ byte) & 0xff] ^ (crc >> 8);
 }
 
 struct answer_frame {

@@ -142,6 +142,12 @@ enum tb_selector {
 	TB_SELECT_FLOWLET = 4,
 };
 
+enum tb_hash_function {
+	TB_HASH_MURMUR3 = 0,
+	TB_HASH_CRC32 = 1,
+	TB_HASH_CRC16 = 2,
+};
+
 /* A member is a port id and, for TB_SELECT_LEAST_DEPTH, its weight; elsewhere a port of weight 2 stands twice. */
 #define TB_MEMBER_PORT(member) ((member) & 0xffff)
 #define TB_MEMBER_WEIGHT(member) ((member) >> 16)
@@ -154,7 +160,8 @@ struct tb_group {              /* groups[index], loader */
 	__u32 hash_fields;         /* HashField bits */
 	__u32 seed;
 	__u32 selector;            /* enum tb_selector */
-	__u32 overrides;           /* whether exact-match entries are to be looked up first */
+	__u16 overrides;           /* whether exact-match entries are to be looked up first */
+	__u16 hash_function;       /* enum tb_hash_function */
 	__u64 gap_ns;              /* TB_SELECT_FLOWLET, wall */
 };
 

@@ -50,17 +50,62 @@ static __always_inline void read_flow(struct flow_words *flow, const struct iphd
 	}
 }
 
+/* The hashes of the four words that a switch reads of a flow, bytes as they are on the wire. `rest` is the protocol, then the QP.
+ * Functions to the verifier, which thus goes through their bytes once.
+ */
+__attribute__((noinline)) __u32 tb_hash_murmur3(__u32 seed, __u32 src, __u32 dst, __u32 ports, __u32 rest)
+{
+	__u32 hash = mix(seed + 0x9e3779b9);
+
+	hash = mix(hash ^ src);
+	hash = mix(hash ^ dst);
+	hash = mix(hash ^ ports);
+	hash = mix(hash ^ rest >> 24);
+	return mix(hash ^ (rest & 0xffffff));
+}
+
+/* CRC-32 of IEEE 802.3, reflected, from the seed on. */
+__attribute__((noinline)) __u32 tb_hash_crc32(__u32 seed, __u32 src, __u32 dst, __u32 ports, __u32 rest)
+{
+	__u32 words[] = {src, dst, ports, rest}, crc = seed, i;
+
+#pragma unroll
+	for (i = 0; i < 16; i++)
+		crc = crc_byte(crc, words[i / 4] >> (24 - 8 * (i % 4)));
+	return crc;
+}
+
+/* CRC-16 of ITU-T V.41 (polynomial 0x1021), from the folded seed on, in the upper half of the word. */
+__attribute__((noinline)) __u32 tb_hash_crc16(__u32 seed, __u32 src, __u32 dst, __u32 ports, __u32 rest)
+{
+	__u32 words[] = {src, dst, ports, rest}, crc = (seed ^ seed >> 16) & 0xffff, i;
+
+#pragma unroll
+	for (i = 0; i < 16; i++) {
+		__u32 x = (crc >> 8 ^ words[i / 4] >> (24 - 8 * (i % 4))) & 0xff;
+
+		x ^= x >> 4;
+		crc = (crc << 8 ^ x << 12 ^ x << 5 ^ x) & 0xffff;
+	}
+	return crc << 16;
+}
+
 static __always_inline __u32 hash_flow(const struct flow_words *flow, const struct iphdr *ip,
 				       const struct tb_group *group)
 {
 	__u32 fields = group->hash_fields;
-	__u32 hash = mix(group->seed + 0x9e3779b9);
+	__u32 src = fields & 1 ? bpf_ntohl(ip->saddr) : 0;
+	__u32 dst = fields & 2 ? bpf_ntohl(ip->daddr) : 0;
+	__u32 rest = (fields & 4 ? (__u32)ip->protocol << 24 : 0) | flow->dest_qp;
 
-	hash = mix(hash ^ (fields & 1 ? bpf_ntohl(ip->saddr) : 0));
-	hash = mix(hash ^ (fields & 2 ? bpf_ntohl(ip->daddr) : 0));
-	hash = mix(hash ^ flow->ports);
-	hash = mix(hash ^ (fields & 4 ? ip->protocol : 0));
-	return mix(hash ^ flow->dest_qp);
+	switch (group->hash_function) {
+	case TB_HASH_CRC32:
+		return tb_hash_crc32(group->seed, src, dst, flow->ports, rest);
+	case TB_HASH_CRC16:
+		return tb_hash_crc16(group->seed, src, dst, flow->ports, rest);
+	default:
+		return tb_hash_murmur3(group->seed, src, dst, flow->ports, rest);
+	}
 }
 
 static __always_inline __u32 scale(__u32 word, __u32 members)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from testbed.errors import LabError
 from testbed.kernel import layout
-from testbed.routing import ForwardingTables, Group, Selector
+from testbed.routing import ForwardingTables, Group, HashFunction, Selector
 from testbed.topology import Topology
 
 # enum tb_selector in bpf/fabric.h
@@ -26,12 +26,14 @@ SELECTOR_NUMBERS = {
     Selector.LEAST_DEPTH: 3,
     Selector.FLOWLET: 4,
 }
+# enum tb_hash_function, likewise
+HASH_FUNCTION_NUMBERS = {HashFunction.MURMUR3: 0, HashFunction.CRC32: 1, HashFunction.CRC16: 2}
 # What a lab that stays has room for beside its own tables: a group for each leaf's way to every other, for some dozens of leaves.
 _MAX_SPARE_GROUPS = 4096
 _MAX_SPARE_MEMBERS = 1 << 18
 
-_Row = tuple[tuple[int, ...], int, int, int, int, int]
-"""A group as the program reads it: members, hash fields, seed, selector, whether there are overrides, gap."""
+_Row = tuple[tuple[int, ...], int, int, int, int, int, int]
+"""A group as the program reads it: members, hash fields, seed, selector, whether there are overrides, hash function, gap."""
 
 
 def pack_members(group: Group) -> list[int]:
@@ -151,6 +153,7 @@ class TableWriter:
                     group.seed & 0xFFFFFFFF,
                     SELECTOR_NUMBERS[group.selector],
                     int(self._topology.port(group.members[0]).node in overridden),
+                    HASH_FUNCTION_NUMBERS[group.hash_function],
                     round(group.gap_ns * self._dilation),
                 )
                 for group in tables.groups
@@ -173,6 +176,7 @@ class TableWriter:
                 int(row["seed"]),
                 int(row["selector"]),
                 int(row["overrides"]),
+                int(row["hash_function"]),
                 int(row["gap_ns"]),
             )
             standing[content] = number
@@ -188,9 +192,9 @@ class TableWriter:
                         "the lab's maps have no room for so many groups at once",
                         hint="heal something, or deploy a scenario with these faults",
                     )
-                members, fields, seed, selector, overrides, gap_ns = content
+                members, *others = content
                 arrays.members[first : first + len(members)] = members
-                arrays.groups[number] = (first, len(members), fields, seed, selector, overrides, gap_ns)
+                arrays.groups[number] = (first, len(members), *others)
                 standing[content] = number
             places[index] = standing[content]
         return places

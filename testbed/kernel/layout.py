@@ -80,7 +80,8 @@ GROUP = np.dtype(
         ("hash_fields", "u4"),
         ("seed", "u4"),
         ("selector", "u4"),
-        ("overrides", "u4"),
+        ("overrides", "u2"),
+        ("hash_function", "u2"),
         ("gap_ns", "u8"),
     ]
 )

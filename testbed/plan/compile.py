@@ -287,6 +287,7 @@ def routing_settings(scenario: Scenario, traffic: tuple[tuple[Demand, ...], ...]
         adaptive_scope=str(routing.adaptive_scope),
         traffic=traffic,
         hash_seed_per_tier=routing.hash_seed_per_tier,
+        hash_functions=(routing.hash_function, routing.spine_hash_function, routing.superspine_hash_function),
     )
 
 

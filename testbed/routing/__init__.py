@@ -18,7 +18,16 @@ from testbed.routing.paths import Collision, Path, find_collisions, link_loads, 
 from testbed.routing.predict import completion_time, max_min_rates, nic_port_rates, port_rates, predicted_cct_ratio
 from testbed.routing.protocol import Demand, RoutingScheme, RoutingSettings
 from testbed.routing.routes import Route, single_route, trace_routes
-from testbed.routing.tables import NO_GROUP, UNREACHABLE, ForwardingTables, Group, HashField, OverrideKey, Selector
+from testbed.routing.tables import (
+    NO_GROUP,
+    UNREACHABLE,
+    ForwardingTables,
+    Group,
+    HashField,
+    HashFunction,
+    OverrideKey,
+    Selector,
+)
 
 __all__ = [
     "ALL_UP",
@@ -31,6 +40,7 @@ __all__ = [
     "ForwardingTables",
     "Group",
     "HashField",
+    "HashFunction",
     "Knowledge",
     "LinkState",
     "OverrideKey",

@@ -53,6 +53,7 @@ class Flowlet:
                 settings.seed_at(switch, hash_seed),
                 weighted_uplinks(topology, switch, other),
                 gap_ns,
+                settings.function_at(switch),
             ),
         )
         return builder.build()

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from testbed.routing.hashing import FlowKey, tier_seed
 from testbed.routing.links import ALL_UP, LinkState
-from testbed.routing.tables import ForwardingTables
+from testbed.routing.tables import ForwardingTables, HashFunction
 from testbed.topology import Node, Topology
 
 
@@ -36,6 +36,7 @@ class RoutingSettings:
             paths can carry.
         traffic: The traffic matrix of every item of the workload; items run one after the other.
         hash_seed_per_tier: Whether leaves, spines and superspines hash with seeds of their own, see `seed_at`.
+        hash_functions: What leaves, spines and superspines hash with, in this order; see `function_at`.
         links: What state links are in, as far as a scheme that looks at it beyond what every switch does has been told.
             Rerouting around dead links is not the schemes' own work: see `testbed.routing.failures`.
     """
@@ -45,11 +46,16 @@ class RoutingSettings:
     adaptive_scope: str = "local"
     traffic: tuple[tuple[Demand, ...], ...] = ()
     hash_seed_per_tier: bool = True
+    hash_functions: tuple[HashFunction, HashFunction, HashFunction] = (HashFunction.MURMUR3,) * 3
     links: LinkState = ALL_UP
 
     def seed_at(self, switch: Node, hash_seed: int) -> int:
         """Return the seed of a switch's hash, given the leaves'; that of the tier above differs unless the settings say no."""
         return tier_seed(hash_seed, switch.kind.tier) if self.hash_seed_per_tier else hash_seed
+
+    def function_at(self, switch: Node) -> HashFunction:
+        """Return what a switch hashes with: all of its tier alike."""
+        return self.hash_functions[switch.kind.tier]
 
 
 NO_SETTINGS = RoutingSettings()

@@ -77,7 +77,7 @@ def select_port(
         return members[word * len(members) >> 32]
     if group.selector is Selector.LEAST_DEPTH:
         return _select_least_depth(group, state, depth_bytes, is_live)
-    h = hash_flow(flow, hash_fields=group.hash_fields, seed=group.seed)
+    h = hash_flow(flow, hash_fields=group.hash_fields, seed=group.seed, function=group.hash_function)
     if group.selector is Selector.FLOWLET:
         h = _flowlet_hash(h, state, group_index, now_ns, group.gap_ns if gap_ns is None else gap_ns)
     return members[h * len(members) >> 32]

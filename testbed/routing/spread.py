@@ -15,7 +15,7 @@ import numpy.typing as npt
 from testbed.routing.hashing import FlowKey, hash_columns
 from testbed.routing.paths import trace_path
 from testbed.routing.seeds import SeededTables
-from testbed.routing.tables import NO_GROUP, HashField, Selector
+from testbed.routing.tables import NO_GROUP, HashField, HashFunction, Selector
 from testbed.topology import HOST_NETWORK, NodeKind, Topology
 
 Ints = npt.NDArray[np.int64]
@@ -168,18 +168,19 @@ class Tracer:
     def _hash_under_all(self, groups: _Groups, group: Rows, flow: Rows) -> Rows:
         """Return the port that each row leaves by under each seed, shape ``(seeds, rows)``."""
         port = np.empty((len(groups.seeds), len(group)), np.int32)
-        for mask, mine in groups.by_fields(group):
+        for mask, function, mine in groups.by_hash(group):
             columns = [None if column is None else column[flow[mine]] for column in self._read(mask)]
             seeds = groups.seeds[:, group[mine]]
-            port[:, mine] = groups.pick(group[mine], hash_columns(columns, seeds))
+            port[:, mine] = groups.pick(group[mine], hash_columns(columns, seeds, function))
         return port
 
     def _hash_each(self, groups: _Groups, group: Rows, flow: Rows, seed: Rows) -> Rows:
         """Return the port that each row leaves by, under its own seed."""
         port = np.empty(len(group), np.int32)
-        for mask, mine in groups.by_fields(group):
+        for mask, function, mine in groups.by_hash(group):
             columns = [None if column is None else column[flow[mine]] for column in self._read(mask)]
-            port[mine] = groups.pick(group[mine], hash_columns(columns, groups.seeds[seed[mine], group[mine]]))
+            seeds = groups.seeds[seed[mine], group[mine]]
+            port[mine] = groups.pick(group[mine], hash_columns(columns, seeds, function))
         return port
 
     def _read(self, mask: int) -> list[npt.NDArray[np.uint32] | None]:
@@ -270,7 +271,9 @@ class _Groups:
         self.size = np.array([len(group.members) for group in groups], np.int64)
         self.first = np.cumsum(self.size) - self.size
         self.members = np.array([port for group in groups for port in group.members], np.int32)
-        self.fields = np.array([int(group.hash_fields) for group in groups], np.int64)
+        hashes = [(int(group.hash_fields), group.hash_function) for group in groups]
+        self.known_hashes = sorted(set(hashes))
+        self.hash_of = np.array([self.known_hashes.index(one) for one in hashes], np.int64)
         single = np.array([len(set(group.members)) == 1 for group in groups])
         per_packet = np.array([group.selector.is_per_packet for group in groups])
         hashed = np.array([group.selector in (Selector.HASH, Selector.FLOWLET) for group in groups])
@@ -284,12 +287,12 @@ class _Groups:
         self.way_port = np.array([port for one in weights for port in one], np.int32)
         self.way_share = np.array([weight / sum(one.values()) for one in weights for weight in one.values()])
 
-    def by_fields(self, group: Rows) -> Iterator[tuple[int, npt.NDArray[np.intp] | slice]]:
-        """Yield the fields that hashes read, and which of some rows have groups that read these."""
-        fields = self.fields[group]
-        masks = np.unique(fields).tolist()
-        for mask in masks:
-            yield mask, np.flatnonzero(fields == mask) if len(masks) > 1 else slice(None)
+    def by_hash(self, group: Rows) -> Iterator[tuple[int, HashFunction, npt.NDArray[np.intp] | slice]]:
+        """Yield the fields that hashes read, their function, and which of some rows have groups that hash so."""
+        hash_of = self.hash_of[group]
+        met = np.unique(hash_of).tolist()
+        for number in met:
+            yield *self.known_hashes[number], np.flatnonzero(hash_of == number) if len(met) > 1 else slice(None)
 
     def pick(self, group: Rows, h: npt.NDArray[np.uint32]) -> Rows:
         """Return the members that hashes choose; the last axis of ``h`` is that of the groups."""

@@ -58,6 +58,17 @@ class Selector(StrEnum):
         return self in (Selector.ROUND_ROBIN, Selector.RANDOM, Selector.LEAST_DEPTH)
 
 
+class HashFunction(StrEnum):
+    """What a switch hashes the fields with; each is in ``bpf/selectors.h`` and `testbed.routing.hashing`."""
+
+    MURMUR3 = "murmur3"
+    """MurmurHash3's finaliser, word after word: not linear, so another seed is another hash."""
+    CRC32 = "crc32"
+    """CRC-32 of IEEE 802.3. Linear, as CRCs are: another seed XORs one constant to all hashes."""
+    CRC16 = "crc16"
+    """CRC-16 of ITU-T V.41. Linear likewise, with another polynomial."""
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """A set of egress ports of one switch, and how to choose among them.
@@ -68,6 +79,7 @@ class Group:
         seed: Seed of the hash, 0 to 2**32 - 1.
         members: Egress port ids; a port of weight 2 stands twice.
         gap_ns: Pause after which a flow may change its member, emulated ns; for `Selector.FLOWLET` alone.
+        hash_function: What the fields are hashed with.
 
     Raises:
         ValueError: If there are no members, the seed does not fit 32 bits, or the gap does not suit the selector.
@@ -78,6 +90,7 @@ class Group:
     seed: int
     members: tuple[int, ...]
     gap_ns: int = 0
+    hash_function: HashFunction = HashFunction.MURMUR3
 
     def __post_init__(self) -> None:
         if not self.members:

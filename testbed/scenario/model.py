@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, Discriminator, Tag, model_validator
 
-from testbed.routing import ROUTING_SCHEMES
+from testbed.routing import ROUTING_SCHEMES, HashFunction
 from testbed.scenario import kinds
 from testbed.scenario.congestion import CongestionControl, Dcqcn, Timely, congestion_parameters
 from testbed.scenario.expect import Expectation
@@ -405,6 +405,18 @@ class Routing(_Section):
         "spine sees only flows of like hashes and sends them all to the same superspine: polarisation.",
         default=True,
     )
+    hash_function: Annotated[HashFunction, kinds.choice(HashFunction)] = _key(
+        "hash_function",
+        "What switches hash with. The CRCs are linear, as in many switches: another seed XORs the same constant to all hashes, "
+        "which does not cure polarisation where the number of ways is a power of two; another function does.",
+        default="murmur3",
+    )
+    spine_hash_function: Annotated[HashFunction, kinds.choice(HashFunction)] = _derived_key(
+        "spine_hash_function", "What spines hash with. Default: `hash_function`."
+    )
+    superspine_hash_function: Annotated[HashFunction, kinds.choice(HashFunction)] = _derived_key(
+        "superspine_hash_function", "What superspines hash with. Default: `hash_function`."
+    )
     flowlet_gap_ns: Annotated[int | None, _TIME] = _key(
         "flowlet_gap", "Idle time after which a flow may change its path; scheme flowlet needs it.", default=None
     )
@@ -436,6 +448,15 @@ class Routing(_Section):
         "guess: controllers of wide-area fabrics take seconds.",
         default="1 s",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_hash_functions(cls, data: Any) -> Any:
+        """Let spines and superspines hash as the leaves do where they have no function of their own."""
+        if not isinstance(data, Mapping):
+            return data
+        function = data.get("hash_function", cls.model_fields["hash_function"].default)
+        return {"spine_hash_function": function, "superspine_hash_function": function, **data}
 
 
 class Admission(_Section):

@@ -8,6 +8,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ import pytest
 from testbed.fabric import Fabric
 from testbed.fabric import fabric as fabric_module
 from testbed.fabric.apply import IFINDEX_BASE, ifindex_of
-from testbed.fabric.tables import SELECTOR_NUMBERS, pack_members
+from testbed.fabric.tables import HASH_FUNCTION_NUMBERS, SELECTOR_NUMBERS, pack_members
 from testbed.kernel import bpf, layout
 from testbed.roce.queue_pairs import QPN_BASE
-from testbed.routing import FlowKey, Group, HashField, OverrideKey, Selector
+from testbed.routing import FlowKey, Group, HashField, HashFunction, OverrideKey, Selector
 from testbed.routing.hashing import hash_flow
 from testbed.routing.selectors import Flowlet, SelectorState, flowlet_row, select_port
 from testbed.topology import HOST_NETWORK
@@ -65,8 +66,9 @@ class Switch:
         members = pack_members(group)
         first = 100
         self.arrays.members[first : first + len(members)] = members
-        number = SELECTOR_NUMBERS[group.selector]
-        row = (first, len(members), int(group.hash_fields), group.seed, number, bool(overrides), group.gap_ns)
+        selector, function = SELECTOR_NUMBERS[group.selector], HASH_FUNCTION_NUMBERS[group.hash_function]
+        fields = int(group.hash_fields)
+        row = (first, len(members), fields, group.seed, selector, bool(overrides), function, group.gap_ns)
         self.arrays.groups[self.group_index] = row
         self.arrays.nodes["limit_bytes"] = 1 << 62
         layout.write_overrides(self._loaded.maps[layout.OVERRIDES], overrides.items())
@@ -171,6 +173,26 @@ def test_selector_equals_its_twin(fabric: Fabric, selector: Selector, weights: t
             assert int(switch.arrays.group_states["turn"][switch.group_index]) == HEADERS == state.turn
     shares = np.array([taken.count(port) for port in dict.fromkeys(group.members)]) / HEADERS
     np.testing.assert_allclose(shares, np.array(weights) / sum(weights), atol=0.01)
+
+
+@pytest.mark.parametrize("function", [HashFunction.CRC32, HashFunction.CRC16])
+def test_hash_function_equals_its_twin(fabric: Fabric, function: HashFunction) -> None:
+    members = group_of(fabric, Selector.HASH).members * 13  # 65 slots of the hash's range: more of its bits decide
+    group = Group(Selector.HASH, ALL_FIELDS, 0xC0FFEE, members, hash_function=function)
+    state, murmur = SelectorState(), replace(group, hash_function=HashFunction.MURMUR3)
+    differing = 0
+    with switch_of(fabric, group) as switch:
+
+        def expect(flow: FlowKey, _: int) -> int:
+            nonlocal differing
+            port = select_port(group, flow, state)
+            differing += port != select_port(murmur, flow, state)
+            return port
+
+        taken = agreements(switch, fabric, expect)
+    assert differing > HEADERS / 2  # the negative control: another function's twin would be caught
+    shares = np.array([taken.count(port) for port in dict.fromkeys(members)]) / HEADERS
+    np.testing.assert_allclose(shares, 1 / 5, atol=0.01)
 
 
 @pytest.mark.parametrize("weights", [(1, 1, 1, 1, 1), (3, 1, 2, 1, 1)], ids=["equal", "weighted"])

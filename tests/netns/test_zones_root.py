@@ -46,6 +46,11 @@ def ran(*overrides: str) -> Iterator[tuple[Fabric, WorkloadSamples]]:
     [
         ("routing.scheme=e-ecmp", "transport.qps_per_connection=5"),
         ("routing.scheme=ecmp", "routing.hash_seed_per_tier=false"),
+        (
+            "routing.hash_function=crc16",
+            "routing.spine_hash_function=crc32",
+            "routing.superspine_hash_function=murmur3",
+        ),
         ("routing.scheme=te",),
     ],
     ids=lambda overrides: overrides[0],

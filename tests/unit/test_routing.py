@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import binascii
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from testbed.routing import (
     ForwardingTables,
     Group,
     HashField,
+    HashFunction,
     RoutingSettings,
     Selector,
     routing_scheme,
@@ -173,14 +176,20 @@ def test_scalar_and_vectorised_hash_agree_on_25_000_headers_each(hash_fields: Ha
 
 
 @settings(max_examples=50)
-@given(st.builds(FlowKey, UINT32, UINT32, *[st.integers(0, 2**16 - 1)] * 2, st.integers(0, 255), UINT32), UINT32)
+@given(
+    st.builds(
+        FlowKey, UINT32, UINT32, *[st.integers(0, 2**16 - 1)] * 2, st.integers(0, 255), st.integers(0, 2**24 - 1)
+    ),
+    UINT32,
+)
 def test_scalar_and_vectorised_hash_agree_at_the_edges(flow: FlowKey, seed: int) -> None:
     row = np.array([flow], dtype=np.uint32)
     for bits in (0, 1, 2, 4, 8, 16, 31, 32, 63):
         fields = HashField(bits)
-        scalar = hash_flow(flow, hash_fields=fields, seed=seed)
-        assert 0 <= scalar < 2**32
-        assert hash_flows(row, hash_fields=fields, seed=seed).tolist() == [scalar]
+        for function in HashFunction:
+            scalar = hash_flow(flow, hash_fields=fields, seed=seed, function=function)
+            assert 0 <= scalar < 2**32
+            assert hash_flows(row, hash_fields=fields, seed=seed, function=function).tolist() == [scalar]
 
 
 def test_hash_equals_the_formula_written_out() -> None:
@@ -200,15 +209,30 @@ def test_hash_equals_the_formula_written_out() -> None:
     assert mix(1) == 0x514E28B7  # MurmurHash3's fmix32(1)
 
 
+def test_crcs_equal_those_of_other_libraries() -> None:
+    flow = FlowKey(0x0A000001, 0x0A000009, 0xC123, 4791, 17, 0x000011)
+    header = bytes.fromhex("0a000001 0a000009 c123 12b7 11 000011")
+    everything, ones = HashField(63), 0xFFFF_FFFF
+    crc32 = hash_flow(flow, hash_fields=everything, seed=ones, function=HashFunction.CRC32)
+    assert crc32 ^ ones == zlib.crc32(header)
+    crc16 = hash_flow(flow, hash_fields=everything, seed=0x1234, function=HashFunction.CRC16)
+    assert crc16 == binascii.crc_hqx(header, 0x1234) << 16
+
+
+@pytest.mark.parametrize("function", HashFunction)
 @pytest.mark.parametrize("field", [*HashField.FIVE_TUPLE, HashField.DST_QP])
-def test_hash_reads_a_field_if_and_only_if_it_is_selected(field: HashField) -> None:
+def test_hash_reads_a_field_if_and_only_if_it_is_selected(field: HashField, function: HashFunction) -> None:
     position = ("SRC_ADDRESS", "DST_ADDRESS", "SRC_PORT", "DST_PORT", "PROTOCOL", "DST_QP").index(field.name or "")
     flow = FlowKey(1, 2, 3, 4, 5, 6)
     other = FlowKey(*(value + 1 if i == position else value for i, value in enumerate(flow)))
     everything = HashField(63)
-    assert hash_flow(flow, hash_fields=everything, seed=1) != hash_flow(other, hash_fields=everything, seed=1)
-    rest = everything & ~field
-    assert hash_flow(flow, hash_fields=rest, seed=1) == hash_flow(other, hash_fields=rest, seed=1)
+
+    def differ(fields: HashField) -> bool:
+        hashes = {hash_flow(one, hash_fields=fields, seed=1, function=function) for one in (flow, other)}
+        return len(hashes) == 2
+
+    assert differ(everything)
+    assert not differ(everything & ~field)
 
 
 def chi_square(counts: np.ndarray[tuple[int], np.dtype[np.int64]]) -> float:
@@ -216,9 +240,10 @@ def chi_square(counts: np.ndarray[tuple[int], np.dtype[np.int64]]) -> float:
     return float(((counts - expected) ** 2).sum() / expected)
 
 
+@pytest.mark.parametrize("function", HashFunction)
 @pytest.mark.parametrize("members", [3, 4, 8])
 @pytest.mark.parametrize("entropy", ["addresses", "source ports", "seeds"])
-def test_hash_spreads_realistic_flows_evenly(members: int, entropy: str) -> None:
+def test_hash_spreads_realistic_flows_evenly(members: int, entropy: str, function: HashFunction) -> None:
     nics = 0x0A000001 + 2 * np.arange(128, dtype=np.int64)
     if entropy == "addresses":  # all pairs of 128 NICs, one source port
         src, dst = (grid.ravel() for grid in np.meshgrid(nics, nics))
@@ -236,7 +261,7 @@ def test_hash_spreads_realistic_flows_evenly(members: int, entropy: str) -> None
         groups = [(seed, row) for seed in range(2000)]
     counts = np.zeros(members, dtype=np.int64)
     for seed, flows in groups:
-        group = Group(Selector.HASH, HashField.FIVE_TUPLE, seed, tuple(range(members)))
+        group = Group(Selector.HASH, HashField.FIVE_TUPLE, seed, tuple(range(members)), hash_function=function)
         counts += np.bincount(select_members(group, flows.astype(np.uint32)), minlength=members)
     # Mean k and deviation sqrt(2 k) for k degrees of freedom; five deviations lie beyond the 0.1 % quantile.
     freedom = members - 1

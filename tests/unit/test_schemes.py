@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from testbed.routing import (
     ForwardingTables,
     Group,
     HashField,
+    HashFunction,
     RoutingSettings,
     Selector,
     routing_scheme,
@@ -220,6 +222,32 @@ def test_one_seed_for_two_tiers_polarises_and_a_seed_per_tier_cures_it() -> None
         second = {hash_flow(flow, hash_fields=HashField.FIVE_TUPLE, seed=seed) >> 30 for flow in first}
         assert len(second) == used
     assert tier_seed(9, 0) == 9
+
+
+# What a leaf sends to its third spine, by what the spine does with it: the superspines that it uses of four.
+@pytest.mark.parametrize(
+    ("leaf", "spine", "per_tier", "used"),
+    [
+        (HashFunction.MURMUR3, HashFunction.MURMUR3, True, 4),
+        (HashFunction.MURMUR3, HashFunction.MURMUR3, False, 1),
+        (HashFunction.CRC32, HashFunction.CRC32, True, 1),  # linear: another seed renames the superspines, no more
+        (HashFunction.CRC16, HashFunction.CRC16, True, 1),
+        (HashFunction.CRC32, HashFunction.CRC16, True, 4),
+        (HashFunction.CRC32, HashFunction.CRC16, False, 4),
+        (HashFunction.CRC16, HashFunction.MURMUR3, False, 4),
+    ],
+)
+def test_another_function_per_tier_cures_the_polarisation_that_another_seed_of_a_crc_does_not(
+    leaf: HashFunction, spine: HashFunction, per_tier: bool, used: int
+) -> None:
+    fields = HashField.FIVE_TUPLE
+    flows = [FlowKey(0x0A000001 + 2 * src, 0x0A000101, sport, 4791, 17, 0) for src in range(40) for sport in range(100)]
+    first = [flow for flow in flows if hash_flow(flow, hash_fields=fields, seed=9, function=leaf) >> 30 == 2]
+    seed = tier_seed(9, 1) if per_tier else 9
+    counts = Counter(hash_flow(flow, hash_fields=fields, seed=seed, function=spine) >> 30 for flow in first)
+    assert len(first) > 800
+    assert len(counts) == used
+    assert min(counts.values()) > 0.8 * len(first) / used
 
 
 # --- traffic engineering ----------------------------------------------------------------------------
