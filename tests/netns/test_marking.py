@@ -87,7 +87,8 @@ def marks_by_depth(fabric: Fabric, frames: int, tos: int) -> tuple[list[int], li
                 if number % 8 == 7 or number == frames - 1:  # not more at once than the backlog holds
                     wanted = before + 1
                     wait_until(lambda w=wanted: int(queue["enq_packets"]) >= w, "the frame in the queue")
-            left = int(queue["deq_packets"]) - gone  # the bucket let a full frame's worth go at once, all others stood behind
+            # The bucket let a full frame's worth go at once, all others stood behind.
+            left = int(queue["deq_packets"]) - gone
         wait_until(lambda: int(queue["deq_packets"]) == int(queue["enq_packets"]), "an empty queue")
         for number in range(frames):
             data = listening.recv(2048)
