@@ -32,7 +32,7 @@ def render_html(plot: SeriesPlot) -> str:
     for number, panel in enumerate(plot.panels, 1):
         legend = "legend" if number == 1 else f"legend{number}"
         for line in panel.lines:
-            figure.add_trace(_trace(go, line, legend, panel), row=number, col=1)
+            figure.add_trace(_trace(go, line, legend, panel, plot.begin_us), row=number, col=1)
         for threshold in panel.thresholds:
             label = {"text": threshold.name, "textposition": "end"}
             style = {"color": "#444", "dash": "dash", "width": 1}
@@ -69,10 +69,11 @@ def render_html(plot: SeriesPlot) -> str:
     return page.replace("<head>", f"<head><title>{plot.title}</title>", 1)
 
 
-def _trace(go: Any, line: Line, legend: str, panel: Panel) -> Any:
+def _trace(go: Any, line: Line, legend: str, panel: Panel, begin_us: float) -> Any:
+    ends_us, values = line.points(begin_us)
     return go.Scatter(
-        x=line.end_us,
-        y=line.values,
+        x=ends_us,
+        y=values,
         name=line.name,
         mode="lines",
         legend=legend,

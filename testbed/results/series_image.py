@@ -10,6 +10,9 @@ from testbed.results.series_plot import Panel, SeriesPlot
 IMAGE_SUFFIXES = (".svg", ".png", ".pdf")
 _WIDTH_INCHES, _PANEL_INCHES = 11.0, 2.3
 _LEGEND_ROWS = 12
+# Lines that run together must all be seen: the first are the widest.
+_WIDTHS = (2.6, 2.2, 1.8, 1.4)
+_WIDTH = 1.0
 
 
 def save_image(plot: SeriesPlot, path: Path) -> None:
@@ -25,24 +28,27 @@ def save_image(plot: SeriesPlot, path: Path) -> None:
     figure.suptitle(plot.title, fontsize=10)
     axes = figure.subplots(len(plot.panels), 1, sharex=True, squeeze=False)[:, 0]
     for axis, panel in zip(axes, plot.panels, strict=True):
-        _draw(axis, panel)
+        _draw(axis, panel, plot.begin_us)
     axes[-1].set_xlim(plot.begin_us, plot.end_us)
     axes[-1].set_xlabel("emulated time (µs)")
     figure.savefig(path, dpi=120)
 
 
-def _draw(axis: object, panel: Panel) -> None:
+def _draw(axis: object, panel: Panel, begin_us: float) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(axis, Axes)
     axis.set_title(panel.title, fontsize=9, loc="left")
     axis.set_ylabel(panel.unit)
     axis.grid(alpha=0.3)
+    lines = sum(not line.dashed for line in panel.lines)
     for line in panel.lines:
         colour = COLOURS[line.colour % len(COLOURS)]
         label = None if line.dashed else line.name
-        style = ("dotted", 0.8) if line.dashed else ("solid", 1.0)
-        axis.plot(line.end_us, line.values, drawstyle="steps-pre", color=colour, label=label, ls=style[0], lw=style[1])
+        width = _WIDTHS[line.colour] if line.colour < min(len(_WIDTHS), lines - 1) else _WIDTH
+        style = ("dotted", 0.8) if line.dashed else ("solid", width)
+        ends_us, values = line.points(begin_us)
+        axis.plot(ends_us, values, drawstyle="steps-pre", color=colour, label=label, ls=style[0], lw=style[1])
     for threshold in panel.thresholds:
         axis.axhline(threshold.value, color="#444", ls="dashed", lw=0.8)
         axis.annotate(

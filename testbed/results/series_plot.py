@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 _MOST_PORTS, _MOST_FLOWS = 8, 16
+# FCS, preamble and gap: on the wire, but not in what queues count.
+_WIRE_OVERHEAD_BYTES = 24
 LIMIT_SUFFIX = ", limit"
 # A rate is a mean over at least so many frames of the fastest link: fewer show the frames, not the rate.
 _RATE_FRAMES = 32
@@ -54,6 +56,10 @@ class Line:
     values: Floats
     colour: int
     dashed: bool = False
+
+    def points(self, begin_us: float) -> tuple[Floats, Floats]:
+        """Return the ends and values of all steps behind a point at the beginning of the first, without which it is not drawn."""
+        return np.append(begin_us, self.end_us), np.append(self.values[:1], self.values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +141,13 @@ def build_plot(
     fastest = max(port["rate_bits_per_s"] for port in header["ports"])
     frames_ns = _RATE_FRAMES * header["frame_wire_bytes"] * 8e9 / fastest
     rates = grid.coarsened(max(frames_ns, 1e3 * (grid.edges_us[-1] - grid.edges_us[0]) / _MOST_RATES))
+    received = _received_panel(shown_queues, rates, header["ports"])
     ports = _name_queues(shown_queues, [port for port in header["ports"] if not port["is_host"]])
     panels = [
         _depth_panel(shown_queues, grid, ports),
         _ingress_panel(shown_queues, grid, ports),
-        _rate_panel(shown_qps, rates, header),
+        _sent_panel(shown_qps, rates, header),
+        received,
         _pause_panel(shown_queues),
         _event_panel(shown_queues, shown_qps, rates),
         _fault_panel(shown_queues, header.get("faults", [])),
@@ -190,7 +198,10 @@ class _Grid:
 
     def _thin(self, every: int) -> None:
         self._every = every
-        self._edges = np.append(self._ticks[:-1:every], self._ticks[-1])
+        # The last step takes what is left over; where that is short, a rate over it would say nothing.
+        edges_ns = np.append(self._ticks[:-1:every], self._ticks[-1])
+        too_short = len(edges_ns) > 2 and (len(self._ticks) - 1) % every * 2 in range(1, every)
+        self._edges = np.delete(edges_ns, -2) if too_short else edges_ns
         self.edges_us = self._edges / 1e3
         self.end_us = self.edges_us[1:]
         self.length_ns = np.diff(self._edges).astype(np.float64)
@@ -279,21 +290,73 @@ def _ingress_panel(queues: Columns, grid: _Grid, ports: list[dict[str, Any]]) ->
     return _bytes_panel("Held for ingress ports" + which, lines, limits)
 
 
-def _rate_panel(qps: Columns, grid: _Grid, header: dict[str, Any]) -> Panel:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Flow:
+    """A QP, or where there are too many to draw all QPs from one rank to another."""
+
+    name: str
+    qps: tuple[Columns, ...]
+
+    @property
+    def sent_packets(self) -> int:
+        return sum(int(rows["sent_packets"].sum()) for rows in self.qps)
+
+
+def _flows_of(qps: Columns) -> list[_Flow]:
+    pairs: dict[tuple[int, int], list[tuple[int, Columns]]] = {}
+    for qpn, rows in _groups(qps, "qpn"):
+        pairs.setdefault((int(rows["src_rank"][0]), int(rows["dst_rank"][0])), []).append((int(qpn), rows))
+    several = max(map(len, pairs.values()), default=1) > 1
+    if sum(map(len, pairs.values())) > _MOST_FLOWS and several:
+        return [
+            _Flow(
+                f"{src} to {dst}" + (f", {len(found)} QPs" if len(found) > 1 else ""), tuple(rows for _, rows in found)
+            )
+            for (src, dst), found in pairs.items()
+        ]
+    return [
+        _Flow(f"{src} to {dst}" + (f", QP {qpn:#x}" if len(found) > 1 else ""), (rows,))
+        for (src, dst), found in pairs.items()
+        for qpn, rows in found
+    ]
+
+
+def _means(grid: _Grid) -> str:
+    return f", means of {float(np.median(grid.length_ns)) / 1e3:.3g} µs"
+
+
+def _sent_panel(qps: Columns, grid: _Grid, header: dict[str, Any]) -> Panel:
+    """Return what NICs sent to each rank, with the limits that congestion control set."""
     wire_bits = 8 * header["frame_wire_bytes"]
-    flows = sorted(_groups(qps, "qpn"), key=lambda one: -int(one[1]["sent_packets"].sum()))
-    found = sorted(flows[:_MOST_FLOWS], key=lambda one: int(one[0]))
-    pairs = [(int(rows["src_rank"][0]), int(rows["dst_rank"][0])) for _, rows in found]
+    flows = _flows_of(qps)
+    largest = sorted(flows, key=lambda flow: -flow.sent_packets)[:_MOST_FLOWS]
+    drawn = [flow for flow in flows if flow in largest]
     lines = []
-    for index, ((qpn, rows), (src, dst)) in enumerate(zip(found, pairs, strict=True)):
-        name = f"{src} to {dst}" + (f", QP {qpn:#x}" if pairs.count((src, dst)) > 1 else "")
-        lines.append(Line(name, grid.end_us, grid.sums(rows, "sent_packets") * wire_bits / grid.length_ns, index))
-        if "rate_limit_bytes_per_s" in rows:
-            limit = grid.last(rows, "rate_limit_bytes_per_s") * 8 / 1e9
-            lines.append(Line(name + LIMIT_SUFFIX, grid.end_us, limit, index, dashed=True))
-    mean_us = float(np.median(grid.length_ns)) / 1e3
-    title = f"Rate of flows, means of {mean_us:.3g} µs" + _of_most(len(found), len(flows))
+    for index, flow in enumerate(drawn):
+        packets: Floats = np.sum([grid.sums(rows, "sent_packets") for rows in flow.qps], axis=0)
+        lines.append(Line(flow.name, grid.end_us, packets * wire_bits / grid.length_ns, index))
+        if all("rate_limit_bytes_per_s" in rows for rows in flow.qps):
+            limits = [grid.last(rows, "rate_limit_bytes_per_s") for rows in flow.qps]
+            limit = np.sum(limits, axis=0) * 8 / 1e9
+            lines.append(Line(flow.name + LIMIT_SUFFIX, grid.end_us, limit, index, dashed=True))
+    title = "Sent, rank to rank" + _means(grid) + _of_most(len(drawn), len(flows))
     return Panel(title, "Gbit/s", tuple(lines))
+
+
+def _received_panel(queues: Columns, grid: _Grid, ports: list[dict[str, Any]]) -> Panel | None:
+    """Return what reached each NIC: where queues grow, that is less than what was sent to it."""
+    nic_of = {port["name"]: port["peer"] for port in ports if re.match(r"host\d+/", port["peer"])}
+    found = []
+    for port, rows in _groups(queues, "port"):
+        if port in nic_of and rows["deq_bytes"].any():
+            wire_bytes = grid.sums(rows, "deq_bytes") + _WIRE_OVERHEAD_BYTES * grid.sums(rows, "deq_packets")
+            found.append((nic_of[port], 8 * wire_bytes / grid.length_ns, int(rows["deq_bytes"].sum())))
+    if not found:
+        return None
+    largest = sorted(found, key=lambda one: -one[2])[:_MOST_FLOWS]
+    drawn = sorted((one for one in largest), key=lambda one: _natural(one[0]))
+    lines = tuple(Line(name, grid.end_us, rates, index) for index, (name, rates, _) in enumerate(drawn))
+    return Panel("Received by NICs" + _means(grid) + _of_most(len(drawn), len(found)), "Gbit/s", lines)
 
 
 def _of_most(drawn: int, there_are: int) -> str:

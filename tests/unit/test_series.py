@@ -351,12 +351,15 @@ def test_the_plot_shows_what_the_series_holds(tmp_path: Path) -> None:
     tables = read_series(tmp_path / QUEUES_FILE), read_series(tmp_path / QPS_FILE)
     plot = build_plot(*tables, steps=100)
     panels = {panel.title.split(",")[0].split(":")[0]: panel for panel in plot.panels}
-    assert {"Held for ingress ports", "Rate of flows", "Paused by PFC", "Marks"} < set(panels)
-    flow, limit = panels["Rate of flows"].lines
+    assert {"Held for ingress ports", "Sent", "Paused by PFC", "Marks"} < set(panels)
+    flow, limit = panels["Sent"].lines
     sent_bits = (flow.values * np.diff(flow.end_us, prepend=plot.begin_us)).sum() * 1e3
     frame_bytes = read_header(tables[0].schema)["frame_wire_bytes"]
     assert sent_bits == pytest.approx(600 * frame_bytes * 8)
     assert set(limit.values) == {400.0}
+    ends_us, values = flow.points(plot.begin_us)
+    assert (ends_us[0], values[0]) == (plot.begin_us, flow.values[0])  # the first step is a line too
+    assert len(ends_us) == len(values) == len(flow.values) + 1
     (paused,) = panels["Paused by PFC"].bars
     assert paused.length_us.sum() == pytest.approx(90 * 1e-3, abs=2e-3)
     assert len(paused.length_us) == 30
@@ -367,6 +370,69 @@ def test_the_plot_shows_what_the_series_holds(tmp_path: Path) -> None:
     assert set(events) == {"ECN marks", "CNPs received"}
     total = (events["CNPs received"].values * np.diff(events["CNPs received"].end_us, prepend=plot.begin_us)).sum()
     assert total == pytest.approx(33)
+
+
+def tables_of(folder: Path, ends: list[tuple[int, int]], steps: int) -> tuple[Any, Any]:
+    """Write series in which each QP sends a packet per µs from and to the ranks given, and what is sent to rank 0 arrives."""
+    ports = [
+        {"name": f"switch0/down{host}", "peer": f"host{host}/eth0", "is_host": False, "rate_bits_per_s": 4e11}
+        | dict.fromkeys(("kmin_bytes", "kmax_bytes", "xoff_bytes"))
+        for host in range(2)
+    ]
+    header = {
+        "scenario_name": "x",
+        "seed": 1,
+        "time_dilation": 1.0,
+        "frame_wire_bytes": 4178,
+        "ports": ports,
+        "rows": [{"collective": "flows", "size_bytes": 1, "nranks": 4}],
+    }
+    names = {"port": [port["name"] for port in ports]}
+    for columns, count, file in ((QUEUE_COLUMNS, 2, QUEUES_FILE), (QP_COLUMNS, len(ends), QPS_FILE)):
+        rows = {column.name: np.zeros(steps * count, np.int64) for column in columns}
+        rows["time_ns"] = np.repeat(np.arange(1, steps + 1) * 1000, count)
+        rows["interval_ns"] += 1000
+        place = np.tile(np.arange(count), steps)
+        if columns is QUEUE_COLUMNS:
+            rows["port"] = place
+            rows["deq_packets"] = np.where(place == 0, len(ends), 0)
+            rows["deq_bytes"] = rows["deq_packets"] * (4178 - 24)
+        else:
+            rows["qpn"] = 256 + 2 * place
+            rows["src_rank"], rows["dst_rank"] = np.array(ends)[place].T
+            rows["sent_packets"] += 1
+        flags = {column.name for column in columns if column.kind == "bool"}
+        with opened_series(folder / file, columns, header, names if columns is QUEUE_COLUMNS else {}) as series:
+            series.write({name: column.astype(bool) if name in flags else column for name, column in rows.items()})
+    return read_series(folder / QUEUES_FILE), read_series(folder / QPS_FILE)
+
+
+@pytest.mark.parametrize(("qps", "names"), [(1, ["1 to 0", "2 to 0"]), (12, ["1 to 0, 12 QPs", "2 to 0, 12 QPs"])])
+def test_more_queue_pairs_than_can_be_told_apart_are_drawn_together(tmp_path: Path, qps: int, names: list[str]) -> None:
+    plot = build_plot(*tables_of(tmp_path, [(1, 0)] * qps + [(2, 0)] * qps, 64), steps=64)
+    panels = {panel.title.split(",")[0]: panel for panel in plot.panels}
+    assert [line.name for line in panels["Sent"].lines] == names
+    gbits = qps * 4178 * 8 / 1000
+    assert all(line.values == pytest.approx(gbits) for line in panels["Sent"].lines)
+    # What arrives does so at one host.
+    (received,) = panels["Received by NICs"].lines
+    assert received.name == "host0/eth0"
+    assert received.values == pytest.approx(2 * gbits)
+
+
+def test_few_queue_pairs_are_drawn_one_by_one(tmp_path: Path) -> None:
+    plot = build_plot(*tables_of(tmp_path, [(1, 0)] * 3 + [(2, 0)], 64), steps=64)
+    (sent,) = (panel for panel in plot.panels if panel.title.startswith("Sent"))
+    assert [line.name for line in sent.lines] == [*(f"1 to 0, QP {qpn:#x}" for qpn in (256, 258, 260)), "2 to 0"]
+
+
+@pytest.mark.parametrize(("ticks", "steps"), [(64, 16), (81, 2), (129, 64), (100, 7)])
+def test_no_step_is_much_shorter_than_the_others(tmp_path: Path, ticks: int, steps: int) -> None:
+    plot = build_plot(*tables_of(tmp_path, [(1, 0)], ticks), steps=steps)
+    (sent,) = (panel for panel in plot.panels if panel.title.startswith("Sent"))
+    lengths_us = np.diff(sent.lines[0].end_us, prepend=plot.begin_us)
+    assert lengths_us.sum() == ticks
+    assert lengths_us.min() * 2 >= lengths_us.max()
 
 
 @pytest.mark.parametrize(("row", "iteration"), [(1, None), (None, 3)])
