@@ -26,6 +26,7 @@ LIMIT_SUFFIX = ", limit"
 _RATE_FRAMES = 32
 # Nor is it the on and off of single pauses: there are at most so many steps of a rate.
 _MOST_RATES = 100
+_LEAST_RECEIVED = 0.01
 # More KiB than that are shown as MiB.
 _MOST_KIB = 4096
 _EVENTS = {
@@ -194,24 +195,27 @@ class _Grid:
         ends = [table["time_ns"] for table in (queues, qps)]
         begins = [table["time_ns"] - table["interval_ns"] for table in (queues, qps)]
         self._ticks = np.unique(np.concatenate([*ends, *begins]))
-        self._thin(-(-(len(self._ticks) - 1) // steps))
+        self._take(np.append(self._ticks[: -1 : -(-(len(self._ticks) - 1) // steps)], self._ticks[-1]))
 
-    def _thin(self, every: int) -> None:
-        self._every = every
-        # The last step takes what is left over; where that is short, a rate over it would say nothing.
-        edges_ns = np.append(self._ticks[:-1:every], self._ticks[-1])
-        too_short = len(edges_ns) > 2 and (len(self._ticks) - 1) % every * 2 in range(1, every)
-        self._edges = np.delete(edges_ns, -2) if too_short else edges_ns
+    def _take(self, edges_ns: npt.NDArray[Any]) -> None:
+        self._edges = edges_ns
         self.edges_us = self._edges / 1e3
         self.end_us = self.edges_us[1:]
         self.length_ns = np.diff(self._edges).astype(np.float64)
 
     def coarsened(self, shortest_ns: float) -> _Grid:
-        """Return the grid with steps of that length at least, if it has shorter ones."""
+        """Return a grid of steps that are about equal, and of that length at least where time allows.
+
+        Steps hold whole samples, except where none was written because nothing happened.
+        """
         grid = object.__new__(_Grid)
-        grid._ticks = self._ticks
-        tick_ns = float(np.median(np.diff(self._ticks)))
-        grid._thin(max(self._every, int(-(-shortest_ns // tick_ns))))
+        ticks, grid._ticks = self._ticks, self._ticks
+        tick_ns, span_ns = float(np.median(np.diff(ticks))), float(ticks[-1] - ticks[0])
+        step_ns = max(float(np.median(self.length_ns)), shortest_ns)
+        edges = ticks[0] + np.linspace(0.0, span_ns, max(1, int(span_ns / step_ns + 0.1)) + 1)
+        behind = np.clip(np.searchsorted(ticks, edges), 1, len(ticks) - 1)
+        nearest = np.where(edges - ticks[behind - 1] < ticks[behind] - edges, ticks[behind - 1], ticks[behind])
+        grid._take(np.unique(np.where(np.abs(nearest - edges) <= tick_ns / 2, nearest, edges)))
         return grid
 
     def _places(self, table: Columns) -> npt.NDArray[np.intp]:
@@ -353,8 +357,10 @@ def _received_panel(queues: Columns, grid: _Grid, ports: list[dict[str, Any]]) -
             found.append((nic_of[port], 8 * wire_bytes / grid.length_ns, int(rows["deq_bytes"].sum())))
     if not found:
         return None
+    # Grants that share the data's queue are no data: what receives next to nothing is left out.
+    found = [one for one in found if one[2] >= _LEAST_RECEIVED * max(nbytes for _, _, nbytes in found)]
     largest = sorted(found, key=lambda one: -one[2])[:_MOST_FLOWS]
-    drawn = sorted((one for one in largest), key=lambda one: _natural(one[0]))
+    drawn = sorted(largest, key=lambda one: _natural(one[0]))
     lines = tuple(Line(name, grid.end_us, rates, index) for index, (name, rates, _) in enumerate(drawn))
     return Panel("Received by NICs" + _means(grid) + _of_most(len(drawn), len(found)), "Gbit/s", lines)
 
