@@ -10,6 +10,8 @@ from testbed.results.series_plot import Panel, SeriesPlot
 IMAGE_SUFFIXES = (".svg", ".png", ".pdf")
 _WIDTH_INCHES, _PANEL_INCHES = 11.0, 2.3
 _LEGEND_ROWS = 12
+# A longer time is shown in ms.
+_MOST_US = 5000.0
 # Lines that run together must all be seen: the first are the widest.
 _WIDTHS = (2.6, 2.2, 1.8, 1.4)
 _WIDTH = 1.0
@@ -31,6 +33,9 @@ def save_image(plot: SeriesPlot, path: Path) -> None:
         _draw(axis, panel, plot.begin_us)
     axes[-1].set_xlim(plot.begin_us, plot.end_us)
     axes[-1].set_xlabel("emulated time (µs)")
+    if plot.end_us - plot.begin_us > _MOST_US:
+        axes[-1].xaxis.set_major_formatter(lambda time_us, _: f"{time_us / 1000:g}")
+        axes[-1].set_xlabel("emulated time (ms)")
     figure.savefig(path, dpi=120)
 
 
