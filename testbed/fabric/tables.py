@@ -65,10 +65,11 @@ def count_rows(topology: Topology, tables: Iterable[ForwardingTables], *, any_fa
     # Room between rows that are in use is rarely all of one piece.
     members *= 2
     if any_failure:
+        most = max(len(node.ports) for node in topology.nodes)
         switches = len(topology.nodes) - len(topology.hosts)
         spare = min(_MAX_SPARE_GROUPS, switches * switches)
         groups += spare
-        members += min(_MAX_SPARE_MEMBERS, spare * max(len(node.ports) for node in topology.nodes))
+        members += min(_MAX_SPARE_MEMBERS, spare * most)
     return groups, members, overrides
 
 

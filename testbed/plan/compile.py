@@ -288,6 +288,7 @@ def routing_settings(scenario: Scenario, traffic: tuple[tuple[Demand, ...], ...]
         traffic=traffic,
         hash_seed_per_tier=routing.hash_seed_per_tier,
         hash_functions=(routing.hash_function, routing.spine_hash_function, routing.superspine_hash_function),
+        resilient_hashing=routing.resilient_hashing,
     )
 
 

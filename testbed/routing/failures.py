@@ -15,7 +15,8 @@ import numpy.typing as npt
 from testbed.routing.ecmp import Ecmp
 from testbed.routing.links import Knowledge, LinkState
 from testbed.routing.protocol import NO_SETTINGS, RoutingScheme, RoutingSettings
-from testbed.routing.tables import UNREACHABLE, ForwardingTables, Group, TablesBuilder
+from testbed.routing.resilient import replace_dead
+from testbed.routing.tables import UNREACHABLE, ForwardingTables, Group, Selector, TablesBuilder
 from testbed.topology import HOST_NETWORK, NodeKind, Topology
 
 
@@ -41,8 +42,9 @@ def build_tables(
     if not known.fabric.dead_ports and not known.adjacent.dead_ports:
         return tables
     fallback = Ecmp().build_tables(topology, hash_seed=hash_seed, settings=settings)
-    tables = prune_tables(topology, tables, known.fabric, fallback=fallback)
-    return prune_tables(topology, tables, known.adjacent, fallback=fallback, adjacent_only=True)
+    resilient = settings.resilient_hashing
+    tables = prune_tables(topology, tables, known.fabric, fallback=fallback, resilient=resilient)
+    return prune_tables(topology, tables, known.adjacent, fallback=fallback, adjacent_only=True, resilient=resilient)
 
 
 def prune_tables(
@@ -52,10 +54,11 @@ def prune_tables(
     *,
     fallback: ForwardingTables | None = None,
     adjacent_only: bool = False,
+    resilient: bool = False,
 ) -> ForwardingTables:
     """Return tables without what leads nowhere.
 
-    Hashed groups are renumbered: a flow that was not on the dead link may change its way too, as without resilient hashing.
+    Hashed groups are renumbered: a flow that was not on the dead link may change its way too, unless hashing is resilient.
 
     Args:
         topology: The fabric.
@@ -63,6 +66,7 @@ def prune_tables(
         links: The links that are down.
         fallback: Tables whose groups take over where a group has no member left; None for none.
         adjacent_only: Whether switches look at their own links alone, instead of at all the way to the destination.
+        resilient: Whether only the flows of dead members move, see `testbed.routing.resilient`.
 
     Returns:
         The tables; where a switch has no way left to a slot, ``UNREACHABLE``.
@@ -79,7 +83,7 @@ def prune_tables(
         if node.kind is NodeKind.HOST:
             continue
         for index, slots in _slots_of_groups(tables.fib[node.index]):
-            _reroute(builder, node.index, tables.groups[index], slots, alive, peer_node, reach, fallback)
+            _reroute(builder, node.index, tables.groups[index], slots, alive, peer_node, reach, fallback, resilient)
         for slot in np.flatnonzero(tables.fib[node.index] == UNREACHABLE).tolist():
             builder.drop(node.index, slot)
     for key, port_id in tables.overrides.items():
@@ -127,6 +131,7 @@ def _reroute(
     peer_node: npt.NDArray[np.intp],
     reach: npt.NDArray[np.bool_] | None,
     fallback: ForwardingTables | None,
+    resilient: bool,
 ) -> None:
     """Route some slots, all of one group, over what is left of it."""
     members = np.array(group.members)
@@ -137,7 +142,11 @@ def _reroute(
     for number, pattern in enumerate(patterns):
         some = slots[np.ravel(which) == number]
         if pattern.any():
-            left = replace(group, members=tuple(members[pattern].tolist()))
+            keeps = resilient and group.selector in (Selector.HASH, Selector.FLOWLET) and not pattern.all()
+            left = replace(
+                group,
+                members=replace_dead(group.members, pattern.tolist()) if keeps else tuple(members[pattern].tolist()),
+            )
             for slot in some.tolist():
                 builder.route(node, slot, left)
         elif fallback is None:
@@ -148,7 +157,7 @@ def _reroute(
             for index in sorted(set(row.tolist())):
                 others = some[row == index]
                 if index >= 0:
-                    _reroute(builder, node, fallback.groups[index], others, alive, peer_node, reach, None)
+                    _reroute(builder, node, fallback.groups[index], others, alive, peer_node, reach, None, resilient)
                 else:
                     for slot in others.tolist():
                         builder.drop(node, slot)

@@ -37,6 +37,7 @@ class RoutingSettings:
         traffic: The traffic matrix of every item of the workload; items run one after the other.
         hash_seed_per_tier: Whether leaves, spines and superspines hash with seeds of their own, see `seed_at`.
         hash_functions: What leaves, spines and superspines hash with, in this order; see `function_at`.
+        resilient_hashing: Whether only the flows of a dead link's move when others remain; not the schemes' own work either.
         links: What state links are in, as far as a scheme that looks at it beyond what every switch does has been told.
             Rerouting around dead links is not the schemes' own work: see `testbed.routing.failures`.
     """
@@ -47,6 +48,7 @@ class RoutingSettings:
     traffic: tuple[tuple[Demand, ...], ...] = ()
     hash_seed_per_tier: bool = True
     hash_functions: tuple[HashFunction, HashFunction, HashFunction] = (HashFunction.MURMUR3,) * 3
+    resilient_hashing: bool = False
     links: LinkState = ALL_UP
 
     def seed_at(self, switch: Node, hash_seed: int) -> int:

@@ -417,6 +417,12 @@ class Routing(_Section):
     superspine_hash_function: Annotated[HashFunction, kinds.choice(HashFunction)] = _derived_key(
         "superspine_hash_function", "What superspines hash with. Default: `hash_function`."
     )
+    resilient_hashing: Annotated[bool, _FLAG] = _key(
+        "resilient_hashing",
+        "Whether switches that hash move only the flows of dead links to others; without, all flows are hashed anew over what is "
+        "left.",
+        default=False,
+    )
     flowlet_gap_ns: Annotated[int | None, _TIME] = _key(
         "flowlet_gap", "Idle time after which a flow may change its path; scheme flowlet needs it.", default=None
     )

@@ -54,6 +54,7 @@ _IS_NOT: Mapping[str, str] = {
     "routing.scheme": "aware of jobs or loads, but for `te`, which knows the traffic, and `adaptive`. All reroute around dead "
     "links, as late as the times below say.",
     "routing.convergence_time": "a protocol: no messages are exchanged, all switches change their tables at that moment.",
+    "routing.resilient_hashing": "a memory: after a second failure flows that the first has moved may move once more.",
     "faults": "undone one by one: every iteration begins whole, but for what is broken from the beginning to the end.",
     "routing.hash_seed": "the seed of the run; that is `seed`.",
     "transport.mtu": "the MTU of the interface, which has room for the headers as well.",

@@ -126,10 +126,10 @@ def test_a_link_that_dies_on_the_way_costs_time_and_the_job_completes() -> None:
         assert_whole(fabric)
 
 
-def test_a_switch_that_dies_is_passed_by() -> None:
-    with small_fabric(
-        *WIDE, "routing.scheme=e-ecmp", QPS, "faults=[{at: 6 us, switch_down: spine0}]", name="faults"
-    ) as fabric:
+@pytest.mark.parametrize("resilient", ["false", "true"])
+def test_a_switch_that_dies_is_passed_by(resilient: str) -> None:
+    hashing = ("routing.scheme=e-ecmp", f"routing.resilient_hashing={resilient}", QPS)
+    with small_fabric(*WIDE, *hashing, "faults=[{at: 6 us, switch_down: spine0}]", name="faults") as fabric:
         samples = run(fabric)
         assert samples.faults[0][0].lost_packets > 0
         assert_drained(fabric)

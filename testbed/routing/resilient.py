@@ -1,0 +1,26 @@
+"""Resilient hashing: when members of a group die, only their flows move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def replace_dead(members: Sequence[int], alive: Sequence[bool]) -> tuple[int, ...]:
+    """Return the members of a hashed group whose dead ones are replaced, the part of the hash's range of all others unchanged.
+
+    Every member's part becomes as many buckets as there are survivors; those of a dead one go to the survivors in turn, so that
+    they share its flows evenly. Without this the range is divided anew, and flows of members that live move too.
+
+    Args:
+        members: Egress port ids, each as often as its weight.
+        alive: Whether each of them still leads anywhere; at least one does.
+
+    Source:
+        Broadcom "resilient hashing" and Cisco "resilient ECMP" keep a table of buckets, of which a dead member's alone are filled
+        anew; RFC 2992, section 3: otherwise a quarter to half of all flows move.
+    """
+    survivors = [member for member, lives in zip(members, alive, strict=True) if lives]
+    buckets: list[int] = []
+    for member, lives in zip(members, alive, strict=True):
+        buckets += [member] * len(survivors) if lives else survivors
+    return tuple(buckets)
