@@ -3,12 +3,15 @@
 Each connection has a ring of header rows, filled a block at a time: gather the QP's template, patch what varies, correct the
 ICRC. CRC is linear over GF(2): with a constant payload a frame's ICRC is its template's XOR one table entry per byte that
 differs (``roce/icrc.py``). Frames of another length (the odd end of a message) have a template per connection and length.
+Contents, where a peer that is not ours shall keep them, change a frame's ICRC by that of its payload, whatever stands before it.
 """
 
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,16 +37,17 @@ from testbed.roce.wire import (
     RETH_BYTES,
     RETH_OFFSET,
     Opcode,
+    ipv4_checksum,
 )
 
 _TOS = ETHERNET_BYTES + 1
 _IP_CHECKSUM = ETHERNET_BYTES + 10
 _IP_ADDRESSES = ETHERNET_BYTES + 12
 _UDP_SOURCE = ETHERNET_BYTES + 20
-_VA_LOW = RETH_OFFSET + 3  # the low five bytes of the virtual address
+_RKEY = RETH_OFFSET + 8
 _DMA_LENGTH = RETH_OFFSET + 12
 _PSN_COLUMNS = (PSN_OFFSET, PSN_OFFSET + 1, PSN_OFFSET + 2)
-_RETH_COLUMNS = (*range(_VA_LOW, _VA_LOW + 5), *range(_DMA_LENGTH, _DMA_LENGTH + 4))
+_RETH_COLUMNS = (*range(RETH_OFFSET, RETH_OFFSET + 8), *range(_DMA_LENGTH, _DMA_LENGTH + 4))
 QP_COLUMNS = (*range(_IP_ADDRESSES, _UDP_SOURCE + 2), *range(DEST_QP_OFFSET, DEST_QP_OFFSET + 3))
 """Bytes in which frames of several QPs differ and that the ICRC covers."""
 
@@ -70,6 +74,19 @@ _MIN_BLOCK, _MAX_BLOCK = 128, 1024
 _REFILLS_AT_ONCE = 1
 
 
+@dataclass(frozen=True, eq=False)
+class ForeignMemory:
+    """What a connection writes into a peer that is not ours; a transfer's ``dst_offset_bytes`` is then a virtual address there.
+
+    Attributes:
+        rkey: The peer's key.
+        contents: The sender's buffer, into which a transfer's ``offset_bytes`` points, uint8.
+    """
+
+    rkey: int
+    contents: npt.NDArray[np.uint8]
+
+
 class FrameWriter:
     """Keeps every connection's next frames ready to send.
 
@@ -78,6 +95,7 @@ class FrameWriter:
         initial_psns: PSN of each connection's packet 0, shape ``(connections,)``.
         mtu: Payload of a full packet, a multiple of four bytes.
         tos: TOS byte of each connection's frames, or of all.
+        foreign: What each connection writes into a peer that is not ours; by default all carry zeros, which ours lets go.
     """
 
     def __init__(
@@ -87,8 +105,11 @@ class FrameWriter:
         mtu: int,
         *,
         tos: int | Sequence[int] = DATA_TOS,
+        foreign: Sequence[ForeignMemory] | None = None,
     ) -> None:
         count = len(requesters)
+        self._foreign = foreign
+        self._rkeys = [RKEY] * count if foreign is None else [memory.rkey for memory in foreign]
         tos = [tos] * count if isinstance(tos, int) else tos
         self._mtu = mtu
         self._initial_psns = initial_psns
@@ -96,10 +117,11 @@ class FrameWriter:
         self._depth = 2 * self.block
         # Behind the rings: frames that are sent again, written when they are.
         self._again = count * self._depth
-        self.ring = FrameRing(self._again + AGAIN_PACKETS, np.zeros(mtu, np.uint8))
+        slots = self._again + AGAIN_PACKETS
+        self.ring = FrameRing(slots, np.zeros(mtu if foreign is None else (slots, mtu), np.uint8))
         payload = bytes(mtu)
-        self._short, self._short_icrc = _templates(requesters, Opcode.WRITE_MIDDLE, payload, tos)
-        self._long, self._long_icrc = _templates(requesters, Opcode.WRITE_FIRST, payload, tos)
+        self._short, self._short_icrc = _templates(requesters, Opcode.WRITE_MIDDLE, payload, tos, self._rkeys)
+        self._long, self._long_icrc = _templates(requesters, Opcode.WRITE_FIRST, payload, tos, self._rkeys)
         varying = (BTH_OFFSET, ACK_REQUEST_OFFSET, *_PSN_COLUMNS)
         self._short_tables = [delta_table(RETH_OFFSET + mtu - column) for column in varying]
         end = RETH_OFFSET + RETH_BYTES + mtu
@@ -120,9 +142,15 @@ class FrameWriter:
             schedule: What is sent.
             streams: The same as packets.
             psn_offsets: Packets each connection sent in earlier iterations, shape ``(connections,)``.
+
+        Raises:
+            ValueError: Contents are to be sent, and which packet carries what is decided as the run goes.
         """
+        if self._foreign is not None and isinstance(streams, QpDispatcher):
+            raise ValueError("contents need streams that are known beforehand")
         self._streams = streams
         self._va, self._lengths = schedule.dst_offset_bytes, schedule.nbytes
+        self._offsets = schedule.offset_bytes
         self._psn_base = self._initial_psns + psn_offsets
         self._limit = streams.packets
         self._begin[:] = 0
@@ -271,6 +299,31 @@ class FrameWriter:
                 if has_reth:
                     values += _reth_columns(self._va[of], self._lengths[of])
                 self._write_odd(first + which, connection, size, values)
+        if self._foreign is not None:
+            self._fill_in(connection, packet, message, payload, first)
+
+    def _fill_in(
+        self,
+        connection: int,
+        packet: npt.NDArray[np.int64],
+        message: npt.NDArray[np.int32],
+        payload: npt.NDArray[np.uint16],
+        first: int,
+    ) -> None:
+        """Put contents into slots from ``first`` on, whose frames are as if they carried zeros."""
+        assert self._foreign is not None
+        assert isinstance(self._streams, PacketStreams)
+        contents, mtu, ring = self._foreign[connection].contents, self._mtu, self.ring
+        packets = np.maximum(1, -(-self._lengths[message] // mtu))
+        within = packet - (self._streams.message_end_packet[message] - packets)
+        begins = (self._offsets[message] + within * mtu).tolist()
+        for slot, (begin, size) in enumerate(zip(begins, payload.tolist(), strict=True), first):
+            padded = int(size + -size % PADDING_BYTES)
+            row = ring.payload[slot]
+            row[:size] = contents[begin : begin + size]
+            row[size:padded] = 0
+            # A CRC is linear, and zeros before the payload change nothing but what both terms have.
+            ring.icrcs[slot] ^= np.uint32(zlib.crc32(row[:padded]) ^ zlib.crc32(bytes(padded)))
 
     def _write_long(
         self,
@@ -330,14 +383,14 @@ class FrameWriter:
         header = bytearray((self._long if has_reth else self._short)[connection].tobytes())
         ip_length = len(header) - ETHERNET_BYTES + payload + pad + ICRC_BYTES
         struct.pack_into("!H", header, ETHERNET_BYTES + 2, ip_length)
-        struct.pack_into("!H", header, _IP_CHECKSUM, _ipv4_checksum(header[ETHERNET_BYTES : ETHERNET_BYTES + 20]))
+        struct.pack_into("!H", header, _IP_CHECKSUM, ipv4_checksum(header[ETHERNET_BYTES : ETHERNET_BYTES + 20]))
         struct.pack_into("!H", header, _UDP_SOURCE + 4, ip_length - 20)
         header[BTH_OFFSET] = _ONLY if has_reth else _LAST
         header[BTH_OFFSET + 1] = (header[BTH_OFFSET + 1] & 0xCF) | pad << 4
         struct.pack_into("!I", header, ACK_REQUEST_OFFSET, ACK_REQUEST_BIT << 24)
         if has_reth:
-            struct.pack_into("!QII", header, RETH_OFFSET, 0, RKEY, 0)
-        body = self.ring.payload[:payload].tobytes() + bytes(pad)
+            struct.pack_into("!QII", header, RETH_OFFSET, 0, self._rkeys[connection], 0)
+        body = bytes(payload + pad)
         end = len(header) + len(body)
         places = (*_PSN_COLUMNS, *_RETH_COLUMNS) if has_reth else _PSN_COLUMNS
         icrc = compute_icrc(bytes(header) + body + bytes(ICRC_BYTES))
@@ -346,16 +399,16 @@ class FrameWriter:
 
 def _reth_columns(va: npt.NDArray[np.int64], length: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
     """Return the values of ``_RETH_COLUMNS``."""
-    columns = [(va >> shift) & 0xFF for shift in (32, 24, 16, 8, 0)]
+    columns = [(va >> shift) & 0xFF for shift in (56, 48, 40, 32, 24, 16, 8, 0)]
     return columns + [(length >> shift) & 0xFF for shift in (24, 16, 8, 0)]
 
 
 def _templates(
-    requesters: list[QueuePair], opcode: Opcode, payload: bytes, tos: Sequence[int]
+    requesters: list[QueuePair], opcode: Opcode, payload: bytes, tos: Sequence[int], rkeys: Sequence[int]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint32]]:
     """Return the header of each QP's full-size frame with PSN 0 and an empty RETH, and its ICRC.
 
-    scapy crafts the first; the others differ in addresses, source port and destination QP.
+    scapy crafts the first; the others differ in addresses, source port, destination QP and key.
 
     Returns:
         Headers, shape ``(qps, header bytes)``, and ICRCs, shape ``(qps,)``.
@@ -366,11 +419,14 @@ def _templates(
     path = FramePath(
         first.local.mac, first.local.next_hop_mac, first.local.address, first.remote.address, first.udp_source_port
     )
-    target = WriteTarget(0, RKEY, 0) if opcode == Opcode.WRITE_FIRST else None
+    target = WriteTarget(0, rkeys[0], 0) if opcode == Opcode.WRITE_FIRST else None
     frame = build_write(path, opcode=opcode, dest_qp=first.peer_qpn, psn=0, payload=payload, target=target, tos=tos[0])
     header = RETH_OFFSET + (RETH_BYTES if target else 0)
     rows = address_rows(frame[:header], requesters, tos)
-    return rows, IcrcPatcher(frame, QP_COLUMNS).icrcs(rows)
+    if target is None:
+        return rows, IcrcPatcher(frame, QP_COLUMNS).icrcs(rows)
+    rows[:, _RKEY : _RKEY + 4] = np.array(rkeys, ">u4").view(np.uint8).reshape(-1, 4)
+    return rows, IcrcPatcher(frame, (*QP_COLUMNS, *range(_RKEY, _RKEY + 4))).icrcs(rows)
 
 
 def address_rows(header: bytes, senders: list[QueuePair], tos: Sequence[int] | None = None) -> npt.NDArray[np.uint8]:
@@ -389,13 +445,5 @@ def address_rows(header: bytes, senders: list[QueuePair], tos: Sequence[int] | N
         row[_IP_ADDRESSES : _UDP_SOURCE + 2] = np.frombuffer(addresses, np.uint8)
         row[DEST_QP_OFFSET : DEST_QP_OFFSET + 3] = np.frombuffer(struct.pack("!I", qp.peer_qpn)[1:], np.uint8)
         ip = bytearray(row[ETHERNET_BYTES : ETHERNET_BYTES + 20].tobytes())
-        row[_IP_CHECKSUM : _IP_CHECKSUM + 2] = np.frombuffer(struct.pack("!H", _ipv4_checksum(ip)), np.uint8)
+        row[_IP_CHECKSUM : _IP_CHECKSUM + 2] = np.frombuffer(struct.pack("!H", ipv4_checksum(ip)), np.uint8)
     return rows
-
-
-def _ipv4_checksum(header: bytearray) -> int:
-    """Return the checksum of a 20-byte IPv4 header, whatever its checksum field holds."""
-    words = struct.unpack("!10H", header)
-    total: int = sum(words) - words[5]
-    total = (total & 0xFFFF) + (total >> 16)
-    return ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF

@@ -55,14 +55,14 @@ def open_packet_socket(ifname: str) -> socket.socket:
 
 
 class FrameRing:
-    """Outgoing frames of many connections: header rows in memory that the kernel reads, a shared payload.
+    """Outgoing frames of many connections: header rows in memory that the kernel reads, and a payload, shared or not.
 
     A slot is a header row with its ICRC in the last four bytes, three I/O vectors (header, payload, ICRC) and a message
     header that points at them. A tick copies the message headers of what it sends into one run per host.
 
     Args:
         slots: Number of slots.
-        payload: Bytes that frames carry, from the first on.
+        payload: Bytes that frames carry, from the first on: one row for all slots, or a row each, shape ``(slots, bytes)``.
 
     Attributes:
         headers: Shape ``(slots, 128)``, uint8; header from column 0, ICRC at 124…127.
@@ -80,7 +80,8 @@ class FrameRing:
         self._iovecs = np.zeros((slots, 3), IOVEC)
         header = self.headers.ctypes.data + np.arange(slots, dtype=np.uint64) * self.ROW_BYTES
         self._iovecs["base"][:, 0] = header
-        self._iovecs["base"][:, 1] = payload.ctypes.data
+        rows = np.arange(slots, dtype=np.uint64) * np.uint64(payload.strides[0] if payload.ndim > 1 else 0)
+        self._iovecs["base"][:, 1] = payload.ctypes.data + rows
         self._iovecs["base"][:, 2] = header + 124
         self._iovecs["length"][:, 2] = 4
         self.header_lengths = self._iovecs["length"][:, 0]

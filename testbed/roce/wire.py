@@ -6,6 +6,7 @@ Source: InfiniBand Architecture Specification, volume 1, release 1.4: chapter 9 
 
 from __future__ import annotations
 
+import struct
 from enum import IntEnum
 from typing import overload
 
@@ -154,6 +155,14 @@ def padded_bytes(payload_bytes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def padded_bytes(payload_bytes: int | npt.NDArray[np.int64]) -> int | npt.NDArray[np.int64]:
     """Return the bytes of a payload with its padding, for one or for an array."""
     return -(-payload_bytes // PADDING_BYTES) * PADDING_BYTES
+
+
+def ipv4_checksum(header: bytes | bytearray) -> int:
+    """Return the checksum of a 20-byte IPv4 header, whatever its checksum field holds."""
+    words = struct.unpack("!10H", header)
+    total: int = sum(words) - words[5]
+    total = (total & 0xFFFF) + (total >> 16)
+    return ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
 
 
 def packets_of_message(nbytes: int, mtu: int) -> int:
