@@ -653,6 +653,8 @@ static __always_inline void acknowledge(struct tb_qp *qp, const struct bth *bth,
 		__sync_fetch_and_add(&qp->naks_packets, 1);
 		return;
 	}
+	if (aeth >> 29)
+		return; /* a NAK of another kind, which only a peer that is not ours sends: nothing is acknowledged */
 	ahead = (psn + 1 - expected) & 0xffffff;
 	if (ahead < 0x800000)
 		qp->acked_packets += ahead;

@@ -16,7 +16,7 @@ from testbed.engine.delay_line import DelayLine
 from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.faults import Faults, NoFaults
 from testbed.engine.flow_control import FlowControl, NoFlowControl
-from testbed.engine.frames import FrameWriter
+from testbed.engine.frames import ForeignMemory, FrameWriter
 from testbed.engine.intra_host import IntraHostTransfers
 from testbed.engine.nic import NicPacer, share_budget
 from testbed.engine.observer import ShapingObserver
@@ -96,6 +96,8 @@ class EngineSetup:
         reorder_time_ns: How long a packet may be overtaken before it counts as lost, emulated; None: some of its path's
             round trips, and some ticks.
         reorder_loops: How many round trips that is.
+        foreign: What each connection writes into a peer that is not ours, such as the kernel's RoCE; None where the fabric's
+            responders answer. What such a peer has acknowledged counts as arrived, a round trip late.
     """
 
     connections: Sequence[Connection]
@@ -116,6 +118,7 @@ class EngineSetup:
     selective: bool = False
     reorder_time_ns: int | None = None
     reorder_loops: int = 1
+    foreign: Sequence[ForeignMemory] | None = None
 
 
 @dataclass
@@ -241,7 +244,11 @@ class TickLoop:
         self._credit_frames = max(_MIN_CREDIT_FRAMES, min(NIC_QUEUE_FRAMES, credit))
         initial_psns = np.array([connection.initial_psn for connection in connections], np.int64)
         self._writer = FrameWriter(
-            [c.requester for c in connections], initial_psns, setup.mtu, tos=[data_tos(c.priority) for c in connections]
+            [c.requester for c in connections],
+            initial_psns,
+            setup.mtu,
+            tos=[data_tos(c.priority) for c in connections],
+            foreign=setup.foreign,
         )
         self._psn_offset = np.zeros(count, np.int64)
         self._message_offset = np.zeros(count, np.int64)
@@ -257,6 +264,8 @@ class TickLoop:
         count = len(self._nic)
         if not self._setup.selective:
             return GoBackN(count, self._writer, self._wall_timeout_ns, describe)
+        if self._setup.foreign is not None:
+            raise ValueError("selective recovery needs responders that know its encoding: go-back-N talks to others")
         if windows is None:
             raise ValueError("selective recovery needs the windows of packets out of order")
         windows[: 2 * count] = 0
@@ -292,7 +301,9 @@ class TickLoop:
                 row["initial_tx_psn"] = connection.initial_psn
                 row["cnp_interval_ns"] = self._setup.wall_cnp_interval_ns
                 row["selective"] = self._setup.selective
-        qps["active"][: 2 * len(connections)] = 1
+        roles = [REQUESTER, RESPONDER] if self._setup.foreign is None else [REQUESTER]
+        for role in roles:
+            qps["active"][qp_index(0, role) : 2 * len(connections) : 2] = 1
 
     def run_iteration(
         self,
@@ -317,11 +328,14 @@ class TickLoop:
         intra_host = IntraHostTransfers(schedule, self._setup.intra_host, self._setup.time_dilation)
         dispatcher: QpDispatcher | None = None
         progress: Progress | QpDispatcher
+        message_ends: list[npt.NDArray[np.int64]] | None = None
         if isinstance(streams, QpDispatcher):
             dispatcher = progress = streams
             dispatcher.restart(intra_host.release)
         else:
             progress = Progress(schedule, streams, intra_host.release)
+            if self._setup.foreign is not None:
+                message_ends = [streams.message_end_packet[one] for one in streams.transfers_of[: len(self._nic)]]
         writer, pacer, clock = self._writer, self._pacer, self._clock
         flow, limit, admission = self._flow, self._limit, self._admission
         recorder, recovery = self._recorder, self._recovery
@@ -388,6 +402,8 @@ class TickLoop:
             if rates is not None:
                 ns_per_byte[:] = self._set_rates(now, rates)[nic].tolist()
 
+            if message_ends is not None:
+                self._note_acknowledged(message_ends)
             self._arrivals.next_snapshot[0] = self._rx_messages
             arrivals = self._arrivals.advance(now)[0]
             news = arrivals > seen_messages
@@ -579,6 +595,17 @@ class TickLoop:
             admission=admission.finish(),
             wall_inside_end_ns=np.maximum(np.array(intra_host.end_ns) - begin, 0.0),
         )
+
+    def _note_acknowledged(self, message_ends: Sequence[npt.NDArray[np.int64]]) -> None:
+        """Take what peers that are not ours have acknowledged as arrived, for nobody counts it there.
+
+        Args:
+            message_ends: Packets of each connection up to and including each of its messages.
+        """
+        acked = (self._acked - self._psn_offset).tolist()
+        for connection, ends in enumerate(message_ends):
+            whole = int(np.searchsorted(ends, acked[connection], side="right"))
+            self._rx_messages[connection] = self._message_offset[connection] + whole
 
     def _set_rates(self, now_ns: int, wall_rate_bytes_per_s: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Let every port have another rate from now on; return the time of a byte on each NIC, shape ``(nics,)``."""
