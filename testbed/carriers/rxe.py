@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from testbed.carriers.buffers import Bytes, RankBuffers
-from testbed.carriers.verbs import import_verbs
+from testbed.carriers.verbs import VerbsDevice, connect_rc, create_rc, import_verbs
 from testbed.collectives.schedule import TransferOp
 from testbed.errors import RunError
 from testbed.fabric import Fabric
 from testbed.kernel.namespaces import open_namespace
-from testbed.kernel.rxe import find_gid, read_rxe_counters, rxe_devices
+from testbed.kernel.rxe import read_rxe_counters, rxe_devices
 from testbed.plan.compile import trace_connection_routes
 from testbed.plan.model import PlannedWorkload
 from testbed.plan.predict import predict_cct_ratio
@@ -36,34 +36,15 @@ _POLL_COMPLETIONS = 64
 _MAX_COMPLETIONS = 16_384
 # 4.096 us * 2^18, about a second: rxe's own timers are wall time, and a dilated fabric is slow.
 _ACK_TIMEOUT_EXPONENT = 18
-_RETRIES = 7
-_MIN_RNR_TIMER = 12
-_HOP_LIMIT = 64
 _PSN_MASK = 0xFFFFFF
-_PATH_MTUS = {256: 1, 512: 2, 1024: 3, 2048: 4, 4096: 5}
 # What rxe counts that says a packet was sent again: it came twice, or behind a gap.
 _AGAIN_COUNTERS = ("duplicate_request", "out_of_seq_request")
-
-
-class _Device:
-    """An open device with its protection domain and completion queue."""
-
-    def __init__(self, verbs: Any, name: str, address: str, stack: contextlib.ExitStack) -> None:
-        self.name = name
-        self.gid_index, gid = find_gid(name, address)
-        self.gid = verbs.addr.GID(gid)
-        self.context = verbs.device.Context(name=name)
-        stack.callback(self.context.close)
-        self.pd = verbs.pd.PD(self.context)
-        stack.callback(self.pd.close)
-        self.cq = verbs.cq.CQ(self.context, _MAX_COMPLETIONS)
-        stack.callback(self.cq.close)
 
 
 class _End:
     """One end of a connection."""
 
-    def __init__(self, queue_pair: Any, device: _Device) -> None:
+    def __init__(self, queue_pair: Any, device: VerbsDevice) -> None:
         self.qp = queue_pair
         self.device = device
         self.waiting: deque[int] = deque()  # transfers not yet given to the device
@@ -100,7 +81,7 @@ class RxeTransport:
         self._stage(len(planned.connections))
         self._devices = self._open_devices(fabric, planned)
         tos = data_tos(fabric.plan.scenario.qos.lossless_priority)
-        mtu = _PATH_MTUS[fabric.plan.scenario.transport.mtu_bytes]
+        mtu = fabric.plan.scenario.transport.mtu_bytes
         self._senders: list[_End] = []
         self._receivers: list[_End] = []
         self._sender_of: dict[tuple[str, int], int] = {}
@@ -132,7 +113,7 @@ class RxeTransport:
         self._nbytes = schedule.nbytes.tolist()
         self._regions: dict[tuple[str, int], Any] = {}
 
-    def _open_devices(self, fabric: Fabric, planned: PlannedWorkload) -> dict[int, _Device]:
+    def _open_devices(self, fabric: Fabric, planned: PlannedWorkload) -> dict[int, VerbsDevice]:
         """Make and open a device for each NIC that takes part."""
         topology, stack = fabric.plan.topology, self._stack
         wanted: dict[str, tuple[str, int]] = {}
@@ -147,33 +128,25 @@ class RxeTransport:
             wanted[names[nic]] = (port.ifname, netns)
         stack.enter_context(rxe_devices(wanted))
         return {
-            nic: _Device(self._verbs, name, _dotted(topology.nics[nic].address), stack) for nic, name in names.items()
+            nic: VerbsDevice(self._verbs, name, _dotted(topology.nics[nic].address), _MAX_COMPLETIONS, stack)
+            for nic, name in names.items()
         }
 
-    def _create_end(self, device: _Device) -> _End:
-        qp, enums = self._verbs.qp, self._verbs.enums
-        room = qp.QPCap(max_send_wr=_QUEUE_MESSAGES, max_recv_wr=_QUEUE_MESSAGES, max_send_sge=1, max_recv_sge=1)
-        made = qp.QP(
-            device.pd, qp.QPInitAttr(qp_type=enums.IBV_QPT_RC, scq=device.cq, rcq=device.cq, cap=room, sq_sig_all=1)
-        )
-        self._stack.callback(made.close)
-        return _End(made, device)
+    def _create_end(self, device: VerbsDevice) -> _End:
+        return _End(create_rc(self._verbs, device, _QUEUE_MESSAGES, self._stack), device)
 
     def _connect(self, end: _End, other: _End, *, tos: int, mtu: int, psn: int) -> None:
-        addr, enums = self._verbs.addr, self._verbs.enums
-        route = addr.GlobalRoute(
-            dgid=other.device.gid, sgid_index=end.device.gid_index, hop_limit=_HOP_LIMIT, traffic_class=tos
+        connect_rc(
+            self._verbs,
+            end.qp,
+            end.device,
+            remote_gid=other.device.gid,
+            remote_qpn=other.qp.qp_num,
+            tos=tos,
+            mtu_bytes=mtu,
+            psn=psn,
+            ack_timeout_exponent=_ACK_TIMEOUT_EXPONENT,
         )
-        attributes = self._verbs.qp.QPAttr(port_num=1)
-        attributes.dest_qp_num = other.qp.qp_num
-        attributes.path_mtu = mtu
-        attributes.rq_psn = attributes.sq_psn = psn
-        attributes.max_rd_atomic = attributes.max_dest_rd_atomic = 1
-        attributes.min_rnr_timer = _MIN_RNR_TIMER
-        attributes.timeout, attributes.retry_cnt, attributes.rnr_retry = _ACK_TIMEOUT_EXPONENT, _RETRIES, _RETRIES
-        attributes.qp_access_flags = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE
-        attributes.ah_attr = addr.AHAttr(port_num=1, is_global=1, gr=route, sl=0)
-        end.qp.to_rts(attributes)
 
     def _post_receive(self, end: _End) -> None:
         """Let one more message announce itself; nothing is written where the request points, but pyverbs wants a place."""
@@ -181,7 +154,7 @@ class RxeTransport:
         place = wr.SGE(self._staging.ctypes.data, 1, self._region(end.device, self._staging).lkey)
         end.qp.post_recv(wr.RecvWR(num_sge=1, sg=[place]))
 
-    def _region(self, device: _Device, array: Bytes) -> Any:
+    def _region(self, device: VerbsDevice, array: Bytes) -> Any:
         """Return an array as memory that a device may read and write; registered once."""
         key = (device.name, array.ctypes.data)
         if key not in self._regions:
@@ -206,7 +179,7 @@ class RxeTransport:
             self._write(sender, self._receivers[connection].device, transfer)
             sender.under_way.append(transfer)
 
-    def _write(self, sender: _End, target: _Device, transfer: int) -> None:
+    def _write(self, sender: _End, target: VerbsDevice, transfer: int) -> None:
         wr, enums = self._verbs.wr, self._verbs.enums
         schedule, buffers = self._schedule, self._buffers
         local = self._region(sender.device, buffers.outputs if schedule.in_place else buffers.inputs)
@@ -242,7 +215,7 @@ class RxeTransport:
                     self._take(device, one, whole)
         return whole
 
-    def _take(self, device: _Device, completion: Any, whole: list[tuple[int, int]]) -> None:
+    def _take(self, device: VerbsDevice, completion: Any, whole: list[tuple[int, int]]) -> None:
         key = (device.name, int(completion.qp_num))
         connection = self._receiver_of.get(key)
         index = self._sender_of[key] if connection is None else connection
