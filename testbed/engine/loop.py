@@ -18,7 +18,7 @@ from testbed.engine.faults import Faults, NoFaults
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.frames import ForeignMemory, FrameWriter
 from testbed.engine.intra_host import IntraHostTransfers
-from testbed.engine.nic import NicPacer, share_budget
+from testbed.engine.nic import NicPacer, share_budget, take_turns
 from testbed.engine.observer import ShapingObserver
 from testbed.engine.progress import Progress
 from testbed.engine.rate_limit import NoRateLimit, RateLimit
@@ -634,16 +634,15 @@ class TickLoop:
         np.maximum(shares, 0, out=shares)
         counts = shares.tolist()
         places = (packet % depth).tolist()
-        for connection in self._take_turns(len(counts)):
-            count = counts[connection]
-            if count > 0:
-                place = places[connection]
-                run = min(count, depth - place)
-                done = send(sockets[connection], connection * depth + place, run)
-                if done == run and run < count:
-                    done += send(sockets[connection], connection * depth, count - run)
-                if done < count:
-                    shares[connection] = done
+        for connection in take_turns(counts, self._turn):
+            count, place = counts[connection], places[connection]
+            run = min(count, depth - place)
+            done = send(sockets[connection], connection * depth + place, run)
+            if done == run and run < count:
+                done += send(sockets[connection], connection * depth, count - run)
+            if done < count:
+                shares[connection] = done
+        self._turn += 1
         return shares
 
     def _send_interleaved(
@@ -673,23 +672,15 @@ class TickLoop:
         taken = shares
         counts = np.bincount(nic, weights=shares).astype(np.int64)
         positions = (np.cumsum(counts) - counts).tolist()
-        for host in self._take_turns(len(counts)):
-            frames, position = int(counts[host]), positions[host]
-            if frames:
-                done = ring.send_lined_up(self._sockets[host], position, frames)
-                if done < frames:
-                    refused = np.bincount(row[position + done : position + frames], minlength=len(active))
-                    taken = taken - refused
+        of_hosts = counts.tolist()
+        for host in take_turns(of_hosts, self._turn):
+            frames, position = of_hosts[host], positions[host]
+            done = ring.send_lined_up(self._sockets[host], position, frames)
+            if done < frames:
+                refused = np.bincount(row[position + done : position + frames], minlength=len(active))
+                taken = taken - refused
+        self._turn += 1
         return taken
-
-    def _take_turns(self, nics: int) -> list[int]:
-        """Return NICs in the order in which they send in this tick: another begins each time.
-
-        What a tick sends reaches a shared queue NIC by NIC. The last would always find it deepest, and be marked, dropped or held
-        back more than the first: with DCQCN, shares of 17:12:11:9 where equal ones are due.
-        """
-        self._turn = (self._turn + 1) % nics
-        return [*range(self._turn, nics), *range(self._turn)]
 
     def _settle(self, streams: PacketStreams | QpDispatcher) -> int:
         """Wait until every packet is acknowledged and nothing moves in the data queues any more.

@@ -7,6 +7,7 @@ send. Frames leave up to a tick early; when they *count* as sent is exact (``sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,22 @@ class NicPacer:
     def rest(self) -> None:
         """Note that no NIC has anything to send."""
         self._busy[:] = False
+
+
+def take_turns(frames: Sequence[int], turn: int) -> list[int]:
+    """Return the NICs that send in a tick in the order in which they do so: each begins as often as any other.
+
+    What a tick sends reaches a shared queue NIC by NIC. The last would always find it deepest, and be marked, dropped or held
+    back more than the first: with DCQCN, shares of 17:12:11:9 where equal ones are due. NICs that send nothing have no turn, or
+    the one behind them would have theirs.
+
+    Args:
+        frames: What each NIC sends in this tick.
+        turn: Number of the tick.
+    """
+    senders = [nic for nic, count in enumerate(frames) if count > 0]
+    first = turn % max(len(senders), 1)
+    return senders[first:] + senders[:first]
 
 
 def share_budget(

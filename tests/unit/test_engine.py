@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from testbed.collectives import Schedule, find_algorithm
 from testbed.collectives.schedule import ScheduleBuilder
 from testbed.engine.delay_line import DelayLine
-from testbed.engine.nic import NicPacer, share_budget
+from testbed.engine.nic import NicPacer, share_budget, take_turns
 from testbed.engine.observer import ShapingObserver
 from testbed.engine.progress import Progress
 from testbed.engine.stream import build_streams
@@ -325,6 +326,19 @@ def test_the_odd_frame_goes_round(qps: int, budget: int) -> None:
     nic = np.array([0] + [1] * qps)
     total = sum(share_budget(nic, np.full(qps + 1, 100), np.array([9, budget]), turn) for turn in range(qps))
     assert total.tolist() == [9 * qps] + [budget] * qps
+
+
+@pytest.mark.parametrize("frames", [[0, 3, 3, 3, 3], [0, 0, 0, 1, 2], [2, 0, 0, 0, 5, 1], [4]])
+def test_every_nic_that_sends_has_each_place_of_a_tick_equally_often(frames: list[int]) -> None:
+    senders = [nic for nic, count in enumerate(frames) if count]
+    orders = [take_turns(frames, turn) for turn in range(4 * len(senders))]
+    assert all(sorted(order) == senders for order in orders)
+    for place in range(len(senders)):
+        assert Counter(order[place] for order in orders) == dict.fromkeys(senders, 4)
+
+
+def test_no_nic_has_a_turn_where_none_sends() -> None:
+    assert take_turns([0, 0], 7) == []
 
 
 # --- shaping observer -------------------------------------------------------------------------------------------------
