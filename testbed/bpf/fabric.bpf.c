@@ -134,7 +134,9 @@ static __always_inline void release_ingress(__u32 port, __u32 priority, const st
 	if (!ingress || !ingress->lossless)
 		return;
 	used = __sync_fetch_and_add(&ingress->used_bytes, -(__s64)len) - len;
-	if (ingress->xoff && used + (__s64)ingress->hysteresis_bytes <= (__s64)xoff_threshold(ingress, node)) {
+	/* What has nothing left here resumes, whatever the threshold: no later frame of its own would ask again. */
+	if (ingress->xoff &&
+	    (used <= 0 || used + (__s64)ingress->hysteresis_bytes <= (__s64)xoff_threshold(ingress, node))) {
 		ingress->changed_ns = bpf_ktime_get_ns();
 		ingress->xoff = 0;
 		__sync_fetch_and_add(&ingress->changes, 1);

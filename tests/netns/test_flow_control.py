@@ -82,6 +82,25 @@ def test_without_pfc_the_same_incast_sends_no_pause() -> None:
         assert not fabric.arrays.ingress["used_bytes"].any()
 
 
+def test_a_port_resumes_when_nothing_of_it_is_left_however_small_the_threshold() -> None:
+    small = (
+        "fabric.spines=1",
+        "fabric.switch.buffer=500 KiB",
+        "workload.0.size=512 KiB",
+        "transport.retransmit_timeout=30 us",
+    )
+    with small_fabric(INCAST[0], INCAST[2], *small, name="resume") as fabric:
+        leaf = next(node.index for node in fabric.plan.topology.nodes if node.name == "leaf0")
+        port = fabric.plan.topology.port(fabric.plan.topology.host_port(1).peer).id
+        pause = fabric.plan.pausing[port]
+        # Precondition: the dynamic threshold of an empty switch is less than how far below it a port resumes.
+        assert int(fabric.arrays.nodes["shared_bytes"][leaf]) * pause.alpha < pause.hysteresis_bytes
+        with plain_carrier(fabric) as carrier:
+            carrier.run(0, Quiet())
+        assert int(fabric.arrays.ingress["xoffs"][port, PRIORITY]) > 1
+        assert not fabric.arrays.ingress["xoff"].any()
+
+
 def test_headroom_below_what_is_under_way_drops_and_fails_the_run() -> None:
     settings = (*INCAST, "qos.pfc.headroom=5 KB", "workload.0.size=512 KiB", "time_dilation=2000")
     result = run(load_scenario(Path("tests/netns/pfc.yaml").read_text(), settings))
