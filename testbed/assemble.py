@@ -35,6 +35,7 @@ from testbed.roce.wire import LINK_OVERHEAD_BYTES
 from testbed.scenario import (
     FLOW_METRIC,
     JOB_METRIC,
+    Carrier,
     CollectiveWorkload,
     CongestionControl,
     Expectation,
@@ -282,6 +283,8 @@ def fabric_result(plan: Plan, counters: FabricCounters, samples: Sequence[Worklo
         out_of_order_packets=counters.out_of_order_packets,
         retransmitted_packets=sum(sample.retransmitted_packets for sample in samples),
         nak_packets=counters.nak_packets,
+        duplicate_packets=counters.duplicate_packets if plan.scenario.transport.carrier is Carrier.ENGINE else None,
+        timeouts=_sum_of_all([sample.timeouts for sample in samples]),
         ecn_marked_packets=int(counters.marked_packets.sum()) if plan.marking else None,
         cnp_packets=counters.cnp_packets if controlled else None,
         pause_frames=int(counters.pause_frames.sum()) if plan.pausing else None,
@@ -295,6 +298,12 @@ def fabric_result(plan: Plan, counters: FabricCounters, samples: Sequence[Worklo
             for link in plan.topology.links
         ),
     )
+
+
+def _sum_of_all(numbers: Sequence[int | None]) -> int | None:
+    """Return the sum; None if any is not known."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
 
 
 def admission_figures(samples: Sequence[WorkloadSamples]) -> dict[str, int | None]:

@@ -156,6 +156,7 @@ class EngineCarrier:
             ),
             warmup_cct_ns=tuple(warm),
             faults=tuple(sightings),
+            timeouts=sum(result.timeouts for result in results),
         )
 
     def warnings(self) -> list[str]:
@@ -207,6 +208,7 @@ def _run_inside_hosts(plan: Plan, planned: PlannedWorkload, listener: ProgressLi
         wall_paused_ns=np.zeros(len(plan.topology.ports) + 1),
         nvlink_bytes=tuple(nbytes for _, nbytes in samples),
         job_cct_ns=tuple((job.ideal_cct_ns,) * iters for job in planned.jobs),  # the same model computed it
+        timeouts=0,
     )
 
 

@@ -32,6 +32,7 @@ class WorkloadSamples:
         warmup_cct_ns: Completion time of each warm-up iteration, emulated: nothing breaks in those.
         faults: What came of each fault in each measured iteration, in the order of `testbed.plan.victims.find_victims`; empty
             where nothing breaks on the way.
+        timeouts: Retransmission timers that ran out in the measured iterations; None where the carrier does not tell.
     """
 
     cct_ns: tuple[float, ...]
@@ -48,6 +49,7 @@ class WorkloadSamples:
     predicted_cct_ratio: float | None = None
     warmup_cct_ns: tuple[float, ...] = ()
     faults: tuple[tuple[Sighting, ...], ...] = ()
+    timeouts: int | None = None
 
 
 class ProgressListener(Protocol):

@@ -304,6 +304,9 @@ def render_result(result: Result) -> str:
         f"# fabric: {fabric.drops_packets} drops, {fabric.out_of_order_packets} out of order, "
         f"{fabric.nak_packets} NAKs, {fabric.retransmitted_packets} retransmitted (packets)\n"
     )
+    if fabric.retransmitted_packets or fabric.duplicate_packets or fabric.timeouts:
+        figures = ("-" if one is None else one for one in (fabric.timeouts, fabric.duplicate_packets))
+        lines.append("# loss recovery: {} timeouts, {} duplicates (packets)\n".format(*figures))
     lines += _congestion_lines(fabric)
     used = [f"{what} {name}" for what, name in result.back_ends.items() if name is not None]
     if len(used) > 1 or result.back_ends.get("scheduler") == "htb":

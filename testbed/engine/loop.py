@@ -130,6 +130,7 @@ class IterationResult:
         wall_seen_ns: From release to the tick that saw the last arrival: the same without the engine's account of
             propagation between ticks.
         retransmitted_packets: Packets sent again.
+        timeouts: Retransmission timers that ran out.
         machine: What was noted about the machine.
         wall_paused_ns: Time each port was paused, at the priority for which that was longest, shape ``(ports + 1,)``.
         wall_end_ns: From release to the last arrival of each connection, shape ``(connections,)``.
@@ -144,6 +145,7 @@ class IterationResult:
     wall_ns: int
     wall_seen_ns: int
     retransmitted_packets: int
+    timeouts: int
     machine: MachineSamples
     wall_paused_ns: npt.NDArray[np.float64]
     wall_end_ns: npt.NDArray[np.float64]
@@ -586,6 +588,7 @@ class TickLoop:
             wall_ns=last_arrival_ns - begin,
             wall_seen_ns=moved_ns - begin,
             retransmitted_packets=recovery.retransmitted_packets,
+            timeouts=recovery.timeouts,
             machine=machine,
             wall_paused_ns=paused_ns,
             wall_end_ns=end_ns - begin,

@@ -23,6 +23,7 @@ class Snapshot:
         nak_packets: NAKs received by requesters, sum over all QPs.
         cnp_packets: CNPs received by requesters, sum over all QPs.
         headroom_drops_packets: Lossless frames for which there was no room, by ingress port, shape ``(ports + 1,)``.
+        duplicate_packets: Data packets that responders had already, sum over all QPs.
     """
 
     queues: npt.NDArray[Any]
@@ -30,6 +31,7 @@ class Snapshot:
     nak_packets: int
     cnp_packets: int = 0
     headroom_drops_packets: npt.NDArray[np.int64] | None = None
+    duplicate_packets: int = 0
 
     @classmethod
     def of(cls, queues: npt.NDArray[Any], qps: npt.NDArray[Any], ingress: npt.NDArray[Any] | None = None) -> Self:
@@ -40,6 +42,7 @@ class Snapshot:
             int(qps["naks_packets"].sum()),
             int(qps["cnps_packets"].sum()),
             None if ingress is None else ingress["headroom_drops_packets"].astype(np.int64).sum(axis=1),
+            int(qps["duplicate_packets"].sum()),
         )
 
 
@@ -60,6 +63,7 @@ class FabricCounters:
         pause_frames: PFC frames each port received, XOFF and XON, by priorities named in them, the same shape.
         headroom_drops_packets: Lossless frames for which their ingress port had no room left, the same shape.
         cnp_packets: CNPs that reached their requester.
+        duplicate_packets: Data packets that reached their responder again.
     """
 
     sent_bytes: npt.NDArray[np.int64]
@@ -74,6 +78,7 @@ class FabricCounters:
     pause_frames: npt.NDArray[np.int64]
     headroom_drops_packets: npt.NDArray[np.int64]
     cnp_packets: int
+    duplicate_packets: int = 0
 
     @classmethod
     def between(cls, before: Snapshot, after: Snapshot, *, wall_duration_ns: int) -> Self:
@@ -98,6 +103,7 @@ class FabricCounters:
             if after.headroom_drops_packets is None or before.headroom_drops_packets is None
             else after.headroom_drops_packets - before.headroom_drops_packets,
             cnp_packets=after.cnp_packets - before.cnp_packets,
+            duplicate_packets=after.duplicate_packets - before.duplicate_packets,
         )
 
     def __add__(self, other: FabricCounters) -> FabricCounters:
@@ -115,6 +121,7 @@ class FabricCounters:
             self.pause_frames + other.pause_frames,
             self.headroom_drops_packets + other.headroom_drops_packets,
             self.cnp_packets + other.cnp_packets,
+            self.duplicate_packets + other.duplicate_packets,
         )
 
     def utilisation_fraction(self, port: int, *, wall_rate_bytes_per_s: float, overhead_bytes: int) -> float | None:

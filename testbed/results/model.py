@@ -40,6 +40,8 @@ class FabricCounts:
 
     Attributes:
         leaf_down_peak_bytes: Greatest depth of any leaf's queue towards a host.
+        duplicate_packets: Data packets that their receivers had already; None where the carrier's receivers do not tell.
+        timeouts: Retransmission timers that ran out; None likewise.
         cts_frames: CTS frames sent; None, as the following, without receiver-driven admission.
         cts_repeated_frames: Those that repeated a grant after a silence.
         cts_delay_p50_ns: From a grant to its receipt by the sender, median; None under 100 samples.
@@ -52,6 +54,8 @@ class FabricCounts:
     out_of_order_packets: int | None = None
     retransmitted_packets: int | None = None
     nak_packets: int | None = None
+    duplicate_packets: int | None = None
+    timeouts: int | None = None
     ecn_marked_packets: int | None = None
     cnp_packets: int | None = None
     pause_frames: int | None = None

@@ -87,6 +87,8 @@ METRICS: dict[str, Callable[[str], Fraction]] = {
     "out_of_order_packets": parse_number,
     "retransmitted_packets": parse_number,
     "nak_packets": parse_number,
+    "duplicate_packets": parse_number,
+    "timeouts": parse_number,
     "ecn_marked_packets": parse_number,
     "cnp_packets": parse_number,
     "pause_frames": parse_number,

@@ -467,7 +467,8 @@ def expect_whole(fabric: Fabric, iterations: int = 1) -> None:
 
 def test_nothing_is_sent_again_when_nothing_is_lost() -> None:
     with small_fabric(*LINE, *STREAM, name="whole") as fabric, plain_carrier(fabric) as carrier:
-        assert carrier.run(0, Quiet()).retransmitted_packets == 0
+        samples = carrier.run(0, Quiet())
+        assert samples.retransmitted_packets == samples.timeouts == 0
         qps = fabric.arrays.qps
         assert not qps["naks_packets"].any()
         assert not qps["duplicate_packets"].any()
@@ -523,7 +524,9 @@ def test_lost_tail_is_sent_again_after_the_timeout() -> None:
         assert lost_data(fabric) == 2  # precondition
         assert not qps["sent_naks_packets"].any()
         assert not qps["out_of_order_packets"].any()
-        assert samples.retransmitted_packets == 2  # each packet is a slice, so that those before had their ACK
+        assert (
+            samples.retransmitted_packets == samples.timeouts == 2
+        )  # each packet is a slice: those before had their ACK
         assert samples.cct_ns[0] > 5_000  # not before the timeout
         expect_whole(fabric)
 

@@ -27,12 +27,12 @@ time_dilation: 1000
 def counters(ports: int) -> FabricCounters:
     queues = np.zeros((ports + 1, 8), QUEUE)
     queues["deq_bytes"][1, 3], queues["deq_packets"][1, 3] = 1_000, 10
-    before = Snapshot(queues.copy(), 3, 1)
+    before = Snapshot(queues.copy(), 3, 1, duplicate_packets=2)
     queues["deq_bytes"][1, 3], queues["deq_packets"][1, 3] = 1_000 + 4_154 * 10, 20
     queues["deq_bytes"][1, 6], queues["deq_packets"][1, 6] = 62, 1
     queues["drop_packets"][2, 3] = 5
     queues["peak_bytes"][1, 3], queues["peak_bytes"][1, 6] = 9_000, 62
-    return FabricCounters.between(before, Snapshot(queues, 7, 1), wall_duration_ns=100_000_000)
+    return FabricCounters.between(before, Snapshot(queues, 7, 1, duplicate_packets=8), wall_duration_ns=100_000_000)
 
 
 def test_counters_are_the_difference_of_two_snapshots() -> None:
@@ -41,12 +41,13 @@ def test_counters_are_the_difference_of_two_snapshots() -> None:
     assert counted.sent_packets[1] == 11
     assert counted.drops_packets.tolist() == [0, 0, 5, 0, 0]
     assert counted.peak_bytes[1] == 9_000
-    assert (counted.out_of_order_packets, counted.nak_packets) == (4, 0)
+    assert (counted.out_of_order_packets, counted.nak_packets, counted.duplicate_packets) == (4, 0, 6)
 
 
 def test_counters_of_two_stretches_add_up_but_for_the_peak() -> None:
     both = counters(4) + counters(4)
     assert both.sent_packets[1] == 22
+    assert both.duplicate_packets == 12
     assert both.peak_bytes[1] == 9_000
     assert both.wall_duration_ns == 200_000_000
 
@@ -64,9 +65,23 @@ def test_utilisation_is_wire_bytes_over_what_the_link_carries_on_the_wall_clock(
     assert (way.src, way.dst) == ("host0/eth0", "switch0/down0")
     assert result.links[0].directions[1].drops_packets == 5
     assert (result.drops_packets, result.retransmitted_packets) == (5, 2)
+    assert (result.duplicate_packets, result.timeouts) == (6, None)  # the carrier did not tell
     assert result.ecn_marked_packets is None
     assert result.cnp_packets is None
     assert result.pause_frames is None
+
+
+def test_timeouts_are_known_where_every_row_tells_and_duplicates_where_the_receivers_are_ours() -> None:
+    def counted(carrier: str, *timeouts: int | None) -> tuple[int | None, int | None]:
+        plan = compile_plan(load_scenario(STAR, [f"transport.carrier={carrier}"]), capacity_packets_per_s=None)
+        ports = len(plan.topology.ports)
+        samples = [WorkloadSamples((1e6,), (1,), 2, (), np.zeros(ports + 1), timeouts=one) for one in timeouts]
+        result = fabric_result(plan, counters(ports), samples)
+        return result.timeouts, result.duplicate_packets
+
+    assert counted("engine", 3, 4) == (7, 6)
+    assert counted("engine", 3, None) == (None, 6)
+    assert counted("tcp", None) == (None, None)
 
 
 def row(

@@ -113,6 +113,8 @@ def test_json_has_the_keys_that_scripts_rely_on() -> None:
         "out_of_order_packets",
         "retransmitted_packets",
         "nak_packets",
+        "duplicate_packets",
+        "timeouts",
         "ecn_marked_packets",
         "cnp_packets",
         "pause_frames",

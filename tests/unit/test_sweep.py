@@ -246,6 +246,17 @@ def test_table_has_a_row_and_a_verdict_per_size(update_golden: bool) -> None:
     assert shown == golden.read_text()
 
 
+def test_output_says_what_loss_recovery_did_where_it_did_something() -> None:
+    quiet = swept_result()
+    assert "loss recovery" not in render_result(quiet)
+    recovered = dataclasses.replace(
+        quiet, fabric=dataclasses.replace(quiet.fabric, retransmitted_packets=9, duplicate_packets=4, timeouts=2)
+    )
+    assert "# loss recovery: 2 timeouts, 4 duplicates (packets)\n" in render_result(recovered)
+    untold = dataclasses.replace(quiet, fabric=dataclasses.replace(quiet.fabric, retransmitted_packets=9))
+    assert "# loss recovery: - timeouts, - duplicates (packets)\n" in render_result(untold)
+
+
 def test_json_has_a_row_and_a_verdict_per_size() -> None:
     result = swept_result()
     fields = json.loads(json.dumps(result.to_json_dict()))
