@@ -89,7 +89,7 @@ class EngineCarrier:
             lost: npt.NDArray[np.int64] = (queues["drop_packets"] + queues["lost_packets"]).sum(axis=1).astype(np.int64)
             return lost
 
-        lost_before = lost_frames()
+        lost_before, drops_before = lost_frames(), queues["drop_packets"].sum()
         loop = TickLoop(
             engine_setup(plan, workload),
             queues=self._fabric.arrays.queues,
@@ -123,7 +123,8 @@ class EngineCarrier:
             try:
                 result = loop.run_iteration(schedule, streams, None if warmup else faults)
             except RunError as error:
-                raise _explained(error, plan, None if warmup else faults) from None
+                dropped = int(queues["drop_packets"].sum() - drops_before)
+                raise _explained(error, plan, None if warmup else faults, dropped) from None
             if warmup:
                 warm.append(result.wall_ns / plan.dilation.value)
                 continue
@@ -164,10 +165,15 @@ class EngineCarrier:
         return self._recording.warnings() if self._recording else []
 
 
-def _explained(error: RunError, plan: Plan, faults: Faults | NoFaults | None) -> RunError:
-    """Return an error that says what was broken when it happened."""
+def _explained(error: RunError, plan: Plan, faults: Faults | NoFaults | None, drops_packets: int) -> RunError:
+    """Return an error that says what was broken when it happened, or that buffers were full."""
     step = plan.faults.steps[faults.step if isinstance(faults, Faults) else 0]
     broken = broken_at(plan.faults.incidents, step.at_ns)
+    if not broken and drops_packets and not error.hint:
+        return RunError(
+            f"{error.message}; full buffers dropped {drops_packets} frames",
+            hint="turn on `qos.pfc.enabled` or a `transport.congestion_control`, or send less than collapses",
+        )
     if not broken:
         return error
     return RunError(

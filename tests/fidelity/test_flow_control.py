@@ -73,16 +73,6 @@ def test_lossless_incast_takes_its_ideal_time(fan_in: int) -> None:
     assert abs(seen.cct_ratio - 1) <= TOLERANCE
 
 
-def test_the_same_incast_without_pfc_drops() -> None:
-    """Negative control of the incast: the buffer is what pauses protect."""
-    small = ["qos.pfc.enabled=false", "fabric.switch.buffer=2 MiB", "transport.retransmit_timeout=200 us"]
-    size = ["workload.0.size=1 MiB", "workload.0.iters=1", "expect=[]"]
-    seen, _ = run_plan(plan_of(INCAST, *small, *size))
-
-    assert seen.drops > 0
-    assert seen.cct_ratio > 1 + TOLERANCE
-
-
 # --- pauses --------------------------------------------------------------------------------------------------------------
 
 

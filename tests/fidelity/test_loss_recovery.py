@@ -98,6 +98,49 @@ def test_efficiency_under_loss_is_the_expected_one(product: float) -> None:
     assert selective.resent < seen.resent
 
 
+@dataclass(frozen=True)
+class Incast:
+    """What an incast took and counted; all in packets of data but the first."""
+
+    cct_ratio: float
+    drops: int
+    naks: int
+    resent: int
+    wasted: int
+
+
+def incast(fan_in: int, *settings: str) -> Incast:
+    text = Path(f"scenarios/congestion/incast-{fan_in}-lossy.yaml").read_text()
+    plan = compile_plan(load_scenario(text, ["expect=[]", *settings]), capacity_packets_per_s=150_000)
+
+    def run() -> tuple[Incast, list[WorkloadSamples]]:
+        with Fabric.build(plan, lab_name("incast")) as fabric, engine_carrier(fabric) as (carrier, _):
+            samples = carrier.run(0, Quiet())
+            queues, qps = fabric.arrays.queues, fabric.arrays.qps
+            seen = Incast(
+                samples.cct_ns[0] / plan.workloads[0].ideal_cct_ns,
+                int(queues["drop_packets"][:, plan.scenario.qos.lossless_priority].sum()),
+                int(qps["naks_packets"].sum()),
+                samples.retransmitted_packets,
+                int(qps["out_of_order_packets"].sum() + qps["duplicate_packets"].sum()),
+            )
+        print(seen, samples.timeouts, "timeouts")
+        return seen, [samples]
+
+    return judged(plan, run, TOLERANCE)
+
+
+@pytest.mark.parametrize("fan_in", [15, pytest.param(31, marks=pytest.mark.slow)])
+def test_incast_before_a_shallow_switch_completes_by_go_back_n(fan_in: int) -> None:
+    """Also the negative control of the incast with PFC in test_flow_control.py: the buffer is what pauses protect."""
+    seen = incast(fan_in)
+    assert seen.drops > 0
+    assert seen.naks > 0
+    # What was sent again made up for what was dropped, and for what came in vain behind it.
+    assert seen.resent == seen.drops + seen.wasted
+    assert seen.cct_ratio > 1 + TOLERANCE
+
+
 @pytest.mark.slow
 def test_spraying_collapses_before_go_back_n_and_not_before_selective() -> None:
     spray = Path("scenarios/routing/spray-selective.yaml").read_text()
