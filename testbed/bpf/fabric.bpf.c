@@ -213,8 +213,11 @@ static __always_inline void mark_congestion(struct tb_queue *queue, struct iphdr
 	__sync_fetch_and_add(&queue->marked_packets, 1);
 }
 
-/* Whether a switch takes a frame in: the shared memory, a lossless frame's headroom, a lossy frame's queue. */
-static __always_inline int admit(struct tb_node *node, struct tb_queue *queue, struct tb_ingress *ingress, __u32 len)
+/* Whether a switch takes a frame in: the shared memory, a lossless frame's headroom, a lossy frame's queue. Control frames have all
+ * of the memory: they do not wait, and without ACKs nothing that is lossless would ever be known to have arrived.
+ */
+static __always_inline int admit(struct tb_node *node, struct tb_queue *queue, struct tb_ingress *ingress, __u32 len,
+				 __u32 priority)
 {
 	__s64 used = node->used_bytes + len;
 	__u64 depth;
@@ -227,7 +230,7 @@ static __always_inline int admit(struct tb_node *node, struct tb_queue *queue, s
 		}
 		return 1;
 	}
-	if (used > (__s64)node->shared_bytes)
+	if (used > (__s64)((config.control_priorities >> priority) & 1 ? node->limit_bytes : node->shared_bytes))
 		return 0;
 	depth = queue->enq_bytes - queue->deq_bytes + len;
 	if (queue->limit_bytes && depth > queue->limit_bytes)
@@ -404,7 +407,7 @@ int switch_ingress(struct __sk_buff *skb)
 		goto no_route;
 
 	/* Admission: the drop comes before the accounting, so that enq - deq never drifts. */
-	if (!admit(node, queue, ingress, len)) {
+	if (!admit(node, queue, ingress, len, priority)) {
 		__sync_fetch_and_add(&queue->drop_packets, 1);
 		return TC_ACT_SHOT;
 	}

@@ -127,7 +127,7 @@ struct tb_node {               /* nodes[index] */
 	__s64 used_bytes;          /* enq adds, deq subtracts: shared packet memory in use */
 	__u64 limit_bytes;         /* loader: all of it */
 	__u64 no_route_packets;    /* enq: destinations outside the tables, left to the kernel */
-	__u64 shared_bytes;        /* loader: without the headrooms; lossy frames get no more */
+	__u64 shared_bytes;        /* loader: without the headrooms; lossy data gets no more */
 	__u64 reserved[4];
 };
 

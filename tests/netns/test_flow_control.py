@@ -101,6 +101,15 @@ def test_a_port_resumes_when_nothing_of_it_is_left_however_small_the_threshold()
         assert not fabric.arrays.ingress["xoff"].any()
 
 
+def test_acks_pass_while_lossless_data_fills_the_shared_memory() -> None:
+    with small_fabric(*INCAST[:2], name="acks") as fabric:
+        fabric.arrays.nodes["shared_bytes"] = 0  # as if headrooms held the rest
+        with plain_carrier(fabric) as carrier:
+            samples = carrier.run(0, Quiet())
+        assert samples.retransmitted_packets == samples.timeouts == 0
+        assert not fabric.arrays.queues["drop_packets"].any()
+
+
 def test_headroom_below_what_is_under_way_drops_and_fails_the_run() -> None:
     settings = (*INCAST, "qos.pfc.headroom=5 KB", "workload.0.size=512 KiB", "time_dilation=2000")
     result = run(load_scenario(Path("tests/netns/pfc.yaml").read_text(), settings))
