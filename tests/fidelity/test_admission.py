@@ -11,7 +11,7 @@ import pytest
 
 from testbed.carriers.engine import engine_carrier
 from testbed.fabric import Fabric
-from testbed.measure.verdict import judge
+from testbed.measure.verdict import estimate_error, judge
 from testbed.plan.admission import forecast_peak_bytes, peak_bound_bytes
 from testbed.plan.compile import compile_plan
 from testbed.plan.model import Plan
@@ -43,8 +43,18 @@ def plan_of(text: str, *settings: str) -> Plan:
     return compile_plan(load_scenario(text, settings), capacity_packets_per_s=150_000.0)
 
 
-def trusted_run(plan: Plan) -> Seen:
-    """Run a plan's first workload until the machine can be trusted; skip when it never can."""
+def trusted_run(plan: Plan, tolerance: float = 0.02) -> Seen:
+    """Run a plan's first workload until it can be judged; skip when it never can.
+
+    What a tick more of latency would add is no fault of the machine: the forecast of the peak contains the tick, and loops are
+    compared at the same one.
+
+    Args:
+        plan: What is run.
+        tolerance: The machine's share in the completion time, but for the length of a tick, must be below it: a fraction of what
+            the bar allows for.
+    """
+    heard = []
     for _ in range(ATTEMPTS):
         with Fabric.build(plan, lab_name("cts")) as fabric, engine_carrier(fabric) as (carrier, _):
             samples = carrier.run(0, Quiet())
@@ -52,10 +62,13 @@ def trusted_run(plan: Plan) -> Seen:
             port = topology.port(topology.host_port(0).peer).id
             peak = int(queues["peak_bytes"][port, plan.scenario.qos.lossless_priority])
             pauses = int(queues["xoff_frames"].sum())
-        # What a tick more of latency would add is no fault of the machine: the forecast of the peak contains the tick, and loops
-        # are compared at the same one.
+        (machine,) = samples.machine
         verdict = judge(samples.machine, wall_tick_ns=plan.dilation.wall_tick_ns, softnet_drops=0, steal_fraction=0.0)
-        if verdict.verdict is not FidelityVerdict.INVALID and late_fraction(samples.machine[0].wall_lateness_ns) < 0.5:
+        error, late = estimate_error(machine), late_fraction(machine.wall_lateness_ns)
+        share = error.total - error.resolution
+        heard.append(f"{verdict.verdict}, the machine's share {share:.1%}, p99 of lateness {late:.2f} ticks")
+        print(heard[-1])
+        if verdict.verdict is not FidelityVerdict.INVALID and share < tolerance and late < 0.5:
             delays = samples.admission[0].cts_delay_ns if samples.admission else np.zeros(0)
             return Seen(
                 samples.cct_ns[0],
@@ -64,7 +77,7 @@ def trusted_run(plan: Plan) -> Seen:
                 pauses,
                 float(np.percentile(delays, 99)) if len(delays) >= 100 else float("nan"),
             )
-    pytest.skip(f"not judged: none of {ATTEMPTS} runs could be trusted")
+    pytest.skip(f"not judged: none of {ATTEMPTS} runs could be: {' / '.join(heard)}")
 
 
 def late_fraction(lateness_ns: np.ndarray) -> float:  # type: ignore[type-arg]
@@ -77,12 +90,16 @@ def cts(window_packets: int, grants: int) -> tuple[str, str]:
 
 
 def loop_ns(senders: int, window_packets: int, dilation: int = 4000) -> float:
-    """Measure a loop of windows of one grant each: the time of three of them less that of one is that of two loops."""
+    """Measure a loop of windows of one grant each: the time of three of them less that of one is that of two loops.
+
+    A port that several senders share gains what its bucket had saved, in either run alike; nothing else may be gained or lost.
+    """
+    tolerance = 0.0075 if senders == 1 else 0.03
     took = []
     for windows in (1, 3):
         size = f"workload.0.size={windows * window_packets * MTU} B"
         settings = (*cts(window_packets, 1), size, f"workload.0.fan_in={senders}", f"time_dilation={dilation}")
-        took.append(trusted_run(plan_of(INCAST, *settings)).cct_ns)
+        took.append(trusted_run(plan_of(INCAST, *settings), tolerance).cct_ns)
     return (took[1] - took[0]) / 2
 
 
