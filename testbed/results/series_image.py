@@ -73,5 +73,5 @@ def _draw(axis: object, panel: Panel, begin_us: float) -> None:
     else:
         axis.set_ylim(bottom=0)
     if any(not line.dashed for line in panel.lines):
-        columns = -(-len(panel.lines) // (2 * _LEGEND_ROWS))
+        columns = -(-sum(not line.dashed for line in panel.lines) // _LEGEND_ROWS)
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=columns, frameon=False)
