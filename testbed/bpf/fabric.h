@@ -148,7 +148,7 @@ enum tb_hash_function {
 	TB_HASH_CRC16 = 2,
 };
 
-/* A member is a port id and, for TB_SELECT_LEAST_DEPTH, its weight; elsewhere a port of weight 2 stands twice. */
+/* A member is a port id and, for TB_SELECT_LEAST_DEPTH, its weight; a port of weight 2 stands twice. */
 #define TB_MEMBER_PORT(member) ((member) & 0xffff)
 #define TB_MEMBER_WEIGHT(member) ((member) >> 16)
 #define TB_MAX_CHOICES 64 /* members that TB_SELECT_LEAST_DEPTH can look at */

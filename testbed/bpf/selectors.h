@@ -122,7 +122,7 @@ static __always_inline __u64 take_turn(__u32 group_index)
 }
 
 /* The live member of a group with the shortest queue for its weight; the search begins at another member every time, so that
- * equals are taken in turn. If none is live, the one it began at.
+ * equals are taken in turn, and one that stands there several times as often. If none is live, the one it began at.
  *
  * Whatever the loop carries from one round to the next is unknown to the verifier from the outset (`zero` is read from a
  * map) and changes without a branch of its own: rounds then look alike to it, or it would follow every history of them. It is a

@@ -39,7 +39,7 @@ _Row = tuple[tuple[int, ...], int, int, int, int, int, int]
 def pack_members(group: Group) -> list[int]:
     """Return a group's members as the eBPF program reads them: with weights where depths are compared, else as they are."""
     if group.selector is Selector.LEAST_DEPTH:
-        return [port | weight << 16 for port, weight in group.weights().items()]
+        return [port | weight << 16 for port, weight in group.choices()]
     return list(group.members)
 
 

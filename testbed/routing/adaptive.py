@@ -6,6 +6,7 @@ from testbed.errors import PlanError
 from testbed.routing.links import ALL_UP
 from testbed.routing.protocol import NO_SETTINGS, RoutingSettings
 from testbed.routing.tables import (
+    MAX_CHOICES,
     ForwardingTables,
     Group,
     HashField,
@@ -17,12 +18,9 @@ from testbed.routing.tables import (
 )
 from testbed.topology import Topology
 
-MAX_UPLINKS = 64
-"""Queues that the switch program compares for a packet (``TB_MAX_CHOICES`` in bpf/fabric.h)."""
-
 
 class Adaptive:
-    """Sends each packet to the uplink, of those whose link is up, with the shortest queue; equals take turns.
+    """Sends each packet to the uplink, of those whose link is up, with the shortest queue; equals take turns, by weight.
 
     What it sees is its own switch (``local``). Where paths differ in what they can carry further down, that fills the
     narrow ones: a switch that is told of it (``capacity``) compares queues over capacities instead. Packets of a flow
@@ -47,9 +45,9 @@ class Adaptive:
         builder = TablesBuilder(topology)
         route_downwards(builder, topology)
         for switch in (*topology.leaves, *topology.spines):
-            if len(topology.uplinks(switch)) > MAX_UPLINKS:
+            if len(topology.uplinks(switch)) > MAX_CHOICES:
                 raise PlanError(
-                    f"{switch.name} has {len(topology.uplinks(switch))} uplinks, adaptive routing compares at most {MAX_UPLINKS}",
+                    f"{switch.name} has {len(topology.uplinks(switch))} uplinks, adaptive routing compares at most {MAX_CHOICES}",
                     hint="use fewer spines, or `routing.scheme: spray`",
                 )
         knows_capacity = settings.adaptive_scope == "capacity"

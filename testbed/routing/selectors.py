@@ -96,7 +96,7 @@ def _take_turn(state: SelectorState) -> int:
 def _select_least_depth(
     group: Group, state: SelectorState, depth_bytes: Callable[[int], int], is_live: Callable[[int], bool]
 ) -> int:
-    weights = list(group.weights().items())
+    weights = group.choices()
     if len(weights) == 1:
         return weights[0][0]
     first = _take_turn(state) % len(weights)

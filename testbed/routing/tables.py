@@ -69,6 +69,10 @@ class HashFunction(StrEnum):
     """CRC-16 of ITU-T V.41. Linear likewise, with another polynomial."""
 
 
+MAX_CHOICES = 64
+"""Queues that the switch program compares for a packet (``TB_MAX_CHOICES`` in bpf/fabric.h)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """A set of egress ports of one switch, and how to choose among them.
@@ -106,6 +110,17 @@ class Group:
         for port in self.members:
             counts[port] = counts.get(port, 0) + 1
         return counts
+
+    def choices(self) -> tuple[tuple[int, int], ...]:
+        """Return what `Selector.LEAST_DEPTH` compares, ports and weights: each as often as it weighs, where `MAX_CHOICES` allow.
+
+        The comparison begins at another one every time and keeps the first of equals, as empty queues are: without repeats
+        equals would share alike whatever they can carry.
+        """
+        weights = self.weights()
+        if len(weights) == 1 or len(self.members) > MAX_CHOICES:
+            return tuple(weights.items())
+        return tuple((port, weights[port]) for port in self.members)
 
 
 class OverrideKey(NamedTuple):

@@ -29,7 +29,7 @@ from testbed.routing import (
 )
 from testbed.routing.hashing import hash_flow, override_key, select_member, tier_seed
 from testbed.routing.selectors import SelectorState, select_port
-from testbed.routing.tables import OverrideKey, TablesBuilder, small_weights
+from testbed.routing.tables import MAX_CHOICES, OverrideKey, TablesBuilder, small_weights
 from testbed.scenario import load_scenario
 from testbed.topology import LinkSpec, Topology, build_clos
 
@@ -212,6 +212,10 @@ def test_least_depth_takes_turns_among_equals_and_passes_over_what_is_down() -> 
     assert live == {1}
     weighted = Group(Selector.LEAST_DEPTH, HashField(0), 0, (1, 1, 1, 2, 3))
     assert select_port(weighted, flow, state, depth_bytes=depths.__getitem__) == 1
+    empty = [select_port(weighted, flow, state) for _ in range(500)]
+    assert [empty.count(port) for port in (1, 2, 3)] == [300, 100, 100]
+    too_many = Group(Selector.LEAST_DEPTH, HashField(0), 0, (1,) * MAX_CHOICES + (2,))
+    assert too_many.choices() == ((1, MAX_CHOICES), (2, 1))
 
 
 def test_one_seed_for_two_tiers_polarises_and_a_seed_per_tier_cures_it() -> None:
