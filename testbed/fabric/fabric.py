@@ -378,10 +378,9 @@ def _wait_until_drained(name: str, arrays: layout.MappedArrays) -> None:
 
 def _map_entries(plan: Plan, *, any_failure: bool) -> dict[str, int]:
     topology = plan.topology
-    # An iteration may end as any step has left the fabric, and the next begins with the first.
-    steps = [step.tables for step in plan.faults.steps]
-    in_order = [one for tables in steps for one in (plan.tables, tables)] + steps
-    groups, members, overrides = count_rows(topology, in_order, any_failure=any_failure)
+    # The first step has the plan's own tables.
+    steps = [step.tables for step in plan.faults.steps] or [plan.tables]
+    groups, members, overrides = count_rows(topology, steps, any_failure=any_failure)
     ports = len(topology.ports) + 1
     return {
         "tb_ports": ports,

@@ -48,19 +48,17 @@ def count_rows(topology: Topology, tables: Iterable[ForwardingTables], *, any_fa
 
     Args:
         topology: The fabric.
-        tables: All tables that it will have, in order: those of before and after a change stand there together.
+        tables: All tables that it will have. Those of before and after a change stand there together; a tick may pass over some.
         any_failure: Whether links may fail that nobody has announced.
     """
-    groups = members = overrides = 0
-    before: frozenset[Group] = frozenset()
+    sizes: list[tuple[int, int]] = []
     entries: set[Any] = set()
     for one in tables:
-        used = frozenset(one.groups[index] for index in np.unique(one.fib).tolist() if index >= 0)
-        both = before | used
-        groups = max(groups, len(both))
-        members = max(members, sum(len(group.members) for group in both))
+        used = [one.groups[index] for index in np.unique(one.fib).tolist() if index >= 0]
+        sizes.append((len(used), sum(len(group.members) for group in used)))
         entries |= one.overrides.keys()
-        before = used
+    # Two tables may have no row in common, even where they have the same groups: a row says whether its switch has entries.
+    groups, members = (sum(sorted(size)[-2:]) for size in zip(*sizes, strict=True))
     overrides = len(entries)
     # Room between rows that are in use is rarely all of one piece.
     members *= 2

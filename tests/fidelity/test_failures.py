@@ -19,10 +19,11 @@ TOLERANCE = 0.04
     ("settings", "expected"),
     [
         pytest.param(("routing.scheme=spray", "transport.loss_recovery=selective"), 4 / 3, marks=pytest.mark.slow),
+        pytest.param(("routing.scheme=e-ecmp", "transport.qps_per_connection=16"), 1.5, marks=pytest.mark.slow),
         (("routing.scheme=pinning",), 2.0),
         pytest.param(("routing.scheme=ecmp",), 3.0, marks=pytest.mark.slow),
     ],
-    ids=["spray", "pinning", "ecmp"],
+    ids=["spray", "e-ecmp, 16 QPs", "pinning", "ecmp"],
 )
 def test_an_uplink_that_is_down_costs_what_the_tables_say(settings: tuple[str, ...], expected: float) -> None:
     short = ("workload[0].size=8MiB", "workload[0].warmup_iters=0", "time_dilation=3000")

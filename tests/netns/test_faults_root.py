@@ -159,6 +159,16 @@ def test_entries_of_the_controller_follow_it_late_and_come_back() -> None:
         assert_whole(fabric)
 
 
+def test_there_is_room_for_the_tables_when_a_leaf_loses_its_last_entries() -> None:
+    # Rows of the maps say whether a switch has entries: without them all its groups are others.
+    dead = ", ".join(f'{{at: 6 us, link_down: "leaf0:spine{spine}"}}' for spine in (0, 1, 2))
+    with small_fabric(*WIDE, "routing.scheme=te", f"faults=[{dead}]", name="faults") as fabric:
+        steps = [{key.node for key in step.tables.overrides} for step in fabric.plan.faults.steps]
+        assert any(len(nodes) < len(steps[0]) for nodes in steps)  # precondition
+        run(fabric)
+        assert_whole(fabric)
+
+
 def test_a_degraded_link_has_another_rate_and_then_its_own_again() -> None:
     def rate_of(fabric: Fabric, node: str, ifname: str) -> str:
         out = run_in(fabric, node, "tc", "qdisc", "show", "dev", ifname).stdout

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.errors import PlanError
+from testbed.fabric.tables import count_rows
 from testbed.routing import (
     ALL_UP,
     ROUTING_SCHEMES,
@@ -231,3 +232,16 @@ def test_a_fabric_moves_only_the_flows_of_the_dead_links_if_told_to(names: tuple
     assert needless == 0
     assert victims > 200
     assert moved(resilient=False)[0] > 100  # the negative control: without, a twelfth of all 1920 and more move too
+
+
+def test_maps_have_room_for_any_two_tables_that_share_no_row() -> None:
+    plan = [
+        tables_of("te", *names) for names in ((), ("leaf0:spine0",), ("leaf0:spine0", "leaf0:spine1", "leaf0:spine2"))
+    ]
+    sizes = sorted(len(np.unique(one.fib[one.fib >= 0])) for one in plan)
+    groups, members, entries = count_rows(CLOS, plan, any_failure=False)
+    assert groups == sizes[-1] + sizes[-2]
+    assert members >= groups
+    assert entries == len({key for one in plan for key in one.overrides})
+    (alone, _, _) = count_rows(CLOS, plan[:1], any_failure=False)
+    assert alone == len(np.unique(plan[0].fib[plan[0].fib >= 0]))
