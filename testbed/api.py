@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from testbed.errors import LabError, MachineError, TestbedError
+from testbed.errors import LabError, MachineError, PlanError, TestbedError
 
 if TYPE_CHECKING:
     from testbed.carriers.protocol import WorkloadSamples
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from testbed.fabric.capture import Capture, CaptureReport
     from testbed.fabric.inject import Injection
     from testbed.kernel.probe import Finding
-    from testbed.kernel.registry import LabState
     from testbed.measure.counters import FabricCounters
     from testbed.plan.model import Plan
     from testbed.plan.prediction import Prediction
@@ -364,7 +363,7 @@ def break_lab(name: str, what: str, *, loss: str | None = None, rate: str | None
     """
     from pydantic import ValidationError
 
-    from testbed.fabric.broken import read_broken
+    from testbed.fabric.broken import broken_state, read_broken
     from testbed.scenario import Fault
 
     if loss is not None and rate is not None:
@@ -380,7 +379,16 @@ def break_lab(name: str, what: str, *, loss: str | None = None, rate: str | None
         new = Fault.model_validate(fault)
     except ValidationError as error:
         raise TestbedError(f"{what}: {error.errors()[0]['msg']}") from None
-    return _change_broken(name, lambda state: (*read_broken(state), new))
+
+    def add(fabric: Fabric) -> tuple[Fault, ...]:
+        try:
+            broken_state(fabric.plan.scenario, fabric.plan.topology, (new,))
+        except PlanError as error:
+            wanted = "a switch" if "switch_down" in fault else "a link"
+            raise PlanError(f'must be {wanted} of lab {name}, got "{what}"', hint=error.hint) from None
+        return (*read_broken(fabric.state), new)
+
+    return _change_broken(name, add)
 
 
 def heal_lab(name: str, what: str | None = None) -> list[str]:
@@ -394,10 +402,10 @@ def heal_lab(name: str, what: str | None = None) -> list[str]:
     """
     from testbed.fabric.broken import heal, read_broken
 
-    return _change_broken(name, lambda state: heal(read_broken(state), what))
+    return _change_broken(name, lambda fabric: heal(read_broken(fabric.state), what))
 
 
-def _change_broken(name: str, change: Callable[[LabState], Sequence[Fault]]) -> list[str]:
+def _change_broken(name: str, change: Callable[[Fabric], Sequence[Fault]]) -> list[str]:
     from testbed.fabric import Fabric
     from testbed.fabric.broken import set_broken
     from testbed.kernel.netlink import require_root
@@ -410,7 +418,7 @@ def _change_broken(name: str, change: Callable[[LabState], Sequence[Fault]]) -> 
     # What the lab is made of, whatever is broken in it.
     plan = _plan_at_dilation(scenario.model_copy(update={"faults": ()}), name)
     with Fabric.attach(plan, name) as fabric:
-        broken = tuple(change(fabric.state))
+        broken = tuple(change(fabric))
         set_broken(fabric, broken)
     return [describe_fault(fault) for fault in broken]
 

@@ -11,7 +11,7 @@ import pytest
 
 from testbed import api
 from testbed.carriers.protocol import WorkloadSamples
-from testbed.errors import LabError, RunError
+from testbed.errors import LabError, PlanError, RunError
 from testbed.fabric import Fabric
 from testbed.fabric.broken import note_disturbed
 from testbed.fabric.faults import state_writer
@@ -159,16 +159,6 @@ def test_entries_of_the_controller_follow_it_late_and_come_back() -> None:
         assert_whole(fabric)
 
 
-def test_there_is_room_for_the_tables_when_a_leaf_loses_its_last_entries() -> None:
-    # Rows of the maps say whether a switch has entries: without them all its groups are others.
-    dead = ", ".join(f'{{at: 6 us, link_down: "leaf0:spine{spine}"}}' for spine in (0, 1, 2))
-    with small_fabric(*WIDE, "routing.scheme=te", f"faults=[{dead}]", name="faults") as fabric:
-        steps = [{key.node for key in step.tables.overrides} for step in fabric.plan.faults.steps]
-        assert any(len(nodes) < len(steps[0]) for nodes in steps)  # precondition
-        run(fabric)
-        assert_whole(fabric)
-
-
 def test_a_degraded_link_has_another_rate_and_then_its_own_again() -> None:
     def rate_of(fabric: Fabric, node: str, ifname: str) -> str:
         out = run_in(fabric, node, "tc", "qdisc", "show", "dev", ifname).stdout
@@ -256,6 +246,10 @@ def test_what_is_broken_by_hand_is_routed_around_shown_and_healed() -> None:
         assert len(api.break_lab(name, "host2:leaf1")) == 2
         assert not ping(fabric, 0, 2)  # there is no other
         assert ping(fabric, 0, 3)
+        with pytest.raises(PlanError, match=rf'must be a link of lab {name}, got "leaf0:spine9"'):
+            api.break_lab(name, "leaf0:spine9")
+        with pytest.raises(PlanError, match=rf'must be a link of lab {name}, got "spine3"'):
+            api.break_lab(name, "spine3", rate="1 Gbit/s")
         with pytest.raises(LabError, match="nothing is broken at 'leaf1'"):
             api.heal_lab(name, "leaf1")
         assert api.heal_lab(name, "host2:leaf1") == [f"link_down {link}"]

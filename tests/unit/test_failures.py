@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.errors import PlanError
-from testbed.fabric.tables import count_rows
+from testbed.fabric.tables import TableWriter, count_rows
 from testbed.routing import (
     ALL_UP,
     ROUTING_SCHEMES,
@@ -234,14 +234,19 @@ def test_a_fabric_moves_only_the_flows_of_the_dead_links_if_told_to(names: tuple
     assert moved(resilient=False)[0] > 100  # the negative control: without, a twelfth of all 1920 and more move too
 
 
-def test_maps_have_room_for_any_two_tables_that_share_no_row() -> None:
-    plan = [
-        tables_of("te", *names) for names in ((), ("leaf0:spine0",), ("leaf0:spine0", "leaf0:spine1", "leaf0:spine2"))
-    ]
-    sizes = sorted(len(np.unique(one.fib[one.fib >= 0])) for one in plan)
-    groups, members, entries = count_rows(CLOS, plan, any_failure=False)
-    assert groups == sizes[-1] + sizes[-2]
-    assert members >= groups
-    assert entries == len({key for one in plan for key in one.overrides})
-    (alone, _, _) = count_rows(CLOS, plan[:1], any_failure=False)
-    assert alone == len(np.unique(plan[0].fib[plan[0].fib >= 0]))
+def test_maps_have_room_when_a_leaf_loses_its_last_entries() -> None:
+    # A row says whether its switch has entries: without them the same groups are other rows.
+    scheme, one_flow = routing_scheme("te"), RoutingSettings(traffic=(TRAFFIC[:1],))
+    whole = build_tables(CLOS, scheme, hash_seed=3, settings=one_flow)
+    (entry,) = whole.overrides.values()
+    broken = LinkState(frozenset({entry, CLOS.port(entry).peer}))
+    stale = build_tables(CLOS, scheme, hash_seed=3, settings=one_flow, knowledge=Knowledge(broken, broken))
+    assert not stale.overrides  # precondition
+    writer = TableWriter(CLOS, None, -1, time_dilation=1.0)  # type: ignore[arg-type]  # it packs, and writes nothing
+    rows = {writer._packed(one)[index] for one in (whole, stale) for index in np.unique(one.fib).tolist() if index >= 0}
+    groups = {one.groups[index] for one in (whole, stale) for index in np.unique(one.fib).tolist() if index >= 0}
+    assert len(rows) > len(groups)
+    room, members, entries = count_rows(CLOS, [whole, stale], any_failure=False)
+    assert room >= len(rows)
+    assert members >= sum(len(row[0]) for row in rows)
+    assert entries == 1
