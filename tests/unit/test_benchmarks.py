@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import machine
+from benchmarks import machine, virtual_time
 from benchmarks.all import TABLES
 from benchmarks.record import PAGE, RESULTS, Column, Table, fill_page
 from benchmarks.reference import load_plan
@@ -100,3 +100,16 @@ def test_a_ratio_that_follows_another_seed_than_its_own_is_found() -> None:
     assert not follows_its_own_seed([2.97, 1.98, 2.97], [2.0, 3.0, 2.0])  # the seeds mixed up
     assert not follows_its_own_seed([2.0, 3.0, 3.0], [2.0, 3.0, 2.0])  # one follows another's
     assert not follows_its_own_seed([2.0, 2.0], [2.0, 2.0])  # nothing tells them apart
+
+
+def run_of(cct_ns: float, verdict: str = "trusted") -> virtual_time.Run:
+    return virtual_time.Run("virtual time", 0, cct_ns, verdict, 1.0)
+
+
+def test_runs_repeat_where_they_spread_little_and_trust_themselves() -> None:
+    assert virtual_time.judge([run_of(1000.0), run_of(1004.0), run_of(1002.0)]) == (
+        True,
+        "virtual time: 3 runs spread by 0.400%, 0 of them not trusted",
+    )
+    assert not virtual_time.judge([run_of(1000.0), run_of(1006.0)])[0]
+    assert not virtual_time.judge([run_of(1000.0), run_of(1000.0, "degraded")])[0]
