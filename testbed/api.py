@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from testbed.kernel.probe import Finding
     from testbed.measure.counters import FabricCounters
     from testbed.plan.model import Plan
+    from testbed.plan.operations import BackEnds
     from testbed.plan.prediction import Prediction
     from testbed.plan.report import PathComparison, PathReport
     from testbed.results import Fidelity, LinkDirection, Result
@@ -110,6 +111,17 @@ def build_plan(scenario: Scenario, *, measure: bool = True) -> Plan:
         wall_tick_lateness_ns=known_tick_lateness_ns(),
         wall_tick_ns=wall_tick_ns(),
     )
+
+
+def find_back_ends(plan: Plan) -> BackEnds | None:
+    """Return which of this kernel's means a fabric of the plan would be made with; None without root, which trying them needs."""
+    import os
+
+    if os.geteuid() != 0:
+        return None
+    from testbed.fabric.back_ends import choose_back_ends
+
+    return choose_back_ends(plan)
 
 
 def paths(scenario: Scenario, lab: str | None = None) -> PathReport:

@@ -17,6 +17,7 @@ from testbed.measure.counters import FabricCounters
 from testbed.measure.verdict import worst
 from testbed.plan.model import Plan, PlannedWorkload
 from testbed.plan.operations import BackEnds
+from testbed.plan.report import describe_back_ends
 from testbed.plan.victims import find_victims
 from testbed.results import (
     Check,
@@ -87,15 +88,6 @@ def assemble_result(
         warnings=(*plan.warnings, *warnings),
         back_ends={} if back_ends is None else describe_back_ends(plan, back_ends),
     )
-
-
-def describe_back_ends(plan: Plan, back_ends: BackEnds) -> dict[str, str | None]:
-    """Return what did the work: the ports' scheduler, and the gate and the marker where anything is paused or marked."""
-    return {
-        "scheduler": "htb" if len(plan.queue_classes) > 1 else "tbf",
-        "gate": back_ends.gate if plan.pausing else None,
-        "marker": back_ends.marker if plan.marking else None,
-    }
 
 
 def expectations(plan: Plan) -> tuple[Expectation, ...]:

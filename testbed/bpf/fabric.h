@@ -43,10 +43,10 @@
 #define TB_ETH_P_KICK 0x88b5   /* from the other end of the link, turned round */
 #define TB_ETH_P_KICKED 0x88b6 /* on its way back, dropped */
 
-/* Class of a data priority in a port's scheduler, 10:10 and following (class_of() in kernel/tc.py); skb->priority names it.
+/* Class of a data priority in a port's scheduler, 10:1 and following (class_of() in kernel/tc.py); skb->priority names it.
  * Where there is no scheduler nobody looks.
  */
-#define TB_DATA_CLASS(priority) (0x100010 + ((priority) & (TB_PRIORITIES - 1)))
+#define TB_DATA_CLASS(priority) (0x100001 + ((priority) & (TB_PRIORITIES - 1)))
 
 /* Source-MAC marks of frames that no ingress program forwarded; see docs/architecture.md. */
 #define TB_INGRESS_HOST 0x0000   /* left a host: accounted by the host's egress program */

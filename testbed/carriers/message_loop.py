@@ -1,8 +1,8 @@
 """Runs a schedule over a transport that carries whole messages: the tick loop of the carriers that are not the engine.
 
 The transport moves real bytes between real buffers and paces them itself; the loop decides what may be sent, and delays what
-has arrived by the propagation of its path, which is not on the wire. So a transport's own control loop (TCP's window, an
-acknowledgement) sees a path without delay.
+has arrived by what its path takes and the wire does not: frame times, and propagation where no qdisc delays. A transport's own
+control loop (TCP's window, an acknowledgement) then sees a path without delay, which a warning says.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.scheduling import MonotonicClock, choose_cpus, engine_thread
 from testbed.measure.samples import MachineSamples
 from testbed.plan.model import Plan, PlannedWorkload
-from testbed.scenario import CollectiveWorkload
+from testbed.scenario import CollectiveWorkload, LinkDelay
 
 _PROBE_TICKS = 8
 # Nothing has arrived for this long on the wall clock, with everything open: it never will.
@@ -118,7 +118,12 @@ class MessageCarrier:
         self._probe = probe
         self._clock = clock
         self._flow = flow
+        self._delays = fabric.back_ends.link_delay == LinkDelay.CARRIER
         self._warnings: list[str] = []
+        if self._delays and any(link.delay_ns for link in fabric.plan.topology.links):
+            self._warnings.append(
+                "link delay is added to what has arrived (transport.link_delay: carrier): acknowledgements come back without it"
+            )
 
     def warnings(self) -> list[str]:
         """Return what a reader of the figures should know."""
@@ -172,7 +177,8 @@ class MessageCarrier:
         schedule, networked = planned.schedule, len(planned.connections)
         dilation, tick_ns = plan.dilation.value, plan.dilation.wall_tick_ns
         clock, flow = self._clock, self._flow
-        wall_one_way = np.rint(planned.one_way_ns * dilation).astype(np.int64).tolist()
+        on_wire_ns = np.array([0 if self._delays else path.delay_ns for path in planned.paths], np.int64)
+        wall_unseen_ns = np.rint((planned.one_way_ns - on_wire_ns) * dilation).astype(np.int64).tolist()
         intra_host = IntraHostTransfers(schedule, planned.intra_host, dilation)
         streams = _message_streams(schedule, networked)
         posted = [0] * networked
@@ -201,7 +207,7 @@ class MessageCarrier:
             lateness.append(max(0, now - due))
             flow.tick(now)
             for connection, transfer in transport.poll():
-                under_way[connection].append((clock.now_ns() + wall_one_way[connection], transfer))
+                under_way[connection].append((clock.now_ns() + wall_unseen_ns[connection], transfer))
                 arrived_bytes[connection] += schedule.nbytes[transfer]
                 moved = now
             ready: list[int] = []

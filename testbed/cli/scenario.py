@@ -53,10 +53,11 @@ def plan(
     from testbed.plan.report import describe_plan
 
     built = api.build_plan(api.load(file, read_overrides(overrides)))
+    report = describe_plan(built, operations=operations, back_ends=api.find_back_ends(built))
     if output_format is OutputFormat.JSON:
-        print(render_json(describe_plan(built, operations=operations)))
+        print(render_json(report))
     else:
-        print(_render_plan(built, operations=operations), end="")
+        print(_render_plan(built, report), end="")
 
 
 def paths(
@@ -291,7 +292,7 @@ def _priority_lines(report: dict[str, Any]) -> list[str]:
             f"{one['priority']} ({'lossless' if one['lossless'] else 'lossy'}, weight {one['weight']})"
             for one in report["data_priorities"]
         )
-        lines.append(f"data priorities     {shown}; a class of {report['scheduler']} each\n")
+        lines.append(f"data priorities     {shown}; a queue each at every port\n")
     allowance_ns, late_ns = report["wall_gate_allowance_ns"], report["wall_tick_lateness_ns"]
     if allowance_ns is not None:
         late = (
@@ -306,16 +307,22 @@ def _priority_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _back_end_lines(back_ends: dict[str, str | None] | None) -> list[str]:
+    """Return which of this kernel's means would do the work."""
+    if back_ends is None:
+        return ["back ends           chosen by trying this kernel, which needs root\n"]
+    used = ", ".join(f"{what} {name}" for what, name in back_ends.items() if name is not None)
+    return [f"back ends           {used}\n"]
+
+
 _MOST_FAULTS = 8
 
 
-def _render_plan(plan: Plan, *, operations: bool) -> str:
-    """Return a plan as text for people."""
+def _render_plan(plan: Plan, report: dict[str, Any]) -> str:
+    """Return a plan as text for people; the report is `describe_plan`'s of it."""
     from testbed.cli.text import render_columns
-    from testbed.plan.report import describe_plan
     from testbed.units import format_byte_rate, format_rate, format_size, format_time
 
-    report = describe_plan(plan, operations=operations)
     lines = [f"{plan.scenario.name}: {plan.scenario.description}".rstrip(": ") + "\n\n"]
     nodes = [(node["name"], node["kind"], " ".join(node["ports"])) for node in report["nodes"]]
     lines.append(render_columns(("node", "kind", "ports"), nodes) + "\n")
@@ -336,6 +343,7 @@ def _render_plan(plan: Plan, *, operations: bool) -> str:
         lines.append(f"zones oversubscribed 1:{report['oversubscription']:.3g}\n\n")
     lines += _switch_lines(report["switches"])
     lines += _priority_lines(report)
+    lines += _back_end_lines(report["back_ends"])
     lines += [f"retransmit timeout  {format_time(plan.retransmit_timeout_ns, significant=4)}\n"]
     lines += _fault_lines(report)
     lines += _dilation_lines(report["dilation"])
@@ -372,7 +380,7 @@ def _render_plan(plan: Plan, *, operations: bool) -> str:
     lines.append("\n" + render_columns(header, items, right=right))
     lines += _admission_lines(report["workloads"])
     lines += [f"warning: {warning}\n" for warning in plan.warnings]
-    if operations:
+    if "operations" in report:
         lines.append(
             "\n" + render_columns(("node", "command"), [(o["node"], o["command"]) for o in report["operations"]])
         )

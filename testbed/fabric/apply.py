@@ -124,6 +124,8 @@ def egress_of(operation: ShapePort) -> queues.Egress:
         [(one.priority, one.weight) for one in operation.classes],
         operation.gate,
         None if marks is None else queues.Thresholds(marks.kmin_bytes, marks.kmax_bytes, marks.pmax),
+        operation.scheduler,
+        operation.wall_delay_ns,
     )
 
 

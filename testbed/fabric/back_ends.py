@@ -5,17 +5,25 @@ from __future__ import annotations
 from testbed.kernel.probe import probe_qdisc
 from testbed.plan.model import Plan
 from testbed.plan.operations import BackEnds
-from testbed.scenario import GateChoice, MarkerChoice
+from testbed.scenario import Carrier, GateChoice, LinkDelay, MarkerChoice, SchedulerChoice
 
 
 def choose_back_ends(plan: Plan) -> BackEnds:
-    """Return what holds back and what marks: as the scenario says, or what suits this kernel best.
+    """Return what holds back, marks and delays: as the scenario says, or what suits this kernel best.
 
     A plug is the better gate, for an opened port sends no bucketful at once. The eBPF marker is the better one, exact and
-    counted by priority, so RED is for who asks for it. What is asked for and absent is the kernel's error when a port is made.
+    counted by priority, so RED is for who asks for it. Netem is the better delay for the kernel's protocols, whose own loops then
+    see it; the engine delays by itself. What is asked for and absent is the kernel's error when a port is made.
     """
+    transport = plan.scenario.transport
+    delay = str(transport.link_delay)
+    if transport.link_delay is LinkDelay.AUTO:
+        on_wire = transport.carrier is not Carrier.ENGINE and probe_qdisc("netem")
+        delay = str(LinkDelay.NETEM if on_wire else LinkDelay.CARRIER)
     qos = plan.scenario.qos
     gate = str(qos.pfc.gate)
     if qos.pfc.gate is GateChoice.AUTO:
         gate = "plug" if plan.pausing and probe_qdisc("plug") else "tbf"
-    return BackEnds(gate, "bpf" if qos.ecn.marker is MarkerChoice.AUTO else str(qos.ecn.marker))
+    marker = "bpf" if qos.ecn.marker is MarkerChoice.AUTO else str(qos.ecn.marker)
+    scheduler = "htb" if qos.scheduler is SchedulerChoice.AUTO else str(qos.scheduler)
+    return BackEnds(gate=gate, marker=marker, scheduler=scheduler, link_delay=delay)

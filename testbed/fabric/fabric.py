@@ -34,7 +34,7 @@ from testbed.plan.qos import switch_of
 from testbed.roce.queue_pairs import QPN_BASE
 from testbed.roce.wire import CONTROL_PRIORITIES
 from testbed.routing import NO_GROUP
-from testbed.scenario import LossRecovery
+from testbed.scenario import Carrier, LinkDelay, LossRecovery
 from testbed.topology import HOST_NETWORK, NodeKind
 
 # Rows of the QP table: enough for 8 QPs between all pairs of 32 hosts, or a ring of 1024 with 4.
@@ -68,6 +68,15 @@ def require_same_fabric(plan: Plan, state: registry.LabState) -> None:
             f"the plan at {plan.dilation.value:g}",
             hint="leave `time_dilation` at auto: the lab's is then taken",
         )
+    delay = BackEnds(**state.details.get("back_ends", {})).link_delay
+    wanted = plan.scenario.transport.link_delay
+    if plan.scenario.transport.carrier is Carrier.ENGINE and delay != LinkDelay.CARRIER:
+        raise LabError(
+            f"lab {state.name!r} delays on the wire ({delay}), which carrier engine does by itself",
+            hint=f"`testbed destroy {state.name}` and deploy this scenario, or run it without --name",
+        )
+    if wanted not in (LinkDelay.AUTO, delay):
+        raise LabError(f"lab {state.name!r} was deployed with link delay by {delay}, not {wanted}", hint=hint)
 
 
 class Fabric:

@@ -50,6 +50,10 @@ class Message:
     ignore: frozenset[int] = frozenset()
 
 
+NLA_F_NESTED = 0x8000
+"""Newer parts of the kernel want it on an attribute that holds others; older ones ignore it."""
+
+
 def attribute(kind: int, value: bytes) -> bytes:
     """Return one netlink attribute, padded to four bytes."""
     return _ATTRIBUTE.pack(len(value) + 4, kind) + value + b"\0" * (-len(value) % 4)

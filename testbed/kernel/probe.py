@@ -23,6 +23,7 @@ from pathlib import Path
 from testbed.errors import KernelError, MachineError
 from testbed.kernel import bpf, layout, links, rps, scheduling, tc
 from testbed.kernel.netlink import (
+    NLA_F_NESTED,
     NLM_F_CREATE,
     NLM_F_REPLACE,
     RTM_NEWQDISC,
@@ -37,7 +38,7 @@ _MS_REC, _MS_PRIVATE, _MS_BIND = 0x4000, 1 << 18, 0x1000
 _MCL_CURRENT = 1
 _IFNAMES = ("probe0", "probe1")
 _INDICES = (2, 3)
-_TCA_OPTIONS_NESTED = 2
+_TCA_OPTIONS = 2
 _PACKAGES = "apt-get install"
 # Debian's kernels have every module but in their cloud variety; Ubuntu keeps the rarer ones in a package.
 _MODULES = "in Ubuntu's linux-modules-extra-$(uname -r), in Debian's linux-image-amd64"
@@ -304,7 +305,7 @@ def _create_veth(route: RouteSocket, descriptor: int) -> None:
 def _qdisc_message(index: int, ifname: str, parent: int, qdisc: _Qdisc) -> Message:
     payload = struct.pack("=BxHiIII", 0, 0, index, 0, parent, 0) + attribute_text(1, qdisc.kind)
     if qdisc.options is not None:
-        payload += attribute(_TCA_OPTIONS_NESTED, qdisc.options)
+        payload += attribute(_TCA_OPTIONS | NLA_F_NESTED, qdisc.options)
     operation = f"tc qdisc replace dev {ifname} parent {tc.handle_text(parent)} {qdisc.kind}"
     return Message(operation, RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, payload)
 

@@ -6,6 +6,7 @@ import errno
 import struct
 
 from testbed.kernel.netlink import (
+    NLA_F_NESTED,
     NLM_F_CREATE,
     NLM_F_REPLACE,
     RTM_GETQDISC,
@@ -37,12 +38,14 @@ ROOT_HANDLE = 0x1_0000
 DATA_HANDLE = 0x10_0000
 CONTROL_HANDLE = 0x20_0000
 # Of the qdiscs of a priority's queue; the priority is added to the major number.
-SHAPER_HANDLE, RED_HANDLE, PLUG_HANDLE = 0x30_0000, 0x40_0000, 0x50_0000
+SHAPER_HANDLE, RED_HANDLE, PLUG_HANDLE, NETEM_HANDLE = 0x30_0000, 0x40_0000, 0x50_0000, 0x60_0000
 # A FIFO that never drops.
 MOST_PACKETS = 0x7FFFFFFF
 # Minor numbers of the data priorities' classes (TB_DATA_CLASS in bpf/fabric.h).
-_FIRST_PRIORITY_CLASS = 0x10
+_FIRST_PRIORITY_CLASS = 1
 _TCA_HTB_PARMS, _TCA_HTB_INIT, _TCA_HTB_RATE64, _TCA_HTB_CEIL64 = 1, 2, 6, 7
+# Qdiscs that refuse options without the flag that says what they are.
+_STRICT_KINDS = frozenset({"ets"})
 _HTB_VERSION, _HTB_RATE2QUANTUM = 3, 10
 # A psched tick (PSCHED_SHIFT 6).
 _TICK_NS = 64
@@ -71,7 +74,8 @@ def read_qdiscs(route: RouteSocket) -> list[tuple[int, int, str, bytes]]:
 
 def qdisc_payload(index: int, handle: int, parent: int, kind: str, options: bytes) -> bytes:
     """Return the body of a request about a qdisc or a class."""
-    return _tcmsg(index, handle, parent) + attribute_text(_TCA_KIND, kind) + attribute(_TCA_OPTIONS, options)
+    nested = NLA_F_NESTED if kind in _STRICT_KINDS else 0
+    return _tcmsg(index, handle, parent) + attribute_text(_TCA_KIND, kind) + attribute(_TCA_OPTIONS | nested, options)
 
 
 def class_of(priority: int) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from testbed.plan.dilation import DilationBound
 from testbed.plan.qos import find_qos_warnings
+from testbed.scenario import Carrier
 from testbed.units import format_rate, format_size, format_time
 
 # Of a queue pair, before it gives up: IB's retry_cnt is three bits.
@@ -46,6 +47,10 @@ def find_warnings(plan: Plan) -> tuple[str, ...]:
         warnings.append(
             f"routing follows a dead link after {format_time(slowest_ns)}, {_RETRIES} retransmission timeouts take "
             f"{format_time(patience_ns)}: queue pairs may give up before"
+        )
+    if plan.marking and plan.scenario.transport.carrier is Carrier.RXE:
+        warnings.append(
+            "qos.ecn marks, but transport.carrier rxe ignores CE and sends no CNP: nobody slows down (docs/carriers.md)"
         )
     warnings += find_qos_warnings(plan.scenario, plan.topology, plan.marking, plan.pausing)
     if not plan.pausing:

@@ -427,6 +427,10 @@ class Plan:
                         self.queue_classes,
                         gate=back_ends.gate if self.is_pausable(port.id) else None,
                         marking=self._kernel_marking(port.id) if back_ends.marker == "red" else None,
+                        scheduler=back_ends.scheduler,
+                        wall_delay_ns=round(port.delay_ns * self.dilation.value)
+                        if back_ends.link_delay == "netem"
+                        else 0,
                     )
                 )
                 result.append(AttachPrograms(node.index, port.id, port.ifname, node.kind is NodeKind.HOST))

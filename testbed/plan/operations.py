@@ -52,10 +52,14 @@ class BackEnds:
     Attributes:
         gate: Holds paused queues back: ``tbf`` or ``plug``.
         marker: Marks CE: ``bpf`` or ``red``.
+        scheduler: Shares a port among several data priorities: ``htb`` or ``ets``.
+        link_delay: Delays what crosses a link: ``netem``, or ``carrier``: whoever sends acts as if it were delayed.
     """
 
     gate: str = "tbf"
     marker: str = "bpf"
+    scheduler: str = "htb"
+    link_delay: str = "carrier"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class KernelMarking:
 class ShapePort:
     """The egress of a port: mq, what carries data, a FIFO for control.
 
-    Data has a TBF; with several data priorities an HTB with a class for each.
+    Data has a TBF; with several data priorities a scheduler with a class for each.
 
     Attributes:
         node: Node index.
@@ -89,9 +93,11 @@ class ShapePort:
         burst_bytes: Its bucket.
         overhead_bytes: Charged per frame beside its length.
         frame_wire_bytes: The largest frame with that.
-        classes: The data priorities' queues; one of them: no HTB. The first takes what has no priority of its own.
+        classes: The data priorities' queues; one of them: no scheduler. The first takes what has no priority of its own.
         gate: What holds a paused queue back: ``tbf`` or ``plug``; None where nothing is paused.
         marking: Thresholds where a qdisc marks; None where none does.
+        scheduler: What shares the rate among several classes: ``htb`` or ``ets``.
+        wall_delay_ns: Propagation that a qdisc adds; 0 where none does.
     """
 
     node: int
@@ -104,6 +110,8 @@ class ShapePort:
     classes: tuple[QueueClass, ...]
     gate: str | None = None
     marking: KernelMarking | None = None
+    scheduler: str = "htb"
+    wall_delay_ns: int = 0
 
     def describe(self) -> str:
         """Return the equal shell commands."""
@@ -113,25 +121,41 @@ class ShapePort:
         if len(self.classes) == 1:
             shaper = f"tbf rate {rate} burst {self.burst_bytes} overhead {self.overhead_bytes}"
             commands += [f"{add} parent 1:1 {shaper}", *self._below("10:", add)]
+        elif self.scheduler == "ets":
+            lightest = min(one.weight for one in self.classes)
+            quanta = " ".join(
+                f"{one.priority}:{self.frame_wire_bytes * one.weight // lightest}" for one in self.classes
+            )
+            shaper = f"tbf rate {rate} burst {self.burst_bytes} overhead {self.overhead_bytes}"
+            commands.append(f"{add} parent 1:1 handle 30: {shaper}")
+            commands += [f"{add} below 30: {self._delay()}"] if self.wall_delay_ns else []
+            commands.append(f"{add} below 30: handle 10: ets bands 6 quanta {quanta}")
+            for one in self.classes:
+                commands += self._below(f"10:{1 + one.priority:x}", add, delayed=False)
         else:
             total = sum(one.weight for one in self.classes)
             line = f"tc class add dev {self.ifname} parent 10:"
             tail = f"ceil {rate} burst {self.burst_bytes} overhead {self.overhead_bytes}"
             commands += [
-                f"{add} parent 1:1 handle 10: htb default {0x10 + self.classes[0].priority:x}",
-                f"{line} classid 10:1 htb rate {rate} {tail}",
+                f"{add} parent 1:1 handle 10: htb default {1 + self.classes[0].priority:x}",
+                f"{line} classid 10:10 htb rate {rate} {tail}",
             ]
             for one in self.classes:
                 share = self.wall_rate_bytes_per_s * one.weight // total * 8
-                minor = f"10:{0x10 + one.priority:x}"
-                commands.append(f"{line}1 classid {minor} htb rate {share}bit {tail}")
+                minor = f"10:{1 + one.priority:x}"
+                commands.append(f"{line}10 classid {minor} htb rate {share}bit {tail}")
                 if self.gate == "tbf":
                     commands.append(f"{add} parent {minor} tbf rate {self.wall_rate_bytes_per_s * 128}bit")
                 commands += self._below(minor, add)
-        return "; ".join([*commands, f"{add} parent 1:2 pfifo"])
+        return "; ".join([*commands, f"{add} parent 1:2 {self._delay() or 'pfifo'}"])
 
-    def _below(self, parent: str, add: str) -> list[str]:
+    def _delay(self) -> str:
+        return f"netem delay {self.wall_delay_ns}ns" if self.wall_delay_ns else ""
+
+    def _below(self, parent: str, add: str, *, delayed: bool = True) -> list[str]:
         commands = []
+        if self.wall_delay_ns and delayed:
+            commands.append(f"{add} below {parent} {self._delay()}")
         if self.marking is not None:
             low, high, pmax = self.marking.kmin_bytes, self.marking.kmax_bytes, self.marking.pmax
             commands.append(f"{add} below {parent} red min {low} max {high} probability {pmax:g} ecn nodrop")

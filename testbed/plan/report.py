@@ -14,10 +14,10 @@ import numpy.typing as npt
 from testbed.collectives import wire_bytes
 from testbed.plan.admission import forecast_peak_bytes
 from testbed.plan.model import Plan, PlannedJob, PlannedWorkload
-from testbed.plan.operations import CreateLink, Operation
+from testbed.plan.operations import BackEnds, CreateLink, Operation
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
 from testbed.routing import find_collisions, link_loads
-from testbed.scenario import ZonesFabric
+from testbed.scenario import Carrier, ZonesFabric
 from testbed.topology import NodeKind, Topology, format_address
 
 
@@ -260,12 +260,24 @@ def _describe_loads(plan: Plan, index: int, planned: PlannedWorkload) -> list[Li
     ]
 
 
-def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
+def describe_back_ends(plan: Plan, back_ends: BackEnds) -> dict[str, str | None]:
+    """Return what does the work: what shares the ports; the gate and the marker where anything is paused or marked; what delays,
+    where the engine does not."""
+    return {
+        "scheduler": back_ends.scheduler if len(plan.queue_classes) > 1 else "tbf",
+        "gate": back_ends.gate if plan.pausing else None,
+        "marker": back_ends.marker if plan.marking else None,
+        "link_delay": None if plan.scenario.transport.carrier is Carrier.ENGINE else back_ends.link_delay,
+    }
+
+
+def describe_plan(plan: Plan, *, operations: bool = False, back_ends: BackEnds | None = None) -> dict[str, Any]:
     """Return what ``testbed plan`` shows, as plain data for JSON.
 
     Args:
         plan: The plan.
         operations: Add ``operations[]``: the equal shell commands, in order, each with its node.
+        back_ends: What a fabric would be made with on this kernel, where that was found out.
     """
     topology, dilation, fabric = plan.topology, plan.dilation, plan.scenario.fabric
     paused = plan.scenario.qos.paused_priorities
@@ -320,7 +332,7 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
             {"priority": one.priority, "lossless": one.priority in paused, "weight": one.weight}
             for one in plan.scenario.qos.data_priorities
         ],
-        "scheduler": "htb" if len(plan.queue_classes) > 1 else "tbf",
+        "back_ends": None if back_ends is None else describe_back_ends(plan, back_ends),
         "wall_tick_lateness_ns": plan.wall_tick_lateness_ns,
         "wall_gate_allowance_ns": plan.wall_gate_allowance_ns if plan.pausing else None,
         "retransmit_timeout_ns": plan.retransmit_timeout_ns,
@@ -337,7 +349,7 @@ def describe_plan(plan: Plan, *, operations: bool = False) -> dict[str, Any]:
         names = [node.name for node in topology.nodes]
         report["operations"] = [
             {"node": names[_node_of(operation)], "command": operation.describe()}
-            for operation in plan.operations(names, any_workload=False)
+            for operation in plan.operations(names, any_workload=False, back_ends=back_ends)
         ]
     return report
 

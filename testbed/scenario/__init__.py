@@ -19,6 +19,7 @@ from testbed.scenario.model import (
     IncastWorkload,
     Job,
     Link,
+    LinkDelay,
     LossRecovery,
     MeasuredJobs,
     Pattern,
@@ -36,7 +37,7 @@ from testbed.scenario.model import (
     ZonesFabric,
     render_json_schema,
 )
-from testbed.scenario.qos import DataPriority, EcnPreset, GateChoice, MarkerChoice, WatchdogAction
+from testbed.scenario.qos import DataPriority, EcnPreset, GateChoice, MarkerChoice, SchedulerChoice, WatchdogAction
 from testbed.scenario.sweep import expand_sizes
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "IncastWorkload",
     "Job",
     "Link",
+    "LinkDelay",
     "LinkLoss",
     "LossRecovery",
     "LostFrames",
@@ -72,6 +74,7 @@ __all__ = [
     "QpStrategy",
     "RankOrder",
     "Scenario",
+    "SchedulerChoice",
     "StarFabric",
     "Switch",
     "Transport",

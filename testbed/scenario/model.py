@@ -82,6 +82,14 @@ class Carrier(StrEnum):
     TCP = "tcp"
 
 
+class LinkDelay(StrEnum):
+    """What delays the bytes by the propagation of their links."""
+
+    AUTO = "auto"
+    CARRIER = "carrier"
+    NETEM = "netem"
+
+
 class QpStrategy(StrEnum):
     """How a message is spread over the QPs of its connection."""
 
@@ -503,6 +511,13 @@ class Transport(_Section):
     """RoCEv2 as NICs and the collective library set it up."""
 
     carrier: Annotated[Carrier, kinds.choice(Carrier)] = _key("carrier", "What carries the bytes.", default="engine")
+    link_delay: Annotated[LinkDelay, kinds.choice(LinkDelay)] = _key(
+        "link_delay",
+        "What delays by the propagation of links: netem, the qdisc, every frame at every port, for carriers rxe and tcp; "
+        "carrier, whoever sends, and then an acknowledgement of the kernel's comes back without it. auto: netem with those "
+        "carriers where this kernel has it.",
+        default="auto",
+    )
     mtu_bytes: Annotated[int, kinds.one_of((256, 512, 1024, 2048, 4096))] = _key(
         "mtu", "RDMA payload of a full frame, in bytes.", default=4096
     )

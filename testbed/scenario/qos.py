@@ -48,6 +48,14 @@ class MarkerChoice(StrEnum):
     RED = "red"
 
 
+class SchedulerChoice(StrEnum):
+    """What shares a port's rate among several priorities."""
+
+    AUTO = "auto"
+    HTB = "htb"
+    ETS = "ets"
+
+
 class Ecn(Section):
     """Marking by switches, on the instantaneous depth of an egress queue."""
 
@@ -143,6 +151,12 @@ class Qos(Section):
         "Further priorities that workloads may choose, lossless or lossy; lossless_priority may stand among them to get a "
         "weight. With more than one, ports have a queue for each and share their rate by weight.",
         example=[{"priority": 4}, {"priority": 0, "lossless": False, "weight": 2}],
+    )
+    scheduler: Annotated[SchedulerChoice, kinds.choice(SchedulerChoice)] = key(
+        "scheduler",
+        "What shares a port's rate among several priorities: htb, on every kernel; ets, the qdisc of IEEE 802.1Qaz, where "
+        "nothing is paused. auto: htb.",
+        default="auto",
     )
     ecn: Ecn = key("ecn", "Explicit congestion notification.", default={})
     pfc: Pfc = key("pfc", "Priority flow control.", default={})

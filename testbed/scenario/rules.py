@@ -26,6 +26,7 @@ from testbed.scenario.model import (
     FlowsWorkload,
     IncastWorkload,
     Job,
+    LinkDelay,
     LossRecovery,
     MeasuredJobs,
     PermutationWorkload,
@@ -35,6 +36,7 @@ from testbed.scenario.model import (
     Workload,
     ZonesFabric,
 )
+from testbed.scenario.qos import SchedulerChoice
 from testbed.scenario.sweep import MAX_SIZES, count_sizes
 from testbed.units import format_size, format_time
 
@@ -195,8 +197,19 @@ def _check_admission(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
 
 
 def _check_carrier(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
-    """What only our own RoCEv2 can do must not be asked of the kernel's protocols."""
+    """What only our own RoCEv2 can do must not be asked of the kernel's protocols, nor the other way round."""
     transport = scenario.transport
+    delay: KeyPath = ("transport", "link_delay")
+    if (
+        valid(("transport", "carrier"), delay)
+        and transport.carrier is Carrier.ENGINE
+        and transport.link_delay is LinkDelay.NETEM
+    ):
+        yield Violation(
+            delay,
+            "must be auto or carrier with carrier engine, which delays by itself",
+            f"leave it out, or use `carrier: {Carrier.RXE}` or `carrier: {Carrier.TCP}`",
+        )
     if not valid(("transport", "carrier")) or transport.carrier is Carrier.ENGINE:
         return
     hint = f"leave it out, or use `carrier: {Carrier.ENGINE}`"
@@ -215,6 +228,13 @@ def _check_carrier(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
 
 def _check_priorities(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     qos, listed, usual = scenario.qos, ("qos", "priorities"), ("qos", "lossless_priority")
+    scheduler: KeyPath = ("qos", "scheduler")
+    if valid(scheduler, ("qos", "pfc", "enabled")) and qos.scheduler is SchedulerChoice.ETS and qos.pfc.enabled:
+        yield Violation(
+            scheduler,
+            "must be auto or htb where qos.pfc is enabled: a paused band of an ETS stops the others",
+            "leave it out",
+        )
     if not valid(listed, usual):
         return
     seen: set[int] = set()

@@ -11,6 +11,7 @@ import pytest
 from testbed.collectives import ScheduleBuilder, largest_frame_wire_bytes, wire_bytes
 from testbed.plan.compile import compile_plan
 from testbed.plan.model import Plan, PlannedWorkload
+from testbed.plan.operations import BackEnds
 from testbed.plan.predict import predict_cct_ratio
 from testbed.plan.report import describe_plan
 from testbed.routing import single_route
@@ -199,3 +200,27 @@ def test_large_all_to_all_is_planned_in_seconds() -> None:
     assert time.process_time() - begin < 6
     assert len(plan.workloads[0].connections) == 64 * 63
     assert np.isfinite(plan.workloads[0].ideal_cct_ns)
+
+
+@pytest.mark.parametrize(
+    ("carrier", "ecn", "warns"),
+    [("rxe", True, True), ("rxe", False, False), ("engine", True, False), ("tcp", True, False)],
+)
+def test_marks_that_nobody_heeds_are_warned_of(carrier: str, ecn: bool, warns: bool) -> None:
+    settings = (f"transport.carrier={carrier}", f"qos.ecn.enabled={str(ecn).lower()}")
+    warnings = plan_of("collective: all_reduce, size: 1 MiB", overrides=settings).warnings
+    assert any("rxe ignores CE and sends no CNP" in one for one in warnings) is warns
+
+
+@pytest.mark.parametrize(("carrier", "shown"), [("engine", None), ("rxe", "netem"), ("tcp", "netem")])
+def test_plan_tells_what_it_would_be_made_with(carrier: str, shown: str | None) -> None:
+    plan = plan_of("collective: all_reduce, size: 1 MiB", overrides=(f"transport.carrier={carrier}",))
+    assert describe_plan(plan)["back_ends"] is None
+    link_delay = "carrier" if shown is None else shown
+    report = describe_plan(plan, operations=True, back_ends=BackEnds(link_delay=link_delay))
+    assert report["back_ends"] == {"scheduler": "tbf", "gate": None, "marker": None, "link_delay": shown}
+    delay_ns = round(600 * plan.dilation.value)
+    shaped = [one["command"] for one in report["operations"] if "mq" in one["command"]]
+    assert shaped
+    # Below the shaper, and what has the control queue.
+    assert all(command.count(f"netem delay {delay_ns}ns") == (2 if shown else 0) for command in shaped)

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from testbed.kernel import tc
+from testbed.kernel.delay_netem import pack_netem
 from testbed.kernel.gate_plug import PlugGate, pack_plug
 from testbed.kernel.gate_tbf import TbfGate
-from testbed.kernel.netlink import NLM_F_CREATE, RTM_NEWQDISC, RTM_NEWTCLASS, Message
+from testbed.kernel.netlink import NLA_F_NESTED, NLM_F_CREATE, RTM_NEWQDISC, RTM_NEWTCLASS, Message
 from testbed.kernel.queues import Egress, Thresholds, create_egress
 from testbed.kernel.red import pack_red, spacing_probability
+from testbed.kernel.scheduler_ets import pack_ets
 
 EGRESS = Egress(7, "up0", 10**6, 40_000, 4300, 24, [(3, 1)])
 PROGRAM = """
@@ -30,18 +32,21 @@ int main(void) {
     struct tc_plug_qopt block = {TCQ_PLUG_BUFFER, 9000}, open = {TCQ_PLUG_RELEASE_INDEFINITE, 0};
     struct tc_red_qopt red = {0x7fffffff, 100, 400, 0, 0, 0, 0};
     struct nla_bitfield32 flags = {TC_RED_ECN | TC_RED_NODROP, TC_RED_ECN | TC_RED_NODROP};
-    struct tc_htb_glob glob = {3, 10, 0x13, 0, 0};
+    struct tc_htb_glob glob = {3, 10, 4, 0, 0};
     struct tc_ratespec rate = {0}, ceil = {0};
     struct tc_htb_opt htb = {0};
     int numbers[] = {TCA_RED_PARMS, TCA_RED_STAB, TCA_RED_MAX_P, TCA_RED_FLAGS, TCA_HTB_PARMS, TCA_HTB_INIT, TCA_HTB_RATE64,
                      TCA_HTB_CEIL64};
+    int ets[] = {TCA_ETS_NBANDS, TCA_ETS_QUANTA, TCA_ETS_QUANTA_BAND, TCA_ETS_PRIOMAP, TCA_ETS_PRIOMAP_BAND};
+    int netem_latency = TCA_NETEM_LATENCY64;
+    struct tc_netem_qopt netem = {0, 0x7fffffff, 0, 0, 0, 0};
     rate.linklayer = ceil.linklayer = TC_LINKLAYER_ETHERNET;
     rate.overhead = ceil.overhead = 24;
     rate.rate = 500000; ceil.rate = 1000000;
     htb.rate = rate; htb.ceil = ceil;
     htb.buffer = 1250000; htb.cbuffer = 625000; htb.quantum = 4300;
     SHOW("block ", block); SHOW("open ", open); SHOW("red ", red); SHOW("flags ", flags); SHOW("glob ", glob); SHOW("htb ", htb);
-    SHOW("numbers ", numbers);
+    SHOW("numbers ", numbers); SHOW("ets ", ets); SHOW("netem ", netem); SHOW("netem_latency ", netem_latency);
     return 0;
 }
 """
@@ -66,7 +71,18 @@ def attributes(data: bytes) -> dict[int, bytes]:
     found = {}
     while data:
         size, kind = struct.unpack_from("=HH", data)
-        found[kind] = data[4:size]
+        found[kind & ~NLA_F_NESTED] = data[4:size]
+        data = data[(size + 3) & ~3 :]
+    return found
+
+
+def pieces(data: bytes, kind: int) -> list[bytes]:
+    """Return the values of attributes that are all of one kind."""
+    found = []
+    while data:
+        size, one = struct.unpack_from("=HH", data)
+        assert one == kind
+        found.append(data[4:size])
         data = data[(size + 3) & ~3 :]
     return found
 
@@ -159,11 +175,11 @@ def test_several_priorities_have_a_class_each_and_a_gate_below() -> None:
     egress = replace(EGRESS, weights=[(0, 1), (3, 2)], gate="tbf")
     assert chain(egress)[1:-1] == [
         ("htb", "10:", "1:1"),
-        ("htb", "10:1", "10:"),
-        ("htb", "10:10", "10:1"),
-        ("htb", "10:13", "10:1"),
-        ("tbf", "30:", "10:10"),
-        ("tbf", "33:", "10:13"),
+        ("htb", "10:10", "10:"),
+        ("htb", "10:1", "10:10"),
+        ("htb", "10:4", "10:10"),
+        ("tbf", "30:", "10:1"),
+        ("tbf", "33:", "10:4"),
     ]
     plugs = [one[0] for one in chain(replace(egress, gate="plug"))]
     assert plugs.count("plug") == 2
@@ -182,3 +198,48 @@ def test_gates_change_what_was_hung() -> None:
 def test_class_numbers_are_those_of_the_program() -> None:
     header = Path("testbed/bpf/fabric.h").read_text()
     assert f"#define TB_DATA_CLASS(priority) ({tc.class_of(0):#x} + " in header
+
+
+def test_ets_says_what_the_header_does_and_hangs_below_one_shaper() -> None:
+    c = compiled()
+    nbands, quanta, quanta_band, priomap, priomap_band = struct.unpack("=5i", c["ets"])
+    found = attributes(pack_ets([4300, 8600], 1))
+    assert found[nbands] == b"\2"
+    assert pieces(found[quanta], quanta_band) == [struct.pack("=I", one) for one in (4300, 8600)]
+    assert pieces(found[priomap], priomap_band) == [b"\1"] * 16
+    egress = replace(EGRESS, weights=[(0, 1), (3, 2)], scheduler="ets")
+    made = chain(egress)
+    assert made[1:3] == [("tbf", "30:", "1:1"), ("ets", "10:", "30:1")]
+    # Every band has a queue that never drops, those of priorities without data too.
+    assert sorted(parent for kind, _, parent in made if kind == "pfifo") == [f"10:{n}" for n in range(1, 7)] + ["1:2"]
+    assert len({handle for _, handle, _ in made}) == len(made)
+
+
+def test_netem_says_what_the_header_does_and_hangs_below_the_shaper() -> None:
+    c = compiled()
+    (latency,) = struct.unpack("=i", c["netem_latency"])
+    options = pack_netem(2_400_000)
+    assert options[: len(c["netem"])] == c["netem"]
+    assert attributes(options[len(c["netem"]) :]) == {latency: struct.pack("=q", 2_400_000)}
+    egress = replace(EGRESS, gate="plug", marking=Thresholds(100, 400, 0.2), wall_delay_ns=2_400_000)
+    below = [("tbf", "10:", "1:1"), ("netem", "63:", "10:1"), ("red", "43:", "63:1"), ("plug", "53:", "43:1")]
+    assert chain(egress)[1:] == [*below, ("netem", "20:", "1:2")]
+
+
+@pytest.mark.parametrize("scheduler", ["htb", "ets"])
+def test_every_frame_of_a_delayed_port_is_delayed_once(scheduler: str) -> None:
+    made = chain(replace(EGRESS, weights=[(0, 1), (3, 2)], scheduler=scheduler, wall_delay_ns=1000))
+    parents = {handle: parent for _, handle, parent in made}
+    delays = {handle for kind, handle, _ in made if kind == "netem"}
+
+    def ancestors(handle: str) -> list[str]:
+        found = [handle]
+        while (parent := parents.get(found[-1], "root")) != "root":
+            # A class that is no qdisc of its own belongs to the qdisc of its major number.
+            found.append(parent if parent in parents else parent.split(":")[0] + ":")
+        return found
+
+    leaves = set(parents) - {one for handle in parents for one in ancestors(handle)[1:]}
+    assert leaves
+    for leaf in leaves:
+        assert len(delays & set(ancestors(leaf))) == 1, (leaf, ancestors(leaf))

@@ -62,6 +62,10 @@ def test_command_line_doctor_misses_nothing() -> None:
     report = json.loads(done.stdout)
     assert done.returncode == 0, [one for one in report["findings"] if one["status"] == "missing"]
     assert report["ok"]
+    # The kernel has every qdisc, so trying one that is not found is wrong itself.
+    qdiscs = {one["name"]: one["status"] for one in report["findings"] if one["name"].startswith("qdisc ")}
+    assert {"qdisc ets", "qdisc netem", "qdisc plug", "qdisc red", "qdisc prio"} <= set(qdiscs)
+    assert set(qdiscs.values()) == {"ok"}, qdiscs
 
 
 def test_same_instructions_take_the_same_time() -> None:
