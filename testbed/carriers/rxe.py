@@ -114,7 +114,7 @@ class RxeTransport:
         self._regions: dict[tuple[str, int], Any] = {}
 
     def _open_devices(self, fabric: Fabric, planned: PlannedWorkload) -> dict[int, VerbsDevice]:
-        """Make and open a device for each NIC that takes part."""
+        """Open a device for each NIC that takes part, made for it unless it is a deployed lab's."""
         topology, stack = fabric.plan.topology, self._stack
         wanted: dict[str, tuple[str, int]] = {}
         names: dict[int, str] = {}
@@ -124,6 +124,9 @@ class RxeTransport:
             port = topology.nics[nic]
             netns = open_namespace(fabric.namespace_of(topology.nodes[port.node].name))
             stack.callback(os.close, netns)
+            if port.id in fabric.rxe_devices:  # an interface bears one
+                names[nic] = fabric.rxe_devices[port.id]
+                continue
             names[nic] = f"tb{os.getpid()}n{nic}"
             wanted[names[nic]] = (port.ifname, netns)
         stack.enter_context(rxe_devices(wanted))

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from testbed.errors import LabError
 from testbed.fabric.apply import IFINDEX_BASE, apply_operations
 from testbed.fabric.back_ends import choose_back_ends
+from testbed.fabric.rxe_devices import create_lab_devices
 from testbed.fabric.signals import HeldSignals, signals_held
 from testbed.fabric.tables import TableWriter, count_rows
 from testbed.kernel import bpf, layout, registry
@@ -159,7 +160,12 @@ class Fabric:
         kept = False
         try:
             signals.release()
-            yield cls(plan, state, lock, cls._build(plan, state, any_workload))
+            arrays = cls._build(plan, state, any_workload)
+            if not ephemeral:  # a run's own carrier makes those that it needs
+                create_lab_devices(plan, state)
+            state.ready = True
+            registry.write_state(state)
+            yield cls(plan, state, lock, arrays)
             signals.hold()
             kept = not ephemeral
         finally:
@@ -172,7 +178,7 @@ class Fabric:
 
     @staticmethod
     def _build(plan: Plan, state: registry.LabState, any_workload: bool) -> layout.MappedArrays:
-        """Load the programs, fill the maps, build everything and record the lab as ready."""
+        """Load the programs, fill the maps and build everything."""
         entries = _map_entries(plan, any_failure=any_workload)
         loaded = bpf.load_object(
             map_entries=entries,
@@ -214,8 +220,6 @@ class Fabric:
             )
         finally:
             loaded.close()
-        state.ready = True
-        registry.write_state(state)
         return arrays
 
     @classmethod
@@ -253,6 +257,11 @@ class Fabric:
     def name(self) -> str:
         """The lab's name."""
         return self.state.name
+
+    @property
+    def rxe_devices(self) -> dict[int, str]:
+        """The lab's own soft-RoCE devices, by the id of the port that each stands on."""
+        return {int(port_id): name for port_id, name in self.state.rxe_devices.items()}
 
     @property
     def probe_cpu(self) -> int:

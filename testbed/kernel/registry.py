@@ -22,6 +22,7 @@ from typing import Any
 from testbed.errors import LabError, MachineError
 from testbed.kernel.host_tuning import restore_host
 from testbed.kernel.namespaces import NETNS_DIR, delete_namespace
+from testbed.kernel.rxe import delete_rxe, has_device
 
 REGISTRY_DIR = Path("/run/testbed")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,38}[a-z0-9])?")
@@ -41,6 +42,7 @@ class LabState:
         pid: The process that built it, for people.
         scenario: The resolved scenario.
         details: What the fabric needs to find itself again (map ids, sizes).
+        rxe_devices: Name of the soft-RoCE device of each port that has one, by the port's id as text.
     """
 
     name: str
@@ -51,6 +53,7 @@ class LabState:
     pid: int = field(default_factory=os.getpid)
     scenario: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    rxe_devices: dict[str, str] = field(default_factory=dict)
 
 
 class LabLock:
@@ -192,7 +195,7 @@ def lock_lab(name: str) -> LabLock:
 
 
 def delete_lab(state: LabState) -> list[str]:
-    """Remove a lab's namespaces (and so its links, qdiscs and programs) and its record; its lock must be held.
+    """Remove a lab's devices, namespaces (and so links, qdiscs and programs) and its record; its lock must be held.
 
     Returns:
         Namespaces that bear a name of this lab and are not its own; they are left alone.
@@ -202,6 +205,10 @@ def delete_lab(state: LabState) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
             write_state(state)
     _end_processes(state)
+    # Before the interfaces that they stand on, and waited for: their deletion is asynchronous.
+    for name in state.rxe_devices.values():
+        if has_device(name):
+            delete_rxe(name)
     foreign = [name for name in state.namespaces.values() if not delete_namespace(name, state.mark)]
     shutil.rmtree(_lab_dir(state.name), ignore_errors=True)
     return foreign

@@ -53,11 +53,16 @@ def create_rxe(name: str, ifname: str, netns_fd: int) -> None:
         )
 
 
+def has_device(name: str) -> bool:
+    """Return whether an RDMA device of that name exists, in whatever namespace."""
+    return (_DEVICES / name).exists()
+
+
 def delete_rxe(name: str) -> None:
     """Delete a device and wait until it is gone."""
     _run("rdma", "link", "delete", name)
     deadline = time.monotonic() + _PATIENCE_S
-    while (_DEVICES / name).exists() and time.monotonic() < deadline:
+    while has_device(name) and time.monotonic() < deadline:
         time.sleep(_LOOK_S)
 
 
