@@ -38,9 +38,8 @@ def round_trip_of(link_delay: str) -> float:
         return least_round_trip_ns(fabric)
 
 
-@pytest.mark.parametrize("choice", ["netem", "auto"])
-def test_a_round_trip_takes_the_delay_of_every_link_twice(choice: str) -> None:
-    without, delayed = round_trip_of("carrier"), round_trip_of(choice)
+def test_a_round_trip_takes_the_delay_of_every_link_twice() -> None:
+    without, delayed = round_trip_of("carrier"), round_trip_of("auto")
     expected = 2 * 4 * LINK_DELAY_NS * DILATION
     print(f"round trip {without / 1e6:.3f} ms without, {delayed / 1e6:.3f} ms with four links of {LINK_DELAY_NS} ns")
     # No frame comes early. Late ones: where this host is busy, an idle guest's timers wait for it.
