@@ -119,6 +119,16 @@ def _find_programs() -> _Programs:
     return _Programs(qemu, in_c or in_rust or "", in_c is not None)
 
 
+def _quiet_submounts(virtiofsd: str) -> list[str]:
+    """Return the option that keeps virtiofsd, the one in Rust, from telling the guest which folders are mount points.
+
+    An overlay refuses those of the layer below (EREMOTE), and the guest mounts over /proc and others of them.
+    """
+    option = "--no-announce-submounts"
+    told = subprocess.run([virtiofsd, "--help"], capture_output=True, text=True, check=False)
+    return [option] if option in told.stdout else []
+
+
 def probe_kvm(qemu: str) -> bool:
     """Return whether KVM runs a guest here: QEMU must come up under it, and firmware must run to its end."""
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
@@ -283,7 +293,13 @@ def _serve_root(folder: Path, programs: _Programs) -> Iterator[Path]:
             "--thread-pool-size=1",
         ]
         if programs.virtiofsd_in_c
-        else [f"--shared-dir={root}", "--cache=always", "--sandbox=chroot", f"--socket-path={path}"]
+        else [
+            f"--shared-dir={root}",
+            "--cache=always",
+            "--sandbox=chroot",
+            f"--socket-path={path}",
+            *_quiet_submounts(programs.virtiofsd),
+        ]
     )
     with (folder / "virtiofsd.log").open("w+") as log:
         child = subprocess.Popen(
