@@ -42,6 +42,7 @@ def doubts_of(plan: Plan, samples: WorkloadSamples, tolerance: float) -> str:
         wall_gate_allowance_ns=plan.wall_gate_allowance_ns,
     )
     error = verdict.estimated_error_fraction
+    print(f"{verdict.verdict}: the machine's share may be {error}, the bar tolerates {tolerance}")
     if verdict.verdict is not FidelityVerdict.INVALID and error is not None and error < tolerance:
         return ""
     return "; ".join(verdict.reasons)

@@ -34,6 +34,8 @@ workload: [{pattern: flows, flows: [{src: 0, dst: 1, size: 48 MiB}], iters: 1, w
 PACKETS = 48 * 2**20 // 4096
 LOOP_PACKETS = 102
 TOLERANCE = 0.1
+# What the machine's share in a completion time may be, of runs that are judged: a fraction of what the bars allow for.
+MACHINE = 0.02
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def stream(loss: float, recovery: str) -> Streamed:
             )
         return seen, [samples]
 
-    return judged(plan, run, TOLERANCE)
+    return judged(plan, run, MACHINE)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ def incast(fan_in: int, *settings: str) -> Incast:
         print(seen, samples.timeouts, "timeouts")
         return seen, [samples]
 
-    return judged(plan, run, TOLERANCE)
+    return judged(plan, run, MACHINE)
 
 
 @pytest.mark.parametrize("fan_in", [15, pytest.param(31, marks=pytest.mark.slow)])
@@ -139,6 +141,15 @@ def test_incast_before_a_shallow_switch_completes_by_go_back_n(fan_in: int) -> N
     # What was sent again made up for what was dropped, and for what came in vain behind it.
     assert seen.resent == seen.drops + seen.wasted
     assert seen.cct_ratio > 1 + TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fan_in", [15, 31])
+def test_the_same_incast_with_pfc_sends_nothing_twice(fan_in: int) -> None:
+    """Negative control: the buffer is what overflows."""
+    seen = incast(fan_in, "qos.pfc.enabled=true")
+    assert (seen.drops, seen.naks, seen.resent, seen.wasted) == (0, 0, 0, 0)
+    assert abs(seen.cct_ratio - 1) <= 0.02
 
 
 @pytest.mark.slow
@@ -156,7 +167,7 @@ def test_spraying_collapses_before_go_back_n_and_not_before_selective() -> None:
             return samples, [samples]
 
         # A collapse is one whatever the machine adds.
-        samples = run()[0] if recovery == "go_back_n" else judged(plan, run, 0.05)
+        samples = run()[0] if recovery == "go_back_n" else judged(plan, run, MACHINE)
         ratios[recovery] = samples.cct_ns[0] / plan.workloads[0].ideal_cct_ns
         if recovery == "selective":
             assert samples.retransmitted_packets == 0
