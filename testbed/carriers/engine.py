@@ -124,7 +124,7 @@ class EngineCarrier:
                 result = loop.run_iteration(schedule, streams, None if warmup else faults)
             except RunError as error:
                 dropped = int(queues["drop_packets"].sum() - drops_before)
-                raise _explained(error, plan, None if warmup else faults, dropped) from None
+                raise explained_error(error, plan, None if warmup else faults, dropped) from None
             if warmup:
                 warm.append(result.wall_ns / plan.dilation.value)
                 continue
@@ -165,7 +165,7 @@ class EngineCarrier:
         return self._recording.warnings() if self._recording else []
 
 
-def _explained(error: RunError, plan: Plan, faults: Faults | NoFaults | None, drops_packets: int) -> RunError:
+def explained_error(error: RunError, plan: Plan, faults: Faults | NoFaults | None, drops_packets: int) -> RunError:
     """Return an error that says what was broken when it happened, or that buffers were full."""
     step = plan.faults.steps[faults.step if isinstance(faults, Faults) else 0]
     broken = broken_at(plan.faults.incidents, step.at_ns)

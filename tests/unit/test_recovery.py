@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from testbed.carriers.engine import describe_connection
+from testbed.carriers.engine import describe_connection, explained_error
 from testbed.engine.recovery import RETRY_LIMIT, GoBackN, Selective
 from testbed.errors import RunError
 from testbed.kernel.layout import QP, WINDOW
@@ -194,3 +194,12 @@ def test_error_names_ranks_queue_pair_and_the_link_that_lost_most() -> None:
     assert "rank 12 to 0, QP 0x" in text
     assert text.endswith("most frames were lost on leaf1:spine0, 5 from leaf1/up0")
     assert "lost" not in describe_connection(plan, 0, index, np.zeros_like(lost))
+
+
+def test_error_says_when_full_buffers_dropped_frames() -> None:
+    plan = compile_plan(load_scenario(SCENARIO), capacity_packets_per_s=None)
+    error = RunError("rank 12 to 0: no ACK after 7 retries")
+    explained = explained_error(error, plan, None, drops_packets=5)
+    assert explained.message == "rank 12 to 0: no ACK after 7 retries; full buffers dropped 5 frames"
+    assert "qos.pfc.enabled" in (explained.hint or "")
+    assert explained_error(error, plan, None, drops_packets=0) is error
