@@ -22,20 +22,22 @@ loads neither scapy nor the engine.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from testbed.errors import LabError, MachineError, PlanError, TestbedError
 
 if TYPE_CHECKING:
-    from testbed.carriers.protocol import WorkloadSamples
+    from testbed.carriers.protocol import ApplicationSamples, WorkloadSamples
     from testbed.fabric import Fabric, Lab
     from testbed.fabric.capture import Capture, CaptureReport
     from testbed.fabric.inject import Injection
     from testbed.kernel.probe import Finding
     from testbed.measure.counters import FabricCounters
+    from testbed.measure.samples import MachineSamples
     from testbed.plan.model import Plan
     from testbed.plan.operations import BackEnds
     from testbed.plan.prediction import Prediction
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 _LAB_NAME_LENGTH = 37
 _MAX_LABS_OF_A_SCENARIO = 99
 _SIGNAL_EXIT = 128
+_WAITING = "waiting for another run on this machine"
 # Steps of a plotted line: more than a picture has pixels; on a page that can be zoomed, as many as a browser draws at ease.
 _IMAGE_STEPS, _PAGE_STEPS = 1200, 4000
 
@@ -211,7 +214,7 @@ def run(
         scenario: The scenario.
         name: A deployed lab to run on, at that lab's time dilation; None builds a lab for the run and removes it after.
         listener: Told of the progress.
-        output: Folder for ``result.json`` and ``scenario.yaml``; made if missing. None writes nothing.
+        output: Folder for ``result.json``, ``scenario.yaml`` and what applications write; made if missing. None writes nothing.
         pcap: Capture the run, warm-up included, into this pcapng file. That costs capacity; the result's warnings say so.
         pcap_ports: Nodes and ports to capture at, such as ``leaf0/up1``; by default the NICs of all hosts, where each
             frame is seen as it leaves and as it arrives.
@@ -238,7 +241,10 @@ def run(
             fabric = stack.enter_context(_attached(plan, name))
             heard.note(f"lab {name}: time dilation {plan.dilation.value:g}")
         capture = None if capturing is None else stack.enter_context(capturing(fabric))
-        result = _run_on(fabric, heard, capture, series=output if series else None)
+        if plan.applications:
+            result = _run_applications_on(fabric, heard, capture, output=output)
+        else:
+            result = _run_on(fabric, heard, capture, series=output if series else None)
         if output is not None:
             save_result(result, output)
     return result
@@ -999,51 +1005,101 @@ def _planned_capture(
         yield lambda fabric: capture.captured(fabric.state, plan.topology, ports, output, pcap, snap_bytes=snap)
 
 
+class _Sampled(Protocol):
+    """Raw figures of something that ran."""
+
+    @property
+    def machine(self) -> Sequence[MachineSamples]:
+        """What was noted about the machine in each measured iteration."""
+
+
+_S = TypeVar("_S", bound=_Sampled)
+
+
+class _Rows:
+    """Counts and judges what runs over a fabric, row by row: a bad one must not hide behind good ones, nor spoil them."""
+
+    def __init__(self, fabric: Fabric, listener: RunListener) -> None:
+        from testbed.host import MachineCounters
+
+        self._fabric = fabric
+        self._listener = listener
+        self._before = MachineCounters.read()
+        self.counters: list[FabricCounters] = []
+        self.fidelities: list[Fidelity] = []
+
+    def run(self, title: str, run: Callable[[_BaselineListener], _S]) -> _S:
+        """Run one row and return its samples."""
+        from testbed.host import MachineCounters
+        from testbed.measure.counters import FabricCounters, Snapshot
+        from testbed.measure.verdict import judge
+
+        fabric, plan = self._fabric, self._fabric.plan
+        self._listener.note(title)
+        heard = _BaselineListener(fabric, self._listener)
+        sampled = run(heard)
+        fabric.read_kernel_marks()
+        self.counters.append(
+            FabricCounters.between(
+                heard.baseline,
+                Snapshot.of(fabric.arrays.queues, fabric.arrays.qps, fabric.arrays.ingress),
+                wall_duration_ns=sum(one.wall_duration_ns for one in sampled.machine),
+            )
+        )
+        after = MachineCounters.read()
+        self.fidelities.append(
+            judge(
+                sampled.machine,
+                wall_tick_ns=plan.dilation.wall_tick_ns,
+                softnet_drops=after.drops_since(self._before),
+                steal_fraction=after.steal_fraction_since(self._before),
+                wall_gate_allowance_ns=plan.wall_gate_allowance_ns,
+                lossless_drops=int(self.counters[-1].headroom_drops_packets.sum()),
+            )
+        )
+        self._before = after
+        return sampled
+
+
 def _run_on(
     fabric: Fabric, listener: RunListener, capture: Capture | None = None, *, series: Path | None = None
 ) -> Result:
     """Run every workload item, at each of its sizes, over a fabric, one after the other."""
     from testbed.assemble import assemble_result
     from testbed.carriers.choose import open_carrier
-    from testbed.host import MachineCounters, read_host_facts
-    from testbed.measure.counters import FabricCounters, Snapshot
-    from testbed.measure.verdict import judge
+    from testbed.host import read_host_facts
 
     plan = fabric.plan
     host = read_host_facts()
     samples: list[WorkloadSamples] = []
-    counters: list[FabricCounters] = []
-    fidelities: list[Fidelity] = []
-    waiting = "waiting for another run on this machine"
-    with open_carrier(fabric, lambda: listener.note(waiting), series=series) as (carrier, refused):
-        before = MachineCounters.read()
+    with open_carrier(fabric, lambda: listener.note(_WAITING), series=series) as (carrier, refused):
+        rows = _Rows(fabric, listener)
         for index, planned in enumerate(plan.workloads):
-            listener.note(planned.title)
-            heard = _BaselineListener(fabric, listener)
-            samples.append(carrier.run(index, heard))
-            fabric.read_kernel_marks()
-            counters.append(
-                FabricCounters.between(
-                    heard.baseline,
-                    Snapshot.of(fabric.arrays.queues, fabric.arrays.qps, fabric.arrays.ingress),
-                    wall_duration_ns=sum(one.wall_duration_ns for one in samples[-1].machine),
-                )
-            )
-            after = MachineCounters.read()
-            # Row by row: a bad one must not hide behind good ones, nor spoil them.
-            fidelities.append(
-                judge(
-                    samples[-1].machine,
-                    wall_tick_ns=plan.dilation.wall_tick_ns,
-                    softnet_drops=after.drops_since(before),
-                    steal_fraction=after.steal_fraction_since(before),
-                    wall_gate_allowance_ns=plan.wall_gate_allowance_ns,
-                    lossless_drops=int(counters[-1].headroom_drops_packets.sum()),
-                )
-            )
-            before = after
+            samples.append(rows.run(planned.title, functools.partial(carrier.run, index)))
         refused = refused + carrier.warnings()
     warnings = [*refused, *(capture.stop().warnings() if capture is not None else ())]
     return assemble_result(
-        plan, samples, counters, fidelities, host=host, warnings=warnings, back_ends=fabric.back_ends
+        plan, samples, rows.counters, rows.fidelities, host=host, warnings=warnings, back_ends=fabric.back_ends
+    )
+
+
+def _run_applications_on(
+    fabric: Fabric, listener: RunListener, capture: Capture | None = None, *, output: Path | None = None
+) -> Result:
+    """Run every application over a fabric, one after the other; what they write goes below ``output``."""
+    from testbed.assemble import assemble_applications
+    from testbed.carriers.applications import application_carrier
+    from testbed.host import read_host_facts
+
+    plan = fabric.plan
+    host = read_host_facts()
+    samples: list[ApplicationSamples] = []
+    with application_carrier(fabric, output, lambda: listener.note(_WAITING)) as (carrier, refused):
+        rows = _Rows(fabric, listener)
+        for index, item in enumerate(plan.applications):
+            samples.append(rows.run(f"application {item.application}", functools.partial(carrier.run, index)))
+        refused = refused + carrier.warnings()
+    warnings = [*refused, *(capture.stop().warnings() if capture is not None else ())]
+    return assemble_applications(
+        plan, samples, rows.counters, rows.fidelities, host=host, warnings=warnings, back_ends=fabric.back_ends
     )

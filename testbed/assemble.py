@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from testbed.carriers.protocol import WorkloadSamples
+from testbed.carriers.protocol import ApplicationSamples, WorkloadSamples
 from testbed.measure.counters import FabricCounters
 from testbed.measure.verdict import worst
 from testbed.plan.model import Plan, PlannedWorkload
@@ -20,13 +20,16 @@ from testbed.plan.operations import BackEnds
 from testbed.plan.report import describe_back_ends
 from testbed.plan.victims import find_victims
 from testbed.results import (
+    ApplicationResult,
     Check,
     CollectiveResult,
+    CommandResult,
     FabricCounts,
     FabricResult,
     FaultResult,
     Fidelity,
     FidelityVerdict,
+    FigureResult,
     FlowResult,
     LinkDirection,
     LinkResult,
@@ -34,12 +37,15 @@ from testbed.results import (
 )
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
 from testbed.scenario import (
+    FIGURE_METRIC,
     FLOW_METRIC,
     JOB_METRIC,
     Carrier,
     CollectiveWorkload,
     CongestionControl,
     Expectation,
+    Figure,
+    FigureKind,
     Verdict,
     evaluate,
     parse_expectation,
@@ -87,6 +93,63 @@ def assemble_result(
         checks=tuple(judge_check(line, results) for line in expectations(plan)),
         warnings=(*plan.warnings, *warnings),
         back_ends={} if back_ends is None else describe_back_ends(plan, back_ends),
+    )
+
+
+def assemble_applications(
+    plan: Plan,
+    samples: Sequence[ApplicationSamples],
+    counters: Sequence[FabricCounters],
+    fidelities: Sequence[Fidelity],
+    *,
+    host: Mapping[str, Any],
+    warnings: Sequence[str],
+    back_ends: BackEnds,
+) -> Result:
+    """Return the result of a run of applications; arguments as for `assemble_result`."""
+    paused_ns = [sample.wall_paused_ns for sample in samples]
+    rows = tuple(
+        ApplicationResult(
+            application=item.application,
+            wall_duration_ns=sample.wall_duration_ns,
+            figures=tuple(figure_result(figure, sample, plan.dilation.value) for figure in item.figures),
+            commands=tuple(
+                CommandResult(
+                    iteration, one.host, one.command, one.exit_code, one.wall_duration_ns, one.output.as_posix()
+                )
+                for iteration, commands in enumerate(sample.commands)
+                for one in commands
+            ),
+            fabric=fabric_counts(counted_fabric(plan, counted, sample.wall_paused_ns)),
+            fidelity=fidelity,
+        )
+        for item, sample, counted, fidelity in zip(plan.applications, samples, counters, fidelities, strict=True)
+    )
+    return Result(
+        scenario=plan.scenario.resolved(),
+        seed=plan.scenario.seed,
+        time_dilation=plan.dilation.value,
+        host=host,
+        fabric=counted_fabric(plan, functools.reduce(operator.add, counters), np.sum(paused_ns, axis=0)),
+        fidelity=worst(fidelities),
+        checks=tuple(judge_application_check(line, rows) for line in expectations(plan)),
+        warnings=(*plan.warnings, *warnings),
+        back_ends=describe_back_ends(plan, back_ends),
+        applications=rows,
+    )
+
+
+def figure_result(figure: Figure, sample: ApplicationSamples, dilation: float) -> FigureResult:
+    """Return a figure as it was printed, and as it is on the emulated fabric."""
+    printed = sample.figures[figure.name]
+    known = [value for value in printed if value is not None]
+    factor = {FigureKind.NUMBER: 1.0, FigureKind.RATE: dilation, FigureKind.TIME: 1.0 / dilation}[figure.kind]
+    return FigureResult(
+        name=figure.name,
+        kind=str(figure.kind),
+        unit=figure.unit,
+        printed=printed,
+        value=statistics.median(known) * factor if known and len(known) == len(printed) else None,
     )
 
 
@@ -268,25 +331,34 @@ def fabric_result(plan: Plan, counters: FabricCounters, samples: Sequence[Worklo
     """Return what the fabric counted; figures of mechanisms that are off stay None."""
     controlled = plan.scenario.transport.congestion_control is not CongestionControl.NONE
     paused_ns = sum((sample.wall_paused_ns for sample in samples), np.zeros(len(plan.topology.ports) + 1))
-    return FabricResult(
-        drops_packets=int(counters.drops_packets.sum()),
-        headroom_drops_packets=int(counters.headroom_drops_packets.sum()) if plan.pausing else None,
-        lost_packets=int(counters.lost_packets.sum()),
+    return replace(
+        counted_fabric(plan, counters, paused_ns),
         out_of_order_packets=counters.out_of_order_packets,
         retransmitted_packets=sum(sample.retransmitted_packets for sample in samples),
         nak_packets=counters.nak_packets,
         duplicate_packets=counters.duplicate_packets if plan.scenario.transport.carrier is Carrier.ENGINE else None,
         timeouts=_sum_of_all([sample.timeouts for sample in samples]),
-        ecn_marked_packets=int(counters.marked_packets.sum()) if plan.marking else None,
         cnp_packets=counters.cnp_packets if controlled else None,
+        **admission_figures(samples),
+    )
+
+
+def counted_fabric(plan: Plan, counters: FabricCounters, wall_paused_ns: npt.NDArray[np.float64]) -> FabricResult:
+    """Return what switches and links counted, whatever sent it."""
+    return FabricResult(
+        drops_packets=int(counters.drops_packets.sum()),
+        headroom_drops_packets=int(counters.headroom_drops_packets.sum()) if plan.pausing else None,
+        lost_packets=int(counters.lost_packets.sum()),
+        ecn_marked_packets=int(counters.marked_packets.sum()) if plan.marking else None,
         pause_frames=int(counters.pause_frames.sum()) if plan.pausing else None,
-        paused_fraction_max=float(paused_ns.max()) / counters.wall_duration_ns
+        paused_fraction_max=float(wall_paused_ns.max()) / counters.wall_duration_ns
         if plan.pausing and counters.wall_duration_ns
         else None,
         leaf_down_peak_bytes=max((int(counters.peak_bytes[port.peer]) for port in plan.topology.nics), default=None),
-        **admission_figures(samples),
         links=tuple(
-            LinkResult(link.name, tuple(link_direction(plan, counters, port, paused_ns) for port in (link.a, link.b)))
+            LinkResult(
+                link.name, tuple(link_direction(plan, counters, port, wall_paused_ns) for port in (link.a, link.b))
+            )
             for link in plan.topology.links
         ),
     )
@@ -298,7 +370,7 @@ def _sum_of_all(numbers: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(numbers) else None
 
 
-def admission_figures(samples: Sequence[WorkloadSamples]) -> dict[str, int | None]:
+def admission_figures(samples: Sequence[WorkloadSamples]) -> dict[str, Any]:
     """Return the figures of receiver-driven admission by key; nothing without it."""
     noted = [one for sample in samples for one in sample.admission]
     if not noted:
@@ -359,7 +431,12 @@ def judge_check(expectation: Expectation, results: Sequence[CollectiveResult]) -
         for index, row in enumerate(results)
         if len(row.beside) == len(jobs) - 1 and (not job or row.job == job[1])
     }
-    judged = {index: figure for index, figure in figures.items() if _may_be_judged(results[index])}
+    return _judge(expectation, figures, [_may_be_judged(row) for row in results])
+
+
+def _judge(expectation: Expectation, figures: Mapping[int, float | None], may_be_judged: Sequence[bool]) -> Check:
+    """Return the check of some rows' figures, by the rows' indices."""
+    judged = {index: figure for index, figure in figures.items() if may_be_judged[index]}
     row = _furthest(expectation, judged)
     verdict = evaluate(expectation, None if row is None else judged[row], trusted=True)
     if verdict is not Verdict.FAIL:
@@ -376,7 +453,22 @@ def judge_check(expectation: Expectation, results: Sequence[CollectiveResult]) -
     )
 
 
-def _may_be_judged(row: CollectiveResult) -> bool:
+def judge_application_check(expectation: Expectation, rows: Sequence[ApplicationResult]) -> Check:
+    """Return what came of one line of ``expect:`` about applications, as `judge_check` does of collectives.
+
+    A figure's line is of the rows that have the figure, any other of all.
+    """
+    named = FIGURE_METRIC.fullmatch(expectation.metric)
+    figures: dict[int, float | None] = {}
+    for index, row in enumerate(rows):
+        if named is None:
+            figures[index] = getattr(row.fabric, expectation.metric)
+        else:
+            figures.update((index, figure.value) for figure in row.figures if figure.name == named[1])
+    return _judge(expectation, figures, [_may_be_judged(row) for row in rows])
+
+
+def _may_be_judged(row: CollectiveResult | ApplicationResult) -> bool:
     return row.fidelity is not None and row.fidelity.verdict is not FidelityVerdict.INVALID
 
 

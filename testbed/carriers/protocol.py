@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -50,6 +52,44 @@ class WorkloadSamples:
     warmup_cct_ns: tuple[float, ...] = ()
     faults: tuple[tuple[Sighting, ...], ...] = ()
     timeouts: int | None = None
+
+
+@dataclass(frozen=True)
+class CommandSample:
+    """One command of an application in one measured iteration.
+
+    Attributes:
+        host: Number of its host.
+        command: Its command line, filled in.
+        exit_code: Of a service, which is ended by us, None.
+        wall_duration_ns: How long it ran, to a tick.
+        output: File with its standard output; its standard error is beside it.
+    """
+
+    host: int
+    command: str
+    exit_code: int | None
+    wall_duration_ns: int
+    output: Path
+
+
+@dataclass(frozen=True, eq=False)
+class ApplicationSamples:
+    """Raw figures of one application.
+
+    Attributes:
+        wall_duration_ns: Of each measured iteration, from the first command's begin to the last one's end.
+        machine: What was noted about the machine in each measured iteration.
+        wall_paused_ns: Time each port was paused in the measured iterations, shape ``(ports + 1,)``.
+        commands: The commands of each measured iteration.
+        figures: What each measured iteration printed of each figure, None where nothing matched; by the figure's name.
+    """
+
+    wall_duration_ns: tuple[int, ...]
+    machine: tuple[MachineSamples, ...]
+    wall_paused_ns: npt.NDArray[np.float64]
+    commands: tuple[tuple[CommandSample, ...], ...]
+    figures: Mapping[str, tuple[float | None, ...]]
 
 
 class ProgressListener(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -24,8 +25,9 @@ from testbed.cli.options import (
 
 if TYPE_CHECKING:
     from testbed.errors import Mistake
-    from testbed.results import Check, CollectiveResult, FabricResult, Result
+    from testbed.results import ApplicationResult, Check, CollectiveResult, FabricResult, Result
     from testbed.scenario import Scenario
+    from testbed.scenario.model import WorkloadItem
 
 # nccl-tests' options, and the key of a workload item that each one sets.
 SWEEP_OPTIONS = {
@@ -124,7 +126,7 @@ def run(
             "--output",
             metavar="DIR",
             envvar="TESTBED_OUTPUT",
-            help="Folder for result.json, scenario.yaml and the time series. [default: results/NAME-DATE-TIME]",
+            help="Folder for result.json, scenario.yaml, time series, applications' output. [default: results/NAME-DATE-TIME]",
             show_default=False,
         ),
     ] = None,
@@ -233,7 +235,7 @@ def load_with_options(
     """
     from testbed import api
     from testbed.errors import ScenarioError
-    from testbed.scenario import FlowsWorkload
+    from testbed.scenario import ApplicationWorkload, FlowsWorkload
 
     if seed is not None:
         overrides = [*overrides, f"seed={seed}"]
@@ -245,14 +247,19 @@ def load_with_options(
         each = {**dict.fromkeys(growth, "null"), **each}
     if not each:
         return scenario
-    places = {f"workload[{index}]": item for index, item in enumerate(scenario.workload)}
+    places: dict[str, WorkloadItem] = {f"workload[{index}]": item for index, item in enumerate(scenario.items)}
     for number, job in enumerate(scenario.jobs):
         places |= {f"jobs[{number}].workload[{index}]": item for index, item in enumerate(job.workload)}
     if given:
         for place, item in places.items():
-            if isinstance(item, FlowsWorkload):
+            if isinstance(item, FlowsWorkload | ApplicationWorkload):
+                what = (
+                    "lists flows, each with a size of its own"
+                    if isinstance(item, FlowsWorkload)
+                    else "is an application"
+                )
                 raise typer.BadParameter(
-                    f"{place} lists flows, each with a size of its own: there is nothing to sweep",
+                    f"{place} {what}: there is nothing to sweep",
                     param_hint=SWEEP_OPTIONS[next(iter(given))],
                 )
     set_each = [f"{place}.{key}={value}" for place in places for key, value in each.items()]
@@ -291,19 +298,24 @@ def _default_folder(scenario: Scenario) -> Path:
 
 def render_result(result: Result) -> str:
     """Return table, verdict, checks and warnings; all lines but the table's rows begin with ``#``."""
-    from testbed.results import render_table
+    from testbed.results import render_applications, render_table
 
     host = result.host
     comments = [
         f"{result.scenario['name']}: time dilation {result.time_dilation:g}, seed {result.seed}; all figures are emulated",
         f"{host.get('cpu_model')}, {host.get('cpus_available')} CPUs, Linux {host.get('kernel')}{_clock(host)}",
     ]
-    lines = [render_table(result.results, comments)]
     fabric = result.fabric
-    lines.append(
-        f"# fabric: {fabric.drops_packets} drops, {fabric.out_of_order_packets} out of order, "
-        f"{fabric.nak_packets} NAKs, {fabric.retransmitted_packets} retransmitted (packets)\n"
-    )
+    if result.applications:
+        lines = [render_applications(result.applications, comments)]
+        lines.append(f"# fabric: {fabric.drops_packets} drops (packets)\n")
+        lines += _switch_lines(fabric)
+    else:
+        lines = [render_table(result.results, comments)]
+        lines.append(
+            f"# fabric: {fabric.drops_packets} drops, {fabric.out_of_order_packets} out of order, "
+            f"{fabric.nak_packets} NAKs, {fabric.retransmitted_packets} retransmitted (packets)\n"
+        )
     if fabric.retransmitted_packets or fabric.duplicate_packets or fabric.timeouts:
         figures = ("-" if one is None else one for one in (fabric.timeouts, fabric.duplicate_packets))
         lines.append("# loss recovery: {} timeouts, {} duplicates (packets)\n".format(*figures))
@@ -321,6 +333,25 @@ def render_result(result: Result) -> str:
         lines.append(f"# check: {check.expect}: {check.verdict} ({_observed(check, result)})\n")
     lines += [f"# warning: {warning}\n" for warning in result.warnings]
     return "".join(lines)
+
+
+_MOST_SWITCHES = 8
+
+
+def _switch_lines(fabric: FabricResult) -> list[str]:
+    """Return what each switch sent, the busiest first: which of them an application's packets took."""
+    from testbed.units import format_size
+
+    nbytes: Counter[str] = Counter()
+    packets: Counter[str] = Counter()
+    for way in (way for link in fabric.links for way in link.directions):
+        node = way.src.partition("/")[0]
+        nbytes[node] += way.bytes or 0
+        packets[node] += way.packets or 0
+    switches = [node for node, _ in nbytes.most_common() if not node.startswith("host")]
+    words = [f"{node} {packets[node]} packets, {format_size(nbytes[node])}" for node in switches[:_MOST_SWITCHES]]
+    more = f"; {len(switches) - _MOST_SWITCHES} more" if len(switches) > _MOST_SWITCHES else ""
+    return [f"# sent: {'; '.join(words)}{more}\n"]
 
 
 def _clock(host: Mapping[str, Any]) -> str:
@@ -406,11 +437,12 @@ def _slowdown_lines(result: Result) -> list[str]:
 
 def _reasons(result: Result) -> list[str]:
     """Return why the figures are not trusted: row by row where there are several."""
-    if len(result.results) == 1:
+    rows = result.applications or result.results
+    if len(rows) == 1:
         return list(result.fidelity.reasons) if result.fidelity else []
     return [
         f"{_name_row(row)}: {row.fidelity.verdict}, {reason}"
-        for row in result.results
+        for row in rows
         if row.fidelity
         for reason in row.fidelity.reasons
     ]
@@ -420,12 +452,17 @@ def _observed(check: Check, result: Result) -> str:
     """Return the figure of a check, and the row that it is from where there are several."""
     if check.observed is None:
         return "observed not measured"
-    where = f", {_name_row(result.results[check.row])}" if check.row is not None and len(result.results) > 1 else ""
+    rows = result.applications or result.results
+    where = f", {_name_row(rows[check.row])}" if check.row is not None and len(rows) > 1 else ""
     return f"observed {check.observed:.6g}{where}"
 
 
-def _name_row(row: CollectiveResult) -> str:
+def _name_row(row: CollectiveResult | ApplicationResult) -> str:
+    from testbed.results import ApplicationResult
     from testbed.units import format_size
+
+    if isinstance(row, ApplicationResult):
+        return row.application
 
     job = "" if row.job is None else f"job {row.job}{' beside ' + ','.join(row.beside) if row.beside else ' alone'}: "
     return f"{job}{row.collective} of {format_size(row.size_bytes)}"

@@ -90,6 +90,9 @@ def paths(
     if output_format is OutputFormat.JSON:
         print(render_json(report))
         return
+    if report.predicted_cct_ratio is None:
+        print("applications open their flows themselves: neither paths nor completion times are predicted")
+        return
     flows = [(flow.name, flow.udp_source_port, _render_path(flow)) for flow in report.flows]
     links = [
         (load.name, load.flows, f"{load.load_fraction:.2f}")
@@ -377,7 +380,10 @@ def _render_plan(plan: Plan, report: dict[str, Any]) -> str:
             (row["job"], _render_numbers(row["hosts"]), ",".join(row["beside"]), *item)
             for row, item in zip(report["workloads"], items, strict=True)
         ]
-    lines.append("\n" + render_columns(header, items, right=right))
+    if plan.applications:
+        lines.append("\n" + _render_applications(report["applications"]))
+    else:
+        lines.append("\n" + render_columns(header, items, right=right))
     lines += _admission_lines(report["workloads"])
     lines += [f"warning: {warning}\n" for warning in plan.warnings]
     if "operations" in report:
@@ -385,6 +391,25 @@ def _render_plan(plan: Plan, report: dict[str, Any]) -> str:
             "\n" + render_columns(("node", "command"), [(o["node"], o["command"]) for o in report["operations"]])
         )
     return "".join(lines)
+
+
+def _render_applications(rows: Sequence[dict[str, Any]]) -> str:
+    from testbed.cli.text import render_columns
+    from testbed.units import format_time
+
+    header = ("application", "hosts", "commands", "iters", "wall timeout", "predicted ratio")
+    cells = [
+        (
+            row["application"],
+            _render_numbers(row["hosts"]),
+            row["commands"],
+            f"{row['warmup_iters']}+{row['iters']}",
+            format_time(row["wall_timeout_ns"]),
+            "none: it opens its flows itself",
+        )
+        for row in rows
+    ]
+    return render_columns(header, cells, right=("commands", "iters", "wall timeout"))
 
 
 def _fault_lines(report: dict[str, Any]) -> list[str]:

@@ -111,6 +111,11 @@ def rxe_devices(wanted: dict[str, tuple[str, int]]) -> Iterator[None]:
         yield
 
 
+def load_connection_manager() -> None:
+    """Load what gives programs RDMA's connection manager (librdmacm); it may be built in."""
+    _run("modprobe", "-q", "rdma_ucm")
+
+
 def _require_programs() -> None:
     if shutil.which("rdma") is None:
         raise MachineError("there is no program 'rdma'", hint="apt-get install iproute2")

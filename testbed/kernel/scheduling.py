@@ -7,7 +7,7 @@ import ctypes
 import gc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from testbed.errors import MachineError
@@ -81,6 +81,20 @@ def engine_thread(cpu: int) -> Iterator[list[str]]:
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, policy, parameter)
         os.sched_setaffinity(0, affinity)
+
+
+@contextlib.contextmanager
+def ordinary_thread(cpus: Collection[int]) -> Iterator[None]:
+    """Give the calling thread the usual priority and ``cpus`` for the block: what a child that begins in it inherits."""
+    affinity = os.sched_getaffinity(0)
+    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        os.sched_setaffinity(0, cpus)
+        yield
+    finally:
+        os.sched_setaffinity(0, affinity)
+        os.sched_setscheduler(0, policy, parameter)
 
 
 class MonotonicClock:

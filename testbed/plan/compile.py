@@ -203,7 +203,7 @@ def compile_plan(
     items = [
         (index, item, _spread_over_qps(traffic, scenario, topology)) for index, item, traffic in _all_traffic(scenario)
     ]
-    if not items:
+    if not items and not scenario.applications:
         raise PlanError("the workload is empty")
     settings = routing_settings(
         scenario, tuple(_demands(sent, topology, scenario.transport.carrier) for _, _, sent in items)
@@ -234,6 +234,9 @@ def compile_plan(
             load *= 1.0 + planned.admission.grants * scenario.transport.mtu_bytes / planned.admission.window_bytes
         if senders and load >= offered:
             offered, hops = load, float(np.mean([len(path.ports) for path in planned.paths]))
+    if scenario.applications:
+        offered = sum(nic.rate_bits_per_s for nic in topology.nics) / frame_bits
+        hops = _longest_path_hops(scenario)
     # Connections of one NIC differ in their paths; the shortest way in use sets the smallest time.
     delays = [path.delay_ns for planned in workloads for path in planned.paths if path.delay_ns > 0]
     times = [(min(delays), "one-way path delay")] if delays else []
@@ -276,6 +279,14 @@ def compile_plan(
         faults=faults,
     )
     return replace(plan, warnings=find_warnings(plan))
+
+
+def _longest_path_hops(scenario: Scenario) -> float:
+    """Return the links of the longest path: what any two programs may talk over is not known."""
+    fabric = scenario.fabric
+    if isinstance(fabric, ZonesFabric) and fabric.zones > 1:
+        return 6.0
+    return 2.0 if isinstance(fabric, StarFabric) or fabric.leaves == 1 else 4.0
 
 
 def routing_settings(scenario: Scenario, traffic: tuple[tuple[Demand, ...], ...]) -> RoutingSettings:
@@ -759,13 +770,13 @@ def _retransmit_timeout_ns(
     """
     if scenario.transport.retransmit_timeout_ns is not None:
         return scenario.transport.retransmit_timeout_ns
-    loop_ns = 2 * max(int(planned.one_way_ns.max(initial=0)) for planned in workloads)
+    loop_ns = 2 * max((int(planned.one_way_ns.max(initial=0)) for planned in workloads), default=0)
     slowest = min(port.rate_bits_per_s for port in topology.ports)
     queue_ns = 8_000_000_000 * scenario.fabric.switch.buffer_bytes // slowest
     held_ns = 0
     if scenario.qos.pfc.enabled:
         frame_bits = 8 * (frame_bytes(Opcode.WRITE_MIDDLE, scenario.transport.mtu_bytes) + LINK_OVERHEAD_BYTES)
-        sharing = max(_most_sharing(planned) for planned in workloads)
+        sharing = max((_most_sharing(planned) for planned in workloads), default=1)
         held_ns = sharing * NIC_QUEUE_FRAMES * frame_bits * 10**9 // slowest
     stall_ns = math.ceil(_TIMEOUT_TICKS * dilation.wall_tick_ns / dilation.value)
     return max(_TIMEOUT_LOOPS * loop_ns + _TIMEOUT_QUEUES * queue_ns + held_ns, stall_ns)

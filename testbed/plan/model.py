@@ -45,7 +45,7 @@ from testbed.plan.qos import (
 from testbed.roce.queue_pairs import Connection
 from testbed.roce.wire import LINK_OVERHEAD_BYTES
 from testbed.routing import ForwardingTables, Path, Route
-from testbed.scenario import CollectiveWorkload, FlowsWorkload, Scenario, Workload
+from testbed.scenario import ApplicationWorkload, CollectiveWorkload, FlowsWorkload, Scenario, Workload
 from testbed.topology import NodeKind, Topology
 from testbed.units import format_size
 
@@ -250,7 +250,7 @@ class Plan:
         topology: Nodes, ports, links.
         tables: Forwarding tables.
         dilation: Time dilation and what set it.
-        workloads: The workload, ready to run: one per item and size.
+        workloads: The workload, ready to run: one per item and size; empty where it is of applications.
         wall_tick_lateness_ns: How late this machine's ticks are at their 99th percentile; None where it was not measured.
         retransmit_timeout_ns: Emulated.
         warnings: What the lint found.
@@ -266,6 +266,11 @@ class Plan:
     retransmit_timeout_ns: int
     warnings: tuple[str, ...]
     faults: FaultPlan
+
+    @property
+    def applications(self) -> tuple[ApplicationWorkload, ...]:
+        """Return the applications to run; empty where the workload is of collectives and patterns."""
+        return self.scenario.applications
 
     @property
     def largest_workloads(self) -> tuple[PlannedWorkload, ...]:

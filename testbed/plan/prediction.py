@@ -178,6 +178,11 @@ def predict(
     topology = build_topology(scenario)
     down = _find_ports(topology, links_down)
     rounds = _rounds_of(scenario, topology)
+    if scenario.applications:
+        raise PlanError(
+            "there is nothing to predict: applications open their flows themselves, how many and of what size is not known",
+            hint="`testbed run` counts what crosses each link",
+        )
     if not rounds:
         raise PlanError("the workload is empty")
     first = scenario.routing.hash_seed

@@ -96,13 +96,14 @@ class PathReport:
         flows: All flows, item by item.
         links: Every direction of every link that a flow crosses.
         collisions: Switch ports with more than one flow; a port towards a host is among them.
-        predicted_cct_ratio: Completion time over that of a non-blocking core, of the worst item.
+        predicted_cct_ratio: Completion time over that of a non-blocking core, of the worst item; None where the workload is of
+            applications: they open their flows themselves.
     """
 
     flows: tuple[FlowPath, ...]
     links: tuple[LinkLoad, ...]
     collisions: tuple[PathCollision, ...]
-    predicted_cct_ratio: float
+    predicted_cct_ratio: float | None
 
 
 def describe_paths(plan: Plan) -> PathReport:
@@ -121,7 +122,7 @@ def describe_paths(plan: Plan) -> PathReport:
             PathCollision(collision.port_name, index, collision.flows)
             for collision in find_collisions(plan.topology, paths)
         ]
-    worst = max(planned.predicted_cct_ratio for planned in plan.workloads)
+    worst = max((planned.predicted_cct_ratio for planned in plan.workloads), default=None)
     return PathReport(tuple(flows), tuple(links), tuple(collisions), worst)
 
 
@@ -338,6 +339,18 @@ def describe_plan(plan: Plan, *, operations: bool = False, back_ends: BackEnds |
         "retransmit_timeout_ns": plan.retransmit_timeout_ns,
         "warnings": list(plan.warnings),
     }
+    if plan.applications:
+        report["applications"] = [
+            {
+                "application": one.application,
+                "hosts": sorted({command.host for command in one.commands}),
+                "commands": len(one.commands),
+                "iters": one.iters,
+                "warmup_iters": one.warmup_iters,
+                "wall_timeout_ns": one.wall_timeout_ns,
+            }
+            for one in plan.applications
+        ]
     if plan.faults.incidents:
         report["faults"] = [
             {"text": one.text, "at_ns": one.begin_ns, "until_ns": one.end_ns} for one in plan.faults.incidents

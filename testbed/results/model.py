@@ -317,6 +317,68 @@ class CollectiveResult:
 
 
 @dataclass(frozen=True, slots=True)
+class FigureResult:
+    """A number that an application writes.
+
+    Attributes:
+        name: By which `expect` calls it.
+        kind: ``number``, ``rate`` or ``time``: what it is to time dilation.
+        unit: Its unit, for people.
+        printed: What each measured iteration wrote, on this machine's clock; None where nothing matched.
+        value: Their median, of a rate times the time dilation, of a time over it: what it is on the emulated fabric. None where
+            an iteration lacks it.
+    """
+
+    name: str
+    kind: str
+    unit: str
+    printed: tuple[float | None, ...]
+    value: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """One command of an application in one measured iteration.
+
+    Attributes:
+        iteration: Which, from 0.
+        host: Number of its host.
+        command: Its command line, placeholders filled in.
+        exit_code: Its exit code; None of a service, which is ended with the iteration.
+        wall_duration_ns: How long it ran on this machine's clock, to a tick.
+        output: File below the results' ``applications`` with its standard output; ``.err`` beside it has its standard error.
+    """
+
+    iteration: int
+    host: int
+    command: str
+    exit_code: int | None
+    wall_duration_ns: int
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class ApplicationResult:
+    """One application that ran as it is.
+
+    Attributes:
+        application: Its name.
+        wall_duration_ns: Of each measured iteration on this machine's clock, first command's begin to last one's end.
+        figures: Numbers that it wrote.
+        commands: What ran.
+        fabric: What the fabric counted in its measured iterations.
+        fidelity: Whether its figures can be trusted.
+    """
+
+    application: str
+    wall_duration_ns: tuple[int, ...]
+    figures: tuple[FigureResult, ...] = ()
+    commands: tuple[CommandResult, ...] = ()
+    fabric: FabricCounts = field(default_factory=FabricCounts)
+    fidelity: Fidelity | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LinkDirection:
     """What one port sent over its link.
 
@@ -382,7 +444,7 @@ class Check:
         observed: The measured figure of the row furthest from holding, None when nothing measured it.
         verdict: ``pass``, ``fail`` or ``not_judged``.
         tolerance: How far `observed` may be off, where the check has one.
-        row: Index of the row in `Result.results` that `observed` is from; None when there is none.
+        row: Index of the row in `Result.results`, or `Result.applications`, that `observed` is from; None when there is none.
     """
 
     expect: str
@@ -409,6 +471,7 @@ class Result:
         checks: One per line of ``expect:``.
         warnings: What to look at before trusting a figure, and what is not modelled.
         back_ends: Which of the kernel's means did the work: ``scheduler``, ``gate``, ``marker``, ``link_delay``, or None.
+        applications: One per application; then there are no `results`.
         schema_version: Version of this structure.
     """
 
@@ -422,6 +485,7 @@ class Result:
     checks: tuple[Check, ...] = ()
     warnings: tuple[str, ...] = ()
     back_ends: Mapping[str, str | None] = field(default_factory=dict)
+    applications: tuple[ApplicationResult, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def to_json_dict(self) -> dict[str, Any]:
@@ -470,6 +534,7 @@ class Result:
                 fidelity=_load_fidelity(fields["fidelity"]),
                 checks=tuple(_load(Check, check) for check in fields["checks"]),
                 warnings=tuple(fields["warnings"]),
+                applications=tuple(_load_application(row) for row in fields.get("applications", ())),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is no result of a run: {error}") from error
@@ -495,6 +560,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, str) else value
+
+
+def _load_application(fields: Mapping[str, Any]) -> ApplicationResult:
+    return _load(
+        ApplicationResult,
+        fields,
+        wall_duration_ns=tuple(fields["wall_duration_ns"]),
+        figures=tuple(_load(FigureResult, figure, printed=tuple(figure["printed"])) for figure in fields["figures"]),
+        commands=tuple(_load(CommandResult, command) for command in fields["commands"]),
+        fabric=_load(FabricCounts, fields["fabric"]),
+        fidelity=_load_fidelity(fields["fidelity"]),
+    )
 
 
 def _load_fidelity(fields: Mapping[str, Any] | None) -> Fidelity | None:

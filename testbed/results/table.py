@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from testbed.results.model import CollectiveResult
+from testbed.results.model import ApplicationResult, CollectiveResult
 
 UNMEASURED = "-"
 
@@ -46,6 +46,21 @@ _JOB_COLUMNS = (
 )
 
 
+_APPLICATION_COLUMNS = (
+    _Column("application", "", left=True),
+    _Column("figure", "", left=True),
+    _Column("value", ""),
+    _Column("unit", "", left=True),
+    _Column("printed", ""),
+    _Column("iters", "(count)"),
+    _Column("wall time", "(s)"),
+    _Column("#drops", "(packets)"),
+    _Column("#marked", "(packets)"),
+    _Column("#pauses", "(frames)"),
+    _Column("verdict", "", left=True),
+)
+
+
 def render_table(rows: Sequence[CollectiveResult], comments: Sequence[str] = ()) -> str:
     """Return the results as text for people and for scripts that skip lines beginning with ``#``.
 
@@ -63,8 +78,53 @@ def render_table(rows: Sequence[CollectiveResult], comments: Sequence[str] = ())
         nccl-tests, src/util.cu (the columns and their units).
     """
     columns = _COLUMNS if all(row.job is None for row in rows) else (*_JOB_COLUMNS, *_COLUMNS)
-    cells = [[column.name for column in columns], [column.unit for column in columns]]
-    cells += [_cells(row) if columns is _COLUMNS else [*_job_cells(row), *_cells(row)] for row in rows]
+    return _render(
+        columns, [_cells(row) if columns is _COLUMNS else [*_job_cells(row), *_cells(row)] for row in rows], comments
+    )
+
+
+def render_applications(rows: Sequence[ApplicationResult], comments: Sequence[str] = ()) -> str:
+    """Return the results of applications as text, as `render_table` does: a row for each figure, or for one that has none.
+
+    Figures are emulated, but for ``printed``, which is what the application wrote, and ``wall time``; all three are medians
+    over the iterations.
+    """
+    cells = []
+    for row in rows:
+        figures = [
+            [figure.name, _number(figure.value), figure.unit, _number(_median_of(figure.printed))]
+            for figure in row.figures
+        ]
+        cells += [_application_cells(row, figure) for figure in figures or [[UNMEASURED] * 4]]
+    return _render(_APPLICATION_COLUMNS, cells, comments)
+
+
+def _median_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _number(value: float | None) -> str:
+    return UNMEASURED if value is None else f"{value:.6g}"
+
+
+def _application_cells(row: ApplicationResult, figure: Sequence[str]) -> list[str]:
+    counts = row.fabric
+    return [
+        row.application,
+        *figure,
+        str(len(row.wall_duration_ns)),
+        _scaled(statistics.median(row.wall_duration_ns) if row.wall_duration_ns else None, 1e9, 3),
+        _scaled(counts.drops_packets, 1, 0),
+        _scaled(counts.ecn_marked_packets, 1, 0),
+        _scaled(counts.pause_frames, 1, 0),
+        UNMEASURED if row.fidelity is None else str(row.fidelity.verdict),
+    ]
+
+
+def _render(columns: Sequence[_Column], rows: Sequence[Sequence[str]], comments: Sequence[str]) -> str:
+    """Return comments, a header row, a units row and rows of cells."""
+    cells = [[column.name for column in columns], [column.unit for column in columns], *rows]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     lines = [f"# {comment}".rstrip() for comment in comments]
     for number, line in enumerate(cells):

@@ -1,7 +1,23 @@
 """The scenario: file format, defaults, and all mistakes of a file at once."""
 
+from testbed.scenario.application import (
+    PLACEHOLDER,
+    ApplicationWorkload,
+    Command,
+    CommandMode,
+    Figure,
+    FigureKind,
+)
 from testbed.scenario.congestion import CongestionControl
-from testbed.scenario.expect import FLOW_METRIC, JOB_METRIC, Expectation, Verdict, evaluate, parse_expectation
+from testbed.scenario.expect import (
+    FIGURE_METRIC,
+    FLOW_METRIC,
+    JOB_METRIC,
+    Expectation,
+    Verdict,
+    evaluate,
+    parse_expectation,
+)
 from testbed.scenario.faults import Fault, FaultKind
 from testbed.scenario.jobs import job_host_counts, job_rounds
 from testbed.scenario.load import load_scenario
@@ -41,14 +57,19 @@ from testbed.scenario.qos import DataPriority, EcnPreset, GateChoice, MarkerChoi
 from testbed.scenario.sweep import expand_sizes
 
 __all__ = [
+    "FIGURE_METRIC",
     "FLOW_METRIC",
     "JOB_METRIC",
+    "PLACEHOLDER",
     "AdmissionScheme",
     "Algorithm",
+    "ApplicationWorkload",
     "Carrier",
     "ClosFabric",
     "Collective",
     "CollectiveWorkload",
+    "Command",
+    "CommandMode",
     "CongestionControl",
     "DataPriority",
     "EcnPreset",
@@ -56,6 +77,8 @@ __all__ = [
     "FabricKind",
     "Fault",
     "FaultKind",
+    "Figure",
+    "FigureKind",
     "Flow",
     "FlowsWorkload",
     "GateChoice",

@@ -9,6 +9,7 @@
     cct_ns < 3 ms
     busbw_bytes_per_s >= 40 GB/s
     job.trainer.cct_ratio <= 1.1
+    figure.bandwidth >= 90
 """
 
 from __future__ import annotations
@@ -113,6 +114,9 @@ FLOW_METRIC = re.compile(r"flow_([0-9]{1,4})_bytes_per_s", re.ASCII)
 JOB_METRIC = re.compile(r"job\.([A-Za-z][A-Za-z0-9_-]*)\.([a-z0-9_]+)", re.ASCII)
 """A metric of one job: its name, and the metric."""
 
+FIGURE_METRIC = re.compile(r"figure\.([a-z][a-z0-9_]*)", re.ASCII)
+"""A figure of an application, by its name; its number is read as it stands."""
+
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
@@ -141,8 +145,10 @@ def parse_expectation(text: str) -> Expectation:
     metric, symbol, number = match[1], match[2], match[3]
     job = JOB_METRIC.fullmatch(metric)
     figure = job[2] if job else metric
-    if FLOW_METRIC.fullmatch(figure):
-        read: Callable[[str], Fraction] = parse_byte_rate
+    if FIGURE_METRIC.fullmatch(figure):
+        read: Callable[[str], Fraction] = parse_number
+    elif FLOW_METRIC.fullmatch(figure):
+        read = parse_byte_rate
     elif figure in METRICS:
         read = METRICS[figure]
     else:

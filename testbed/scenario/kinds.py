@@ -89,6 +89,47 @@ def text(max_length: int, pattern: str | None = None, rule: str | None = None) -
     return Kind(parse, _unchanged, schema)
 
 
+def texts(key_pattern: str, key_name: str, max_length: int) -> Kind:
+    """Return the kind of mappings from names to texts; names match ``key_pattern`` and are called ``key_name`` in messages."""
+    rule = f"must be a mapping from {key_name} to text of at most {max_length} characters"
+
+    def parse(value: object) -> dict[str, str]:
+        if not isinstance(value, dict):
+            raise RuleError(rule)
+        for key, text in value.items():
+            if not isinstance(key, str) or not re.fullmatch(key_pattern, key):
+                raise RuleError(rule, f"{key!r} is not {key_name}")
+            if not isinstance(text, str) or len(text) > max_length:
+                raise RuleError(rule, f"quote the value of {key}" if isinstance(text, int | float) else "")
+        return dict(value)
+
+    described = {"type": "string", "maxLength": max_length}
+    return Kind(
+        parse,
+        dict,
+        {"type": "object", "propertyNames": {"pattern": f"^{key_pattern}$"}, "additionalProperties": described},
+    )
+
+
+def regex(groups: int) -> Kind:
+    """Return the kind of regular expressions with ``groups`` groups, any number of them with 0."""
+    counted = f" with {groups} group{'s' * (groups != 1)}" if groups else ""
+    rule = f"must be a regular expression of at most 500 characters{counted}"
+
+    def parse(value: object) -> str:
+        if not isinstance(value, str) or len(value) > 500:
+            raise RuleError(rule)
+        try:
+            compiled = re.compile(value)
+        except re.error as error:
+            raise RuleError(rule, f"Python says: {error}") from None
+        if groups and compiled.groups != groups:
+            raise RuleError(rule, "put the number alone in ( ), all else in (?: )")
+        return value
+
+    return Kind(parse, _unchanged, {"type": "string", "maxLength": 500})
+
+
 def flag() -> Kind:
     """Return the kind of ``true`` and ``false``."""
 
@@ -280,4 +321,4 @@ def expectation() -> Kind:
     def render(value: Expectation) -> str:
         return value.text
 
-    return Kind(parse, render, {"type": "string", "pattern": r"^\s*[a-z_]+\s*(==|!=|<=|<|>=|>)\s*[0-9]"})
+    return Kind(parse, render, {"type": "string", "pattern": r"^\s*[a-z][A-Za-z0-9_.-]*\s*(==|!=|<=|<|>=|>)\s*[0-9]"})

@@ -22,6 +22,7 @@ from testbed.scenario.rules import find_violations
 
 MAX_MISTAKES = 100
 """No more are explained: nobody reads on, and looking for near keys takes time."""
+_LISTS = {"workload", "jobs", "faults", "flows", "commands", "figures"}
 _RESULT_KEYS = {"schema_version", "scenario", "results"}  # what tells a result.json
 
 
@@ -165,7 +166,7 @@ def _path_of(location: tuple[int | str, ...]) -> KeyPath:
     path: list[str | int] = []
     previous: str | int = ""
     for step in location:
-        is_tag = step in UNION_TAGS and (previous == "fabric" or isinstance(previous, int))
+        is_tag = step in UNION_TAGS and (previous in ("fabric", "<message>") or isinstance(previous, int))
         if not is_tag:
             path.append(step)
         previous = step
@@ -250,7 +251,11 @@ def _explain(path: KeyPath, error: ErrorDetails) -> tuple[str, str]:
 
 def _suggest_missing(path: KeyPath) -> str:
     if path[-1] == "collective":
-        return "give `collective` or `pattern`"
+        return (
+            "give `collective`, `pattern` or `application`"
+            if path[0] == "workload"
+            else "give `collective` or `pattern`"
+        )
     field = _find_field(path)
     example = _example_of(field) if field is not None else None
     return f"add `{path[-1]}: {example}`" if isinstance(example, str | int) else ""
@@ -285,6 +290,6 @@ def _walk_keys(section: type[BaseModel], place: KeyPath) -> Iterator[KeyPath]:
     for key, field in find_keys(section).items():
         here: KeyPath = (*place, key)
         yield here
-        items: KeyPath = (*here, 0) if key in ("workload", "jobs", "faults", "flows") else here
+        items: KeyPath = (*here, 0) if key in _LISTS else here
         for inner in find_sections(field.annotation):
             yield from _walk_keys(inner, items)

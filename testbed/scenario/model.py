@@ -19,6 +19,7 @@ from pydantic import BaseModel, Discriminator, Tag, model_validator
 
 from testbed.routing import ROUTING_SCHEMES, HashFunction
 from testbed.scenario import kinds
+from testbed.scenario.application import ApplicationWorkload
 from testbed.scenario.congestion import CongestionControl, Dcqcn, Timely, congestion_parameters
 from testbed.scenario.expect import Expectation
 from testbed.scenario.faults import Fault
@@ -711,7 +712,30 @@ Workload: TypeAlias = Annotated[
     | Annotated[FlowsWorkload, Tag("<flows>")],
     Discriminator(_select_workload),
 ]
-UNION_TAGS = frozenset({"<clos>", "<star>", "<zones>", "<collective>", "<incast>", "<permutation>", "<flows>"})
+
+
+def _select_item(data: Any) -> str:
+    named = "application" in data if isinstance(data, Mapping) else isinstance(data, ApplicationWorkload)
+    return "<application>" if named else "<message>"
+
+
+WorkloadItem: TypeAlias = Annotated[
+    Annotated[ApplicationWorkload, Tag("<application>")] | Annotated[Workload, Tag("<message>")],
+    Discriminator(_select_item),
+]
+UNION_TAGS = frozenset(
+    {
+        "<clos>",
+        "<star>",
+        "<zones>",
+        "<application>",
+        "<message>",
+        "<collective>",
+        "<incast>",
+        "<permutation>",
+        "<flows>",
+    }
+)
 """What pydantic inserts into the location of a mistake, behind the place of the fabric or of a workload's item."""
 
 _ONE_WORKLOAD = {"collective": "all_reduce", "size": "64 MiB"}
@@ -770,9 +794,9 @@ class Scenario(_Section):
     qos: Qos = _key("qos", "Priorities, marking and pausing.", default={})
     routing: Routing = _key("routing", "How switches choose among equal paths.", default={})
     transport: Transport = _key("transport", "RoCEv2 as NICs and library set it up.", default={})
-    workload: tuple[Workload, ...] = _list_key(
+    items: tuple[WorkloadItem, ...] = _list_key(
         "workload",
-        "What runs, one item after the other; at least one, unless there are `jobs`.",
+        "What runs, one item after the other; at least one, unless there are `jobs`. Applications stand there alone.",
         required=True,
         example=[_ONE_WORKLOAD],
     )
@@ -820,6 +844,16 @@ class Scenario(_Section):
     def _fill_workload(cls, data: Any) -> Any:
         """Let jobs stand for the workload."""
         return {"workload": [], **data} if isinstance(data, Mapping) and data.get("jobs") else data
+
+    @property
+    def workload(self) -> tuple[Workload, ...]:
+        """The items of the workload that are collectives and patterns: what is sent when is known."""
+        return tuple(item for item in self.items if not isinstance(item, ApplicationWorkload))
+
+    @property
+    def applications(self) -> tuple[ApplicationWorkload, ...]:
+        """The items of the workload that run programs."""
+        return tuple(item for item in self.items if isinstance(item, ApplicationWorkload))
 
     @property
     def collectives(self) -> tuple[CollectiveWorkload, ...]:

@@ -67,6 +67,9 @@ _IS_NOT: Mapping[str, str] = {
     "and its time dilation chosen once, for all sizes; `expect` must hold at each.",
     "workload[].iters": "a number to average over: each iteration is timed on its own, and the median counts.",
     "workload[].warmup_iters": "in the counters, the completion times or the verdict.",
+    "workload[].wall_timeout": "of the emulated fabric, as all other times are: programs see this machine's clock.",
+    "workload[].setup": "repeated: it runs once, before the first iteration.",
+    "workload[].commands[].command": "seen by the plan: neither paths nor completion times are predicted.",
     "workload[].order": "the placement of ranks: rank i is always the i-th GPU, of a job the i-th of its hosts.",
     "expect": "judged in rows whose verdict is `invalid`. A line must hold in every row of the table, one per workload item and "
     "size: it fails if a row that may be judged fails, and is `not_judged` if the others hold and one may not be judged. The "
@@ -123,8 +126,9 @@ def _walk(section: Mapping[str, Any], defs: Mapping[str, Any], prefix: str, shap
 
 def _sections(entry: Mapping[str, Any]) -> list[str]:
     """Return the names of the sections that an entry refers to."""
-    found = [entry] if "$ref" in entry else [*entry.get("oneOf", ()), *entry.get("anyOf", ())]
-    return [one["$ref"].rpartition("/")[2] for one in found if "$ref" in one]
+    if "$ref" in entry:
+        return [entry["$ref"].rpartition("/")[2]]
+    return [name for one in (*entry.get("oneOf", ()), *entry.get("anyOf", ())) for name in _sections(one)]
 
 
 def _shape_of(section: Mapping[str, Any]) -> str:
@@ -133,7 +137,8 @@ def _shape_of(section: Mapping[str, Any]) -> str:
         names = section["properties"].get(name, {}).get("enum", ())
         if len(names) == 1:
             return f"{name}: {names[0]}"
-    return "a collective" if "collective" in section["properties"] else ""
+    kinds = (("collective", "a collective"), ("application", "an application"))
+    return next((shape for name, shape in kinds if name in section["properties"]), "")
 
 
 def _render_block(key: _Key, defs: Mapping[str, Any]) -> str:
@@ -197,6 +202,8 @@ def _describe_form(form: Mapping[str, Any], forms: list[Mapping[str, Any]]) -> s
         return f"{'fraction' if any('%' in one for one in patterns) else kind}, {bounds}"
     if form.get("type") == "array":
         return f"list of integers, {form['items']['minimum']} to {form['items']['maximum']}"
+    if form.get("type") == "object":
+        return "mapping of names to texts"
     if "bit/s" in pattern:
         return "rate"
     if "ns" in pattern:

@@ -7,11 +7,12 @@ file are reported at once and none twice.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
 
+from testbed.scenario.application import ApplicationWorkload
+from testbed.scenario.application_rules import check_application
 from testbed.scenario.congestion import CongestionControl
-from testbed.scenario.expect import JOB_METRIC
+from testbed.scenario.expect import FIGURE_METRIC, JOB_METRIC
 from testbed.scenario.faults import MAX_FLAPS, FaultKind
 from testbed.scenario.jobs import job_host_counts, job_rounds
 from testbed.scenario.keypath import KeyPath
@@ -34,10 +35,12 @@ from testbed.scenario.model import (
     Scenario,
     UdpSourcePort,
     Workload,
+    WorkloadItem,
     ZonesFabric,
 )
 from testbed.scenario.qos import SchedulerChoice
 from testbed.scenario.sweep import MAX_SIZES, count_sizes
+from testbed.scenario.violation import Valid, Violation
 from testbed.units import format_size, format_time
 
 MAX_FRAME_HEADER_BYTES = 74
@@ -48,18 +51,6 @@ WIRE_OVERHEAD_BYTES = 24
 
 MAX_CONNECTIONS = 8192
 """Half the rows of the fabric's QP table: a connection has a QP at each end."""
-
-
-class Violation(NamedTuple):
-    """A rule that does not hold: the key to name, the rule in words, a hint."""
-
-    path: KeyPath
-    rule: str
-    hint: str = ""
-
-
-Valid = Callable[..., bool]
-"""``valid(*paths)``: whether none of these keys is itself mistaken."""
 
 
 def find_violations(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
@@ -249,7 +240,9 @@ def _check_priorities(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     known = [one.priority for one in qos.data_priorities]
     places: list[tuple[KeyPath, int | None]] = []
     items: list[tuple[KeyPath, Workload]] = [
-        (("workload", index), item) for index, item in enumerate(scenario.workload)
+        (("workload", index), item)
+        for index, item in enumerate(scenario.items)
+        if not isinstance(item, ApplicationWorkload)
     ]
     for number, job in enumerate(scenario.jobs):
         items += [(("jobs", number, "workload", index), item) for index, item in enumerate(job.workload)]
@@ -290,20 +283,26 @@ def _check_timeout(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
 
 
 def _check_workload(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
-    if valid(("workload",)) and not scenario.workload and not scenario.jobs:
+    if valid(("workload",)) and not scenario.items and not scenario.jobs:
         yield Violation(("workload",), "must have at least one item", "add {collective: all_reduce, size: 64 MiB}")
-    if valid(("workload",)) and scenario.workload and scenario.jobs:
+    if valid(("workload",)) and scenario.items and scenario.jobs:
         yield Violation(("workload",), "must not stand beside jobs", "move it into a job of its own")
     nranks = scenario.fabric.nranks
-    yield from _check_items(scenario, scenario.workload, ("workload",), nranks, valid)
+    if scenario.applications and scenario.workload and valid(("workload",)):
+        rule = "must not have applications beside collectives and patterns"
+        yield Violation(("workload",), rule, "give the applications a scenario of their own")
+    yield from _check_items(scenario, scenario.items, ("workload",), nranks, valid)
 
 
 def _check_items(
-    scenario: Scenario, items: Sequence[Workload], place: KeyPath, nranks: int, valid: Valid
+    scenario: Scenario, items: Sequence[WorkloadItem], place: KeyPath, nranks: int, valid: Valid
 ) -> Iterator[Violation]:
     """Yield what is wrong with the items of the workload, or of a job, which has ``nranks`` ranks."""
     for index, item in enumerate(items):
         path: KeyPath = (*place, index)
+        if isinstance(item, ApplicationWorkload):
+            yield from check_application(scenario, item, path, valid)
+            continue
         if not isinstance(item, FlowsWorkload):
             yield from _check_sweep(item, path, valid)
         if isinstance(item, CollectiveWorkload):
@@ -385,9 +384,38 @@ def _check_expectations(scenario: Scenario, valid: Valid) -> Iterator[Violation]
         job = JOB_METRIC.fullmatch(expectation.metric)
         if job and valid(path, _JOBS) and job[1] not in names:
             yield Violation(path, f"must name one of the jobs, not {job[1]}", f"jobs: {', '.join(names) or 'none'}")
+        yield from _check_figure(scenario, expectation.metric, path, valid)
         slows = expectation.metric.rpartition(".")[2] == "slowdown"
         if slows and valid(path, ("measure_jobs",)) and scenario.measure_jobs is MeasuredJobs.TOGETHER:
             yield Violation(path, "needs every job to run alone too", "add `measure_jobs: alone`")
+
+
+# What counts frames, whatever sent them.
+_FABRIC_METRICS = frozenset(
+    {
+        "drops_packets",
+        "headroom_drops_packets",
+        "lost_packets",
+        "ecn_marked_packets",
+        "pause_frames",
+        "paused_fraction_max",
+        "leaf_down_peak_bytes",
+    }
+)
+
+
+def _check_figure(scenario: Scenario, metric: str, path: KeyPath, valid: Valid) -> Iterator[Violation]:
+    """Yield what an expectation asks of applications that they have not."""
+    if not valid(path, ("workload",)):
+        return
+    names = {figure.name for item in scenario.applications for figure in item.figures}
+    figure = FIGURE_METRIC.fullmatch(metric)
+    if figure and figure[1] not in names:
+        known = ", ".join(sorted(names)) or "none"
+        yield Violation(path, f"must name one of the applications' figures, not {figure[1]}", f"figures: {known}")
+    elif scenario.applications and not figure and metric not in _FABRIC_METRICS:
+        rule = "must be a figure of an application, or what the fabric counts"
+        yield Violation(path, rule, f"use figure.NAME, or one of {', '.join(sorted(_FABRIC_METRICS))}")
 
 
 def _check_sweep(

@@ -88,6 +88,7 @@ def test_json_has_the_keys_that_scripts_rely_on() -> None:
         "checks",
         "warnings",
         "back_ends",
+        "applications",
     ]
     assert fields["schema_version"] == 1
     assert {
