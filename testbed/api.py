@@ -294,7 +294,8 @@ def run_in_virtual_time(
             ["sh", "-c", 'exec "$@" >/dev/null', "sh", *command],  # the result comes as a file
             kernel=kernel,
             virtual_time=True,
-            skip_idle=True,  # the run itself waits for timers alone
+            # A run waits for timers alone, but applications for their files, which are this machine's: time must not fly then.
+            skip_idle=not scenario.applications,
             outputs=[folder],
             timeout_s=timeout_s,
             environment={},  # its options are given, and must not be read a second time

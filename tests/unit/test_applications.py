@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from testbed.carriers.applications import find_figure
 from testbed.carriers.placeholders import NicNames, Places, render_rsh
 from testbed.carriers.protocol import ApplicationSamples, CommandSample
 from testbed.cli.run import render_result
-from testbed.errors import PlanError
+from testbed.errors import PlanError, RunError
 from testbed.measure.counters import FabricCounters, Snapshot
 from testbed.measure.samples import MachineSamples
 from testbed.plan.model import Plan
@@ -125,6 +126,20 @@ def test_plan_expects_every_nic_to_send_and_no_completion_time() -> None:
     assert plan.workloads == ()
     assert plan.dilation.offered_packets_per_s == pytest.approx(4 * 100e9 / 8 / (4096 + 58 + 24))
     assert [row["application"] for row in describe_plan(plan)["applications"]] == ["transfer", "count"]
+
+
+@pytest.mark.parametrize(("name", "skips"), [("star.yaml", True), ("applications/perftest.yaml", False)])
+def test_virtual_time_waits_while_programs_are_loaded(name: str, skips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def boot(command: list[str], **options: Any) -> int:
+        asked.update(options)
+        return 1
+
+    monkeypatch.setattr(api, "run_in_vm", boot)
+    with pytest.raises(RunError, match="left no result"):
+        api.run_in_virtual_time(api.load(SCENARIOS.parent / name))
+    assert asked["skip_idle"] is skips
 
 
 def test_paths_and_predictions_are_none() -> None:
