@@ -130,7 +130,7 @@ def test_run_writes_a_result_with_the_promised_keys(small: Path, tmp_path: Path)
     assert result == json.loads((folder / "result.json").read_text())
     assert set(result) == {
         *("schema_version", "scenario", "seed", "time_dilation", "host", "results", "fabric", "fidelity", "checks"),
-        *("back_ends", "warnings"),
+        *("applications", "back_ends", "warnings"),
     }
     assert result["seed"] == 5
     assert result["time_dilation"] == 20000
