@@ -321,7 +321,7 @@ def render_result(result: Result) -> str:
         lines.append("# loss recovery: {} timeouts, {} duplicates (packets)\n".format(*figures))
     lines += _congestion_lines(fabric)
     used = [f"{what} {name}" for what, name in result.back_ends.items() if name is not None]
-    if len(used) > 1 or result.back_ends.get("scheduler") != "tbf":
+    if len(used) > 1 or (used and result.back_ends.get("scheduler") != "tbf"):
         lines.append(f"# back ends: {', '.join(used)}\n")
     lines += _slowdown_lines(result)
     for row in result.results:
