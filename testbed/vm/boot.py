@@ -122,7 +122,8 @@ def _find_programs() -> _Programs:
 def _quiet_submounts(virtiofsd: str) -> list[str]:
     """Return the option that keeps virtiofsd, the one in Rust, from telling the guest which folders are mount points.
 
-    An overlay refuses those of the layer below (EREMOTE), and the guest mounts over /proc and others of them.
+    An overlay refuses such folders of the layer below, and the guest mounts over /proc and others of them. It is not all that a
+    guest on Debian 13 needs: see docs/distributions.md.
     """
     option = "--no-announce-submounts"
     told = subprocess.run([virtiofsd, "--help"], capture_output=True, text=True, check=False)

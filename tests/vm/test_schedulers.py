@@ -37,7 +37,7 @@ workload:
   - pattern: flows
     iters: 1
     warmup_iters: 0
-    flows: [{src: 0, dst: 2, size: 4 MiB}, {src: 1, dst: 3, size: 4 MiB, priority: 4}]
+    flows: [{src: 0, dst: 2, size: 12 MiB}, {src: 1, dst: 3, size: 12 MiB, priority: 4}]
 """
 FRAMES = 20
 LOOKS, LOOK_S = 50, 0.002
