@@ -16,6 +16,9 @@ MAX_HOST = 32_767
 MAX_COMMAND_CHARACTERS = 4096
 MAX_FILE_CHARACTERS = 65_536
 
+MARK_VARIABLE = "TESTBED_APPLICATION"
+"""The environment variable that is not a scenario's to set: what programs have started is found by it."""
+
 OWN_PLACEHOLDERS = ("address", "device", "gid_index", "ifname")
 """Those of a NIC: of the host that runs the command, or of another, ``{address:1}``, or of its NIC 2, ``{address:1/2}``."""
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from testbed.scenario.application import (
     DEVICE_PLACEHOLDERS,
+    MARK_VARIABLE,
     OWN_PLACEHOLDERS,
     PLACEHOLDER,
     PLACEHOLDERS,
@@ -47,7 +48,10 @@ def check_application(
         if names[figure.name] > 1 and valid(name):
             yield Violation(name, "must be that of one figure alone")
     for place, text, has_host in _texts(item, path):
-        if valid(place):
+        if place[-2:] == ("environment", MARK_VARIABLE) and valid(place):
+            rule = "must not be set: it is the mark by which all that a command starts is found and ended"
+            yield Violation(place, rule, "choose another name")
+        elif valid(place):
             yield from _check_placeholders(scenario, text, place, has_host, valid)
 
 
@@ -72,7 +76,8 @@ def _check_placeholders(
         name, host, nic = found.groups()
         if name not in PLACEHOLDERS:
             near = difflib.get_close_matches(name, PLACEHOLDERS, n=1)
-            hint = f"did you mean {{{near[0]}}}?" if near else f"known: {', '.join(PLACEHOLDERS)}"
+            hint = f"did you mean {{{near[0]}}}?" if near else f"known: {', '.join(PLACEHOLDERS)};"
+            hint += f" {{ {found[0][1:-1]} }} stays as it is"
             yield Violation(path, f"must not have {found[0]}, which stands for nothing", hint)
         elif host is not None and name not in OWN_PLACEHOLDERS:
             yield Violation(path, f"must not have {found[0]}: {name} is no host's own", f"write {{{name}}}")

@@ -74,6 +74,14 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
+def _require_plain(value: str, rule: str, where: str = "") -> None:
+    """Raise RuleError for a character that no command line, variable or file of text can have."""
+    found = re.search("[\0\ud800-\udfff]", value)
+    if found:
+        kind = "NUL" if found[0] == "\0" else "half of a surrogate pair"
+        raise RuleError(rule, f"remove U+{ord(found[0]):04X} ({kind}), character {found.start() + 1}{where}")
+
+
 def text(max_length: int, pattern: str | None = None, rule: str | None = None) -> Kind:
     """Return the kind of texts of at most ``max_length`` characters that match ``pattern``."""
     rule = rule or f"must be text of at most {max_length} characters"
@@ -81,6 +89,7 @@ def text(max_length: int, pattern: str | None = None, rule: str | None = None) -
     def parse(value: object) -> str:
         if not isinstance(value, str) or len(value) > max_length or (pattern and not re.fullmatch(pattern, value)):
             raise RuleError(rule)
+        _require_plain(value, rule)
         return value
 
     schema: dict[str, Any] = {"type": "string", "maxLength": max_length}
@@ -101,6 +110,7 @@ def texts(key_pattern: str, key_name: str, max_length: int) -> Kind:
                 raise RuleError(rule, f"{key!r} is not {key_name}")
             if not isinstance(text, str) or len(text) > max_length:
                 raise RuleError(rule, f"quote the value of {key}" if isinstance(text, int | float) else "")
+            _require_plain(text, rule, f" from the value of {key}")
         return dict(value)
 
     described = {"type": "string", "maxLength": max_length}
@@ -119,6 +129,7 @@ def regex(groups: int) -> Kind:
     def parse(value: object) -> str:
         if not isinstance(value, str) or len(value) > 500:
             raise RuleError(rule)
+        _require_plain(value, rule)
         try:
             compiled = re.compile(value)
         except re.error as error:
