@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -144,12 +145,13 @@ def figure_result(figure: Figure, sample: ApplicationSamples, dilation: float) -
     printed = sample.figures[figure.name]
     known = [value for value in printed if value is not None]
     factor = {FigureKind.NUMBER: 1.0, FigureKind.RATE: dilation, FigureKind.TIME: 1.0 / dilation}[figure.kind]
+    value = statistics.median(known) * factor if known and len(known) == len(printed) else math.nan
     return FigureResult(
         name=figure.name,
         kind=str(figure.kind),
         unit=figure.unit,
         printed=printed,
-        value=statistics.median(known) * factor if known and len(known) == len(printed) else None,
+        value=value if math.isfinite(value) else None,
     )
 
 
@@ -456,7 +458,8 @@ def _judge(expectation: Expectation, figures: Mapping[int, float | None], may_be
 def judge_application_check(expectation: Expectation, rows: Sequence[ApplicationResult]) -> Check:
     """Return what came of one line of ``expect:`` about applications, as `judge_check` does of collectives.
 
-    A figure's line is of the rows that have the figure, any other of all.
+    A figure's line is of the rows that have the figure, any other of all. The programs have ended well: a figure that they did
+    not write is a failure.
     """
     named = FIGURE_METRIC.fullmatch(expectation.metric)
     figures: dict[int, float | None] = {}
@@ -465,7 +468,12 @@ def judge_application_check(expectation: Expectation, rows: Sequence[Application
             figures[index] = getattr(row.fabric, expectation.metric)
         else:
             figures.update((index, figure.value) for figure in row.figures if figure.name == named[1])
-    return _judge(expectation, figures, [_may_be_judged(row) for row in rows])
+    may_be_judged = [_may_be_judged(row) for row in rows]
+    check = _judge(expectation, figures, may_be_judged)
+    missing = [index for index, figure in figures.items() if figure is None and may_be_judged[index]]
+    if named is None or not missing or check.verdict == Verdict.FAIL:
+        return check
+    return replace(check, verdict=str(Verdict.FAIL), observed=None, row=missing[0])
 
 
 def _may_be_judged(row: CollectiveResult | ApplicationResult) -> bool:

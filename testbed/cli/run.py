@@ -450,10 +450,10 @@ def _reasons(result: Result) -> list[str]:
 
 def _observed(check: Check, result: Result) -> str:
     """Return the figure of a check, and the row that it is from where there are several."""
-    if check.observed is None:
-        return "observed not measured"
     rows = result.applications or result.results
     where = f", {_name_row(rows[check.row])}" if check.row is not None and len(rows) > 1 else ""
+    if check.observed is None:
+        return f"observed {'nothing written' if check.verdict == 'fail' else 'not measured'}{where}"
     return f"observed {check.observed:.6g}{where}"
 
 

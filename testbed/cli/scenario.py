@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from testbed.plan.prediction import Prediction, RatioSpread
     from testbed.plan.report import FlowPath, PathComparison
 
+_NOT_PREDICTED = "applications open their flows themselves: neither paths nor completion times are predicted"
+
 
 def validate(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Scenarios.", show_default=False)],
@@ -91,7 +93,7 @@ def paths(
         print(render_json(report))
         return
     if report.predicted_cct_ratio is None:
-        print("applications open their flows themselves: neither paths nor completion times are predicted")
+        print(_NOT_PREDICTED)
         return
     flows = [(flow.name, flow.udp_source_port, _render_path(flow)) for flow in report.flows]
     links = [
@@ -115,6 +117,11 @@ def _print_comparison(compared: PathComparison, output_format: OutputFormat) -> 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.4f}"
 
+    if all(link.predicted_bytes is None for link in compared.links) and not compared.rows:
+        print(_NOT_PREDICTED)
+        measured = [(link.name, link.measured_bytes) for link in compared.links]
+        print(render_columns(("link", "measured (B)"), measured, right=("measured (B)",)), end="")
+        return
     rows = [(row.title, number(row.predicted_cct_ratio), number(row.measured_cct_ratio)) for row in compared.rows]
     print(
         render_columns(("row", "predicted ratio", "measured ratio"), rows, right=("predicted ratio", "measured ratio"))

@@ -132,12 +132,12 @@ class LinkComparison:
 
     Attributes:
         name: Its two ports, such as ``leaf0/up1>spine1/down0``.
-        predicted_bytes: Data frames without FCS, over all measured iterations.
+        predicted_bytes: Data frames without FCS, over all measured iterations; None where applications sent them.
         measured_bytes: All frames without FCS: what was sent again, ACKs and pauses too.
     """
 
     name: str
-    predicted_bytes: int
+    predicted_bytes: int | None
     measured_bytes: int
 
 
@@ -191,14 +191,15 @@ def compare_links(plan: Plan, measured_bytes: Mapping[str, int | None]) -> tuple
     found = [
         LinkComparison(
             f"{topology.port_name(port.id)}>{topology.port_name(port.peer)}",
-            round(predicted[port.id]),
+            None if plan.applications else round(predicted[port.id]),
             measured_bytes.get(topology.port_name(port.id)) or 0,
         )
         for port in topology.ports
     ]
     return tuple(
         sorted(
-            (one for one in found if one.predicted_bytes or one.measured_bytes), key=lambda one: -one.predicted_bytes
+            (one for one in found if one.predicted_bytes or one.measured_bytes),
+            key=lambda one: -(one.measured_bytes if one.predicted_bytes is None else one.predicted_bytes),
         )
     )
 

@@ -73,7 +73,7 @@ _IS_NOT: Mapping[str, str] = {
     "workload[].order": "the placement of ranks: rank i is always the i-th GPU, of a job the i-th of its hosts.",
     "expect": "judged in rows whose verdict is `invalid`. A line must hold in every row of the table, one per workload item and "
     "size: it fails if a row that may be judged fails, and is `not_judged` if the others hold and one may not be judged. The "
-    "exit code is then 4.",
+    "exit code is then 4. A figure that an application did not write fails.",
     "time_dilation": "part of what is emulated: no figure of a result should depend on it. A smaller one makes a run shorter "
     "and less faithful; the verdict says when it was too small.",
     "seed": "a source of differences between two plans: the same seed gives the same plan, byte for byte.",
