@@ -27,7 +27,7 @@ from testbed.kernel.namespaces import entered, open_namespace
 from testbed.kernel.packet_socket import open_packet_socket
 from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.roce_socket import read_frame, roce_listener
-from testbed.kernel.rxe import read_rxe_counters, rxe_devices
+from testbed.kernel.rxe import read_rxe_counters
 from testbed.kernel.scheduling import MonotonicClock
 from testbed.roce.queue_pairs import QPN_BASE, REQUESTER, RESPONDER, Connection, QueuePair, qp_index
 from testbed.roce.responder import StoreQueuePair, StoreResponder
@@ -129,7 +129,7 @@ def rxe_end(fabric: Fabric, nic: int, buffer: Bytes) -> Iterator[RxeEnd]:
     name = f"tb{os.getpid()}i{nic}"
     with contextlib.ExitStack() as stack:
         netns = _open_namespace_of(fabric, port, stack)
-        stack.enter_context(rxe_devices({name: (port.ifname, netns)}))
+        stack.enter_context(fabric.run_devices({name: (port.ifname, netns)}))
         yield RxeEnd(verbs, VerbsDevice(verbs, name, format_address(port.address), _MESSAGES, stack), buffer, stack)
 
 

@@ -23,7 +23,7 @@ from testbed.collectives.schedule import TransferOp
 from testbed.errors import RunError
 from testbed.fabric import Fabric
 from testbed.kernel.namespaces import open_namespace
-from testbed.kernel.rxe import read_rxe_counters, rxe_devices
+from testbed.kernel.rxe import read_rxe_counters
 from testbed.plan.compile import trace_connection_routes
 from testbed.plan.model import PlannedWorkload
 from testbed.plan.predict import predict_cct_ratio
@@ -129,7 +129,7 @@ class RxeTransport:
                 continue
             names[nic] = f"tb{os.getpid()}n{nic}"
             wanted[names[nic]] = (port.ifname, netns)
-        stack.enter_context(rxe_devices(wanted))
+        stack.enter_context(fabric.run_devices(wanted))
         return {
             nic: VerbsDevice(self._verbs, name, _dotted(topology.nics[nic].address), _MAX_COMPLETIONS, stack)
             for nic, name in names.items()

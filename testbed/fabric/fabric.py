@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from fractions import Fraction
 from types import TracebackType
@@ -27,6 +27,7 @@ from testbed.kernel.namespaces import entered, open_namespace
 from testbed.kernel.netlink import RouteSocket, require_root
 from testbed.kernel.packet_socket import open_packet_socket
 from testbed.kernel.red import read_marks
+from testbed.kernel.rxe import rxe_devices
 from testbed.kernel.scheduling import choose_cpus
 from testbed.plan.loss import lost_priorities
 from testbed.plan.model import Plan
@@ -239,6 +240,7 @@ class Fabric:
             state = registry.read_state(name)
             require_same_fabric(plan, state)
             arrays = open_arrays(state)
+            registry.delete_leftovers(state)
             _wait_until_drained(name, arrays)
         except BaseException:
             lock.close()
@@ -262,6 +264,22 @@ class Fabric:
     def rxe_devices(self) -> dict[int, str]:
         """The lab's own soft-RoCE devices, by the id of the port that each stands on."""
         return {int(port_id): name for port_id, name in self.state.rxe_devices.items()}
+
+    @contextlib.contextmanager
+    def run_devices(self, wanted: Mapping[str, tuple[str, int]]) -> Iterator[None]:
+        """Have soft-RoCE devices for the block, recorded before they are made: a run may be killed on a lab that stays.
+
+        Args:
+            wanted: Interface and descriptor of its namespace, by the device's name.
+        """
+        self.state.run_devices += wanted
+        registry.write_state(self.state)
+        try:
+            with rxe_devices(wanted):
+                yield
+        finally:
+            self.state.run_devices = [name for name in self.state.run_devices if name not in wanted]
+            registry.write_state(self.state)
 
     @property
     def probe_cpu(self) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 from testbed.errors import LabError, MachineError
 from testbed.kernel.host_tuning import restore_host
 from testbed.kernel.namespaces import NETNS_DIR, delete_namespace
+from testbed.kernel.processes import end_programs
 from testbed.kernel.rxe import delete_rxe, has_device
 
 REGISTRY_DIR = Path("/run/testbed")
@@ -43,6 +44,7 @@ class LabState:
         scenario: The resolved scenario.
         details: What the fabric needs to find itself again (map ids, sizes).
         rxe_devices: Name of the soft-RoCE device of each port that has one, by the port's id as text.
+        run_devices: Names of those that a run has made for itself on a deployed lab.
     """
 
     name: str
@@ -54,6 +56,7 @@ class LabState:
     scenario: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     rxe_devices: dict[str, str] = field(default_factory=dict)
+    run_devices: list[str] = field(default_factory=list)
 
 
 class LabLock:
@@ -205,13 +208,25 @@ def delete_lab(state: LabState) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
             write_state(state)
     _end_processes(state)
+    end_programs((), state.mark)  # setup's are in no namespace of the lab
     # Before the interfaces that they stand on, and waited for: their deletion is asynchronous.
-    for name in state.rxe_devices.values():
+    for name in (*state.rxe_devices.values(), *state.run_devices):
         if has_device(name):
             delete_rxe(name)
     foreign = [name for name in state.namespaces.values() if not delete_namespace(name, state.mark)]
     shutil.rmtree(_lab_dir(state.name), ignore_errors=True)
     return foreign
+
+
+def delete_leftovers(state: LabState) -> None:
+    """Remove what a killed run has left in a deployed lab, its programs and devices; the lab's lock must be held."""
+    end_programs((), state.mark)
+    for name in state.run_devices:
+        if has_device(name):
+            delete_rxe(name)
+    if state.run_devices:
+        state.run_devices = []
+        write_state(state)
 
 
 def _end_processes(state: LabState) -> None:
@@ -237,8 +252,8 @@ def _end_processes(state: LabState) -> None:
 def collect_garbage() -> tuple[list[str], list[str]]:
     """Remove every lab whose process is gone and that nobody asked to keep.
 
-    A lab is garbage when its lock is free and it was built by ``run`` for itself, or was never finished. What runs changed
-    on the host itself is put back too, when no run needs it.
+    A lab is garbage when its lock is free and it was built by ``run`` for itself, or was never finished. Of another whose lock is
+    free, what a killed run has left in it is removed. What runs changed on the host itself is put back too, when no run needs it.
 
     Returns:
         Names of the labs removed, and namespaces left alone because they are not ours.
@@ -261,6 +276,8 @@ def collect_garbage() -> tuple[list[str], list[str]]:
                 if state.ephemeral or not state.ready:
                     foreign += delete_lab(state)
                     removed.append(name)
+                else:
+                    delete_leftovers(state)
             finally:
                 lock.close()
     return removed, foreign

@@ -11,7 +11,7 @@ import errno
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from testbed.errors import KernelError, MachineError
@@ -98,7 +98,7 @@ def read_rxe_counters(name: str) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def rxe_devices(wanted: dict[str, tuple[str, int]]) -> Iterator[None]:
+def rxe_devices(wanted: Mapping[str, tuple[str, int]]) -> Iterator[None]:
     """Have devices for the block.
 
     Args:
