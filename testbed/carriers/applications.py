@@ -6,6 +6,7 @@ The fabric's own tick goes on meanwhile: pauses are obeyed and the machine is ju
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import socket
@@ -14,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from testbed.carriers.flow_control import flow_control
 from testbed.carriers.placeholders import NicNames, Places, render_rsh
 from testbed.carriers.protocol import ApplicationSamples, CommandSample, ProgressListener
+from testbed.engine.data_queues import DataQueues
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.errors import RunError, TestbedError
 from testbed.fabric import Fabric
@@ -31,21 +33,54 @@ from testbed.kernel.host_tuning import tuned_host
 from testbed.kernel.namespaces import open_namespace
 from testbed.kernel.probe_link import ProbeLink
 from testbed.kernel.processes import end_programs, read_is_listening, start_program
-from testbed.kernel.rxe import find_gid, load_connection_manager, rxe_devices
+from testbed.kernel.rxe import find_gid, load_connection_manager
 from testbed.kernel.scheduling import MonotonicClock, available_cpus, choose_cpus, engine_thread
 from testbed.measure.samples import MachineSamples
 from testbed.roce.wire import data_tos
-from testbed.scenario import ApplicationWorkload, Carrier, Command, CommandMode
+from testbed.scenario import ApplicationWorkload, Carrier, Command, CommandMode, LinkDelay
 
 FOLDER = "applications"
 """Below the results folder: what programs wrote, a folder for each application."""
 
 _PROBE_TICKS = 8
 _READY_LOOK_TICKS = 16
-# Of what a program wrote: for its figures, and for a message.
+# Of what a program wrote: for its figures and for a message; at a look whether it is ready.
 _READ_BYTES = 16 << 20
+_READY_BYTES = 64 << 10
+# Frames that do not move for so long were lost by the machine; what still moves after so long is not ours.
+_STUCK_S, _SETTLE_S = 1.0, 30.0
+_REST_LOOKS = 3
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _SHOWN_LINES, _SHOWN_CHARACTERS = 12, 300
 _SETUP_LOOK_S = 0.005
+
+
+class OutputTail:
+    """Looks for something in what a program writes, each part of it once: a tick has no time for more."""
+
+    def __init__(self) -> None:
+        self._offset_bytes = 0
+        self._before = b""
+        self._found = False
+
+    def search(self, pattern: str, file: Path) -> bool:
+        """Return whether a match has been written, as far as this look and those before have come.
+
+        A match of several lines is found where it is not longer than a look.
+        """
+        if self._found:
+            return True
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            opened.seek(self._offset_bytes)
+            new = opened.read(_READY_BYTES)
+            if new:
+                self._offset_bytes += len(new)
+                text = self._before + new
+                self._found = re.search(pattern, text.decode(errors="replace"), re.MULTILINE) is not None
+                self._before = text[-_READY_BYTES:]
+                if len(text) > _READY_BYTES:  # `^` is the begin of a line, not of a look
+                    self._before = self._before[self._before.find(b"\n") + 1 :]
+        return self._found
 
 
 @dataclass(eq=False)
@@ -60,6 +95,7 @@ class _Running:
     begin_ns: int
     end_ns: int | None = None
     ready: bool = False
+    seen: OutputTail = field(default_factory=OutputTail)
 
     @property
     def ended(self) -> bool:
@@ -74,8 +110,7 @@ class _Running:
         """Take note if it is ready."""
         command = self.command
         self.ready = (command.ready_port is None or read_is_listening(self.child.pid, command.ready_port)) and (
-            command.ready_output is None
-            or re.search(command.ready_output, _read_end(self.output), re.MULTILINE) is not None
+            command.ready_output is None or self.seen.search(command.ready_output, self.output)
         )
 
 
@@ -124,10 +159,12 @@ class ApplicationCarrier:
         self._flow = flow
         self._cpus = cpus
         self._warnings: list[str] = []
+        self._data = DataQueues(fabric.arrays.queues, np.zeros(0, np.int64), dict.fromkeys(range(8), 1))
         if fabric.back_ends.link_delay != "netem" and any(port.delay_ns for port in fabric.plan.topology.ports):
+            chosen = fabric.plan.scenario.transport.link_delay is LinkDelay.CARRIER
+            why = "transport.link_delay is carrier" if chosen else "this kernel has no netem"
             self._warnings.append(
-                "this kernel has no netem, so propagation delays are not on the wire: applications see the time on links and in "
-                "queues alone"
+                f"{why}, so propagation delays are not on the wire: applications see the time on links and in queues alone"
             )
 
     def warnings(self) -> list[str]:
@@ -175,7 +212,7 @@ class ApplicationCarrier:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in item.files.items():
-                (folder / name).write_text(content)
+                (folder / name).write_text(content, encoding="utf-8")
         except OSError as error:
             raise TestbedError(f"{error.filename} cannot be written: {error.strerror}", hint="use --output") from None
         places.hostfile.write_text("".join(f"{name}\n" for name in names))
@@ -190,17 +227,15 @@ class ApplicationCarrier:
         for number, text in enumerate(item.setup):
             line = places.fill(text, None, shell=True)
             output = places.folder / f"setup-{number}.out"
-            child: list[subprocess.Popen[bytes]] = []
-            try:
-                child.append(self._start(line, None, dict(os.environ), output, places))
-                while child[0].poll() is None:
+            with self._ending(item) as children:
+                child = self._start(line, None, dict(os.environ), output, places)
+                children.append(child)
+                while child.poll() is None:
                     if time.monotonic() > deadline:
                         raise RunError(_describe(item, "setup", line, _took_too_long(item), output))
                     time.sleep(_SETUP_LOOK_S)
-            finally:
-                self._end(child)
-            if child[0].returncode:
-                raise RunError(_describe(item, "setup", line, _how_it_ended(child[0].returncode), output))
+                if child.returncode:
+                    raise RunError(_describe(item, "setup", line, _how_it_ended(child.returncode), output))
 
     def _start(
         self, line: str, host: int | None, environment: Mapping[str, str], output: Path, places: Places
@@ -216,10 +251,59 @@ class ApplicationCarrier:
             netns_fd=None if host is None else self._netns[host],
         )
 
-    def _end(self, children: Sequence[subprocess.Popen[bytes]]) -> None:
-        """End programs and what they have started; nothing interrupts that."""
-        with signals_held():
-            end_programs(children, self._fabric.state.mark)
+    @contextlib.contextmanager
+    def _ending(self, item: ApplicationWorkload) -> Iterator[list[subprocess.Popen[bytes]]]:
+        """End programs and what they have started, however the block ends; say which of them could not be ended.
+
+        Yields:
+            The list for the programs.
+        """
+        children: list[subprocess.Popen[bytes]] = []
+        left: list[int] = []
+        try:
+            try:
+                yield children
+            finally:
+                with signals_held():
+                    left = end_programs(children, self._fabric.state.mark, self._pass_tick)
+        except RunError as error:
+            if left:
+                raise RunError(f"{error.message}\n{_could_not_end(left)}") from None
+            raise
+        if left:
+            self._warnings.append(f"{item.application}: {_could_not_end(left)}")
+
+    def _pass_tick(self) -> None:
+        """Let a tick pass in which nothing runs but the fabric: pauses are obeyed."""
+        self._flow.tick(self._clock.now_ns())
+        self._clock.sleep_until_ns(self._clock.now_ns() + self._fabric.plan.dilation.wall_tick_ns)
+
+    def _settle(self, item: ApplicationWorkload) -> int:
+        """Wait until nothing that programs have sent is under way any more: it is not the next iteration's.
+
+        Returns:
+            Bytes that entered a queue and never left it: the kernel lost them between two ports.
+        """
+        begin = moved_at = time.monotonic()
+        empty, moved = 0, -1
+        while empty < _REST_LOOKS:  # a frame between two queues is in none
+            self._pass_tick()
+            now = time.monotonic()
+            empty = 0 if self._data.standing_bytes() or self._flow.any_closed else empty + 1
+            left = self._data.left_bytes()
+            if left != moved or self._flow.any_closed:
+                moved, moved_at = left, now
+            if now - moved_at > _STUCK_S and not empty:
+                lost = self._data.write_off()
+                self._flow.forget_frames()
+                return lost
+            if now - begin > _SETTLE_S:
+                self._warnings.append(
+                    f"{item.application}: {_SETTLE_S:g} s after its end the fabric was not at rest; what was under way may be in "
+                    "the next figures"
+                )
+                break
+        return 0
 
     def _begin(self, item: ApplicationWorkload, places: Places, number: int, label: str, now_ns: int) -> _Running:
         command = item.commands[number]
@@ -244,7 +328,7 @@ class ApplicationCarrier:
         begin = due = clock.now_ns()
         paused_before = flow.paused_until(begin)
         ticks = 0
-        try:
+        with self._ending(item) as children:
             while True:
                 now = clock.now_ns()
                 lateness.append(max(0, now - due))
@@ -255,10 +339,11 @@ class ApplicationCarrier:
                 if len(running) < len(item.commands):
                     if not running or _may_follow(item, running[-1], ticks):
                         running.append(self._begin(item, places, len(running), label, now))
+                        children.append(running[-1].child)
                 elif all(one.ended for one in running if one.command.mode is not CommandMode.SERVICE):
                     break
                 if now - begin > item.wall_timeout_ns:
-                    left = next(one for one in running if not one.ended)
+                    left = next((one for one in running if not one.ended), running[-1])
                     what = _took_too_long(item)
                     raise RunError(_describe(item, f"host{left.command.host}", left.line, what, left.output))
                 if ticks % _PROBE_TICKS == 0:
@@ -268,8 +353,9 @@ class ApplicationCarrier:
                 due = max(due + tick_ns, now)
                 clock.sleep_until_ns(due)
             wall_ns = now - begin
-        finally:
-            self._end([one.child for one in running])
+            wall_paused_ns = (flow.paused_until(now) - paused_before).max(axis=1)
+            gate_lateness_ns = np.array(flow.lateness_ns, np.int64)
+        unaccounted_bytes = self._settle(item)
         nothing = np.zeros(len(plan.topology.ports) + 1)
         machine = MachineSamples(
             wall_tick_ns=tick_ns,
@@ -281,14 +367,14 @@ class ApplicationCarrier:
             wall_gained_ns=0.0,
             wall_backlogged_ns=nothing,
             wall_duration_ns=wall_ns,
-            unaccounted_bytes=0,
+            unaccounted_bytes=unaccounted_bytes,
             resolution_error_fraction=0.0,  # programs run on this machine's clock, not on ticks
-            wall_gate_lateness_ns=np.array(flow.lateness_ns, np.int64),
+            wall_gate_lateness_ns=gate_lateness_ns,
         )
         return _Iteration(
             wall_ns,
             machine,
-            (flow.paused_until(clock.now_ns()) - paused_before).max(axis=1),
+            wall_paused_ns,
             tuple(
                 CommandSample(
                     one.command.host,
@@ -311,18 +397,21 @@ class ApplicationCarrier:
             values = tuple(find_figure(figure.pattern, texts) for texts in written)
             if None in values:
                 self._warnings.append(
-                    f"{item.application}: figure {figure.name} is not known: nothing that was written matches {figure.pattern!r}"
+                    f"{item.application}: figure {figure.name} is not known: nothing that was written matches {figure.pattern!r} "
+                    "with a finite number"
                 )
             figures[figure.name] = values
         return figures
 
 
 def find_figure(pattern: str, texts: Sequence[str]) -> float | None:
-    """Return the number of the last match of a pattern's only group in some texts; None where none is a number."""
+    """Return the number of the last match of a pattern's only group in some texts; None where it is no finite decimal number."""
     matches = [match[1] for text in texts for match in re.finditer(pattern, text, re.MULTILINE)]
-    with contextlib.suppress(IndexError, ValueError, TypeError):
-        return float(matches[-1])
-    return None
+    last = (matches[-1] or "").strip() if matches else ""
+    if not _NUMBER.fullmatch(last):
+        return None
+    value = float(last)
+    return value if math.isfinite(value) else None
 
 
 def _may_follow(item: ApplicationWorkload, last: _Running, ticks: int) -> bool:
@@ -351,6 +440,10 @@ def _how_it_ended(code: int) -> str:
 
 def _took_too_long(item: ApplicationWorkload) -> str:
     return f"had not ended after wall_timeout, {item.wall_timeout_ns / 1e9:g} s"
+
+
+def _could_not_end(pids: Sequence[int]) -> str:
+    return f"could not be ended and still run: processes {', '.join(str(pid) for pid in pids)}"
 
 
 def _describe(item: ApplicationWorkload, where: str, line: str, what: str, output: Path) -> str:
@@ -422,7 +515,7 @@ def _name_nics(fabric: Fabric, netns: Sequence[int], stack: contextlib.ExitStack
         # An interface bears one device: a deployed lab's serves.
         made = {port: name for port, name in made.items() if port.id not in fabric.rxe_devices}
         stack.enter_context(
-            rxe_devices({name: (port.ifname, netns[host_of[port.node]]) for port, name in made.items()})
+            fabric.run_devices({name: (port.ifname, netns[host_of[port.node]]) for port, name in made.items()})
         )
         devices = {**fabric.rxe_devices, **{port.id: name for port, name in made.items()}}
         load_connection_manager()

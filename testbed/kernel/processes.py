@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from testbed.errors import MachineError
@@ -79,37 +79,88 @@ def read_is_listening(pid: int, port: int) -> bool:
     return False
 
 
-def end_programs(children: Sequence[subprocess.Popen[bytes]], mark: str) -> None:
-    """End programs and all that they have started: politely, then at once after a while."""
+def end_programs(
+    children: Sequence[subprocess.Popen[bytes]], mark: str, pause: Callable[[], None] = lambda: time.sleep(_LOOK_S)
+) -> list[int]:
+    """End programs and all that they have started: politely, then at once after a while.
+
+    What they have started is what is in their process groups while they run, what descends from them, and what bears the mark.
+
+    Args:
+        children: The programs; empty to end what others have left under that mark.
+        mark: Their mark.
+        pause: Called between two looks.
+
+    Returns:
+        Processes that have not ended all the same.
+    """
+    descendants = _find_descendants(children)
     for child in children:
         _signal_group(child, signal.SIGTERM)
-    deadline = time.monotonic() + _GRACE_S
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
-        time.sleep(_LOOK_S)
+    _wait_for(children, pause)
     for child in children:
         _signal_group(child, signal.SIGKILL)
-        child.wait()
+    _wait_for(children, pause)
     deadline = time.monotonic() + _GRACE_S
-    while (left := find_programs(mark)) and time.monotonic() < deadline:
+    while left := [*find_programs(mark), *_alive(descendants)]:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(_LOOK_S)
+        if time.monotonic() > deadline:
+            break
+        pause()
+    return sorted({*left, *(child.pid for child in children if child.returncode is None)})
 
 
 def find_programs(mark: str) -> list[int]:
-    """Return the processes that bear a mark; those that have ended and are not yet waited for are not among them."""
+    """Return the other processes that bear a mark; those that have ended and are not yet waited for are not among them."""
     wanted = f"{MARK_VARIABLE}={mark}".encode()
     found = []
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
+    for pid in _pids():
+        if pid != os.getpid():
             with contextlib.suppress(OSError):
-                if wanted in Path(f"/proc/{entry.name}/environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
+                if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    found.append(pid)
     return found
 
 
+def _wait_for(children: Sequence[subprocess.Popen[bytes]], pause: Callable[[], None]) -> None:
+    """Wait a while until all have ended: one in the kernel's hands may never."""
+    deadline = time.monotonic() + _GRACE_S
+    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+        pause()
+
+
 def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    # The group may outlive its leader; its number is not given to others while one of it is left.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, number)
+    # Of one that was waited for, the number may be another's by now.
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+
+
+def _find_descendants(children: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
+    """Return what descends from programs that run, and when each began: it may have dropped the mark."""
+    parents = {pid: stat for pid in _pids() if (stat := _read_stat(pid)) is not None}
+    found = {child.pid for child in children if child.returncode is None}
+    while more := {pid for pid, stat in parents.items() if stat[1] in found} - found:
+        found |= more
+    return {pid: parents[pid][2] for pid in found & parents.keys()}
+
+
+def _alive(began: Mapping[int, int]) -> list[int]:
+    """Return which of some processes still run, by their begins: a number may have become another's."""
+    stats = {pid: _read_stat(pid) for pid in began}
+    return [pid for pid, stat in stats.items() if stat is not None and stat[0] not in "ZX" and stat[2] == began[pid]]
+
+
+def _read_stat(pid: int) -> tuple[str, int, int] | None:
+    """Return state, parent and begin of a process; None where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[0], int(fields[1]), int(fields[19])
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit()]

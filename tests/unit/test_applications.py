@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from testbed import api
 from testbed.assemble import assemble_applications
-from testbed.carriers.applications import find_figure
+from testbed.carriers.applications import OutputTail, find_figure
 from testbed.carriers.placeholders import NicNames, Places, render_rsh
 from testbed.carriers.protocol import ApplicationSamples, CommandSample
+from testbed.cli.main import app
 from testbed.cli.run import render_result
-from testbed.errors import PlanError, RunError
+from testbed.errors import PlanError, RunError, ScenarioError
+from testbed.kernel.processes import MARK_VARIABLE
 from testbed.measure.counters import FabricCounters, Snapshot
 from testbed.measure.samples import MachineSamples
 from testbed.plan.model import Plan
 from testbed.plan.operations import BackEnds
 from testbed.plan.report import describe_paths, describe_plan
 from testbed.results import Fidelity, FidelityVerdict, Result
-from testbed.scenario import load_scenario
+from testbed.scenario import application, load_scenario
 
 TEXT = """
 name: applications
@@ -80,6 +84,7 @@ def plan_of(*overrides: str) -> Plan:
             "10.0.0.5 1 host0,host1 10.0.0.1,10.0.0.5 106 /tmp/hosts /tmp/rsh",
         ),
         ("cd {folder}/x", 0, "cd '/tmp/a folder'/x"),
+        ("awk '{ print }' ${HOME} {}", 0, "awk '{ print }' ${HOME} {}"),
         ("awk '{ print $1 }' ${HOME} {}", 0, "awk '{ print $1 }' ${HOME} {}"),
     ],
 )
@@ -107,6 +112,12 @@ def test_rsh_sets_the_variables_of_the_host_that_it_enters() -> None:
         ("speed ([0-9.]+)", ["speed 1", "speed 3"], 3.0),
         ("speed ([a-z]+)", ["speed fast"], None),
         ("speed ([0-9]+)", ["", ""], None),
+        ("speed (.*)", ["speed 1\nspeed -1.5e3"], -1500.0),
+        ("speed (.*)", ["speed 1\nspeed nan"], None),
+        ("speed (.*)", ["speed inf"], None),
+        ("speed (.*)", ["speed 1e999"], None),
+        ("speed (.*)", ["speed 1_000"], None),
+        ("speed (x)?", ["speed 7"], None),
     ],
 )
 def test_last_match_is_the_figure(pattern: str, texts: list[str], expected: float | None) -> None:
@@ -200,10 +211,62 @@ def test_a_check_is_of_the_applications_that_have_the_figure() -> None:
     assert checks["drops_packets"].verdict == "pass"
 
 
-def test_what_was_not_printed_is_not_judged() -> None:
+def test_what_programs_that_ended_well_did_not_write_fails() -> None:
     result = result_of(97.0, None, 99.0)
     assert result.applications[0].figures[0].value is None
-    assert {check.metric: check.verdict for check in result.checks}["figure.speed"] == "not_judged"
+    (check,) = [check for check in result.checks if check.metric == "figure.speed"]
+    assert (check.verdict, check.observed, check.row) == ("fail", None, 0)
+    assert "# check: figure.speed >= 90000: fail (observed nothing written, transfer)" in render_result(result)
+
+
+def test_a_figure_beyond_every_number_is_none() -> None:
+    result = result_of(1e308, 1e308, 1e308)
+    assert result.applications[0].figures[0].value is None
+    assert "Infinity" not in json.dumps(result.to_json_dict())
+
+
+def test_output_is_searched_part_by_part_and_lines_that_parts_divide_are_found(tmp_path: Path) -> None:
+    file, tail = tmp_path / "out", OutputTail()
+    assert not tail.search("^up$", file)
+    file.write_text("not up\n")
+    assert not tail.search("^up$", file)
+    with file.open("a") as opened:
+        opened.write("u")
+    assert not tail.search("^up$", file)
+    with file.open("a") as opened:
+        opened.write("p\n")
+    assert tail.search("^up$", file)
+
+
+def test_output_that_is_longer_than_a_look_is_found_after_some(tmp_path: Path) -> None:
+    file, tail = tmp_path / "out", OutputTail()
+    file.write_text("x up\n" * 200_000 + "up\n")
+    looks = [tail.search("^up$", file) for _ in range(20)]
+    assert looks[0] is False
+    assert looks[-1] is True
+
+
+def test_the_mark_is_no_variable_of_a_scenario() -> None:
+    assert application.MARK_VARIABLE == MARK_VARIABLE
+    for place in ("", "commands: [{host: 1, command: count, environment: {TESTBED_APPLICATION: x}}]"):
+        text = (
+            TEXT.replace("commands: [{host: 1, command: 'count'}]", place)
+            if place
+            else TEXT.replace("PEER:", "TESTBED_APPLICATION:")
+        )
+        with pytest.raises(ScenarioError, match=r"environment\.TESTBED_APPLICATION: must not be set"):
+            load_scenario(text)
+
+
+def test_links_of_a_result_are_beside_no_prediction(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(json.dumps(result_of(97.0, 95.0, 99.0).to_json_dict()))
+    compared = api.compare_paths(tmp_path)
+    assert compared.rows == ()
+    assert {link.predicted_bytes for link in compared.links} == {None}
+    done = CliRunner().invoke(app, ["paths", str(tmp_path)], catch_exceptions=False)
+    assert "neither paths nor completion times are predicted" in done.stdout
+    assert "predicted (B)" not in done.stdout
+    assert "spine1/down0" in done.stdout
 
 
 def test_figures_of_an_invalid_run_are_not_judged() -> None:
