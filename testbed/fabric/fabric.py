@@ -416,7 +416,9 @@ def _map_entries(plan: Plan, *, any_failure: bool) -> dict[str, int]:
     topology = plan.topology
     # The first step has the plan's own tables.
     steps = [step.tables for step in plan.faults.steps] or [plan.tables]
-    groups, members, overrides = count_rows(topology, steps, any_failure=any_failure)
+    groups, members, overrides = count_rows(
+        topology, steps, any_failure=any_failure, resilient=plan.scenario.routing.resilient_hashing
+    )
     ports = len(topology.ports) + 1
     return {
         "tb_ports": ports,

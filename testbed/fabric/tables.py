@@ -16,6 +16,7 @@ import numpy.typing as npt
 from testbed.errors import LabError
 from testbed.kernel import layout
 from testbed.routing import ForwardingTables, Group, HashFunction, Selector
+from testbed.routing.resilient import MAX_BUCKETS
 from testbed.topology import Topology
 
 # enum tb_selector in bpf/fabric.h
@@ -43,13 +44,16 @@ def pack_members(group: Group) -> list[int]:
     return list(group.members)
 
 
-def count_rows(topology: Topology, tables: Iterable[ForwardingTables], *, any_failure: bool) -> tuple[int, int, int]:
+def count_rows(
+    topology: Topology, tables: Iterable[ForwardingTables], *, any_failure: bool, resilient: bool = False
+) -> tuple[int, int, int]:
     """Return how many groups, members and exact-match entries a fabric's maps must hold.
 
     Args:
         topology: The fabric.
         tables: All tables that it will have. Those of before and after a change stand there together; a tick may pass over some.
         any_failure: Whether links may fail that nobody has announced.
+        resilient: Whether groups become buckets then, see `testbed.routing.resilient`.
     """
     sizes: list[tuple[int, int]] = []
     entries: set[Any] = set()
@@ -63,7 +67,7 @@ def count_rows(topology: Topology, tables: Iterable[ForwardingTables], *, any_fa
     # Room between rows that are in use is rarely all of one piece.
     members *= 2
     if any_failure:
-        most = max(len(node.ports) for node in topology.nodes)
+        most = MAX_BUCKETS if resilient else max(len(node.ports) for node in topology.nodes)
         switches = len(topology.nodes) - len(topology.hosts)
         spare = min(_MAX_SPARE_GROUPS, switches * switches)
         groups += spare

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.routing.ecmp import Ecmp
-from testbed.routing.links import Knowledge, LinkState
+from testbed.routing.links import Knowledge
 from testbed.routing.protocol import NO_SETTINGS, RoutingScheme, RoutingSettings
 from testbed.routing.resilient import replace_dead
 from testbed.routing.tables import UNREACHABLE, ForwardingTables, Group, Selector, TablesBuilder
@@ -42,18 +42,15 @@ def build_tables(
     if not known.fabric.dead_ports and not known.adjacent.dead_ports:
         return tables
     fallback = Ecmp().build_tables(topology, hash_seed=hash_seed, settings=settings)
-    resilient = settings.resilient_hashing
-    tables = prune_tables(topology, tables, known.fabric, fallback=fallback, resilient=resilient)
-    return prune_tables(topology, tables, known.adjacent, fallback=fallback, adjacent_only=True, resilient=resilient)
+    return prune_tables(topology, tables, known, fallback=fallback, resilient=settings.resilient_hashing)
 
 
 def prune_tables(
     topology: Topology,
     tables: ForwardingTables,
-    links: LinkState,
+    known: Knowledge,
     *,
     fallback: ForwardingTables | None = None,
-    adjacent_only: bool = False,
     resilient: bool = False,
 ) -> ForwardingTables:
     """Return tables without what leads nowhere.
@@ -63,20 +60,22 @@ def prune_tables(
     Args:
         topology: The fabric.
         tables: Its tables.
-        links: The links that are down.
+        known: The links that are down: switches look at their own by what is adjacent, at all the way to the destination by what
+            the fabric knows.
         fallback: Tables whose groups take over where a group has no member left; None for none.
-        adjacent_only: Whether switches look at their own links alone, instead of at all the way to the destination.
         resilient: Whether only the flows of dead members move, see `testbed.routing.resilient`.
 
     Returns:
         The tables; where a switch has no way left to a slot, ``UNREACHABLE``.
     """
-    if not links.dead_ports:
+    if not known.fabric.dead_ports and not known.adjacent.dead_ports:
         return tables
-    alive = np.ones(len(topology.ports) + 1, bool)
-    for port in topology.ports:
-        alive[port.id] = links.is_up(port)
-    reach = None if adjacent_only else _find_reach(topology, [tables, *([fallback] if fallback else [])], alive)
+    alive, reach = np.ones(len(topology.ports) + 1, bool), None
+    if known.fabric.dead_ports:
+        alive[1:] = [known.fabric.is_up(port) for port in topology.ports]
+        reach = _find_reach(topology, [tables, *([fallback] if fallback else [])], alive)
+    # Both at once: a group is pruned, and its dead members replaced, from what it was at first.
+    alive[1:] &= [known.adjacent.is_up(port) for port in topology.ports]
     builder = TablesBuilder(topology)
     peer_node = np.array([0, *(topology.port(port.peer).node for port in topology.ports)], np.intp)
     for node in topology.nodes:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed.errors import PlanError
+from testbed.errors import LabError, PlanError
 from testbed.fabric.tables import TableWriter, count_rows
+from testbed.kernel import layout
+from testbed.plan.compile import compile_plan
 from testbed.routing import (
     ALL_UP,
     ROUTING_SCHEMES,
@@ -27,7 +30,8 @@ from testbed.routing import (
     trace_path,
     trace_routes,
 )
-from testbed.routing.resilient import replace_dead
+from testbed.routing.resilient import MAX_BUCKETS, replace_dead
+from testbed.scenario import load_scenario
 from testbed.topology import LinkSpec, Topology, build_clos
 
 LINK = LinkSpec(400_000_000_000, 600)
@@ -232,6 +236,86 @@ def test_a_fabric_moves_only_the_flows_of_the_dead_links_if_told_to(names: tuple
     assert needless == 0
     assert victims > 200
     assert moved(resilient=False)[0] > 100  # the negative control: without, a twelfth of all 1920 and more move too
+
+
+def test_what_some_know_and_what_all_know_is_replaced_once() -> None:
+    """A second replacement on top of the first multiplies: 32 members became 952,320 buckets."""
+    spines = 32
+    wide = build_clos(hosts_per_leaf=(1,) * 3, spines=spines, host_link=LINK, uplink=LINK)
+    told = LinkState(dead_ports_of(wide, ["leaf0:spine1"]))
+    noticed = LinkState(dead_ports_of(wide, ["leaf0:spine1", "leaf0:spine2", "leaf1:spine3"]))
+    settings = RoutingSettings(links=noticed, resilient_hashing=True)
+
+    def tables_with(knowledge: Knowledge) -> ForwardingTables:
+        return build_tables(wide, routing_scheme("ecmp"), hash_seed=3, settings=settings, knowledge=knowledge)
+
+    before, after = tables_with(Knowledge()), tables_with(Knowledge(adjacent=noticed, fabric=told))
+    buckets = {len(group.members) for group in after.groups if len(group.members) > 1}
+    assert buckets == {spines, spines * (spines - 1), spines * (spines - 2)}
+    assert max(buckets) <= MAX_BUCKETS
+    for leaf in wide.leaves:
+        for slot in np.flatnonzero(before.fib[leaf.index] >= 0).tolist():
+            old, new = before.group_at(leaf.index, slot), after.group_at(leaf.index, slot)
+            assert old is not None
+            assert new is not None
+            dead = noticed.dead_ports if leaf in wide.leaves[:2] else frozenset[int]()
+            assert not dead & set(new.members)
+            times = len(new.members) // len(old.members)
+            kept = [port for port in old.members if port in new.members]
+            for place, port in enumerate(old.members):
+                if port in kept:
+                    assert set(new.members[place * times : (place + 1) * times]) == {port}
+            assert max(new.weights().values()) - min(new.weights().values()) <= 1
+
+
+@pytest.mark.parametrize("count", [33, 40, 700])
+def test_buckets_are_bounded_and_shared_to_a_bucket(count: int) -> None:
+    members = tuple(range(1, count + 1))
+    replaced = replace_dead(members, [member % 9 != 0 for member in members])
+    assert count <= len(replaced) <= MAX_BUCKETS
+    weights = Counter(replaced).values()
+    assert max(weights) - min(weights) <= 1
+
+
+@pytest.mark.parametrize("resilient", [False, True])
+def test_maps_have_room_for_every_step_of_scheduled_faults(resilient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = compile_plan(
+        load_scenario(f"""
+name: room
+fabric: {{kind: clos, leaves: 3, spines: 12, hosts_per_leaf: 2, host_link: {{rate: 100 Gbit/s, delay: 600 ns}}}}
+workload: [{{collective: all_reduce, size: 1 MiB}}]
+routing: {{scheme: e-ecmp, resilient_hashing: {str(resilient).lower()}, detection_time: 10 us, convergence_time: 15 us}}
+faults:
+  - {{at: 0 ns, link_down: "leaf2:spine7"}}
+  - {{at: 10 us, link_down: "leaf0:spine1", for: 100 us}}
+  - {{at: 20 us, link_down: "leaf1:spine2", for: 100 us}}
+  - {{at: 27 us, switch_down: spine5, for: 100 us}}
+time_dilation: 20000
+"""),
+        capacity_packets_per_s=None,
+    )
+    steps = [step.tables for step in plan.faults.steps]
+    assert len(steps) > 8  # precondition
+    groups, members, _ = count_rows(plan.topology, steps, any_failure=False)
+    monkeypatch.setattr(layout, "read_overrides", lambda _: {})
+    for name in ("write_overrides", "delete_overrides"):
+        monkeypatch.setattr(layout, name, lambda *_: None)
+
+    def write(order: list[ForwardingTables], members: int) -> None:
+        arrays = SimpleNamespace(
+            fib=np.full(steps[0].fib.size, -1, np.int32),
+            groups=np.zeros(groups, layout.GROUP),
+            members=np.zeros(members, np.uint32),
+        )
+        writer = TableWriter(plan.topology, arrays, -1, time_dilation=1.0)  # type: ignore[arg-type]
+        for tables in order:
+            writer.write(tables)
+
+    for order in (steps, steps[::-1], steps[::2] + steps[::3], [one for step in steps for one in (step, steps[0])]):
+        write(order, members)
+    largest = max(sum(len(one.groups[index].members) for index in np.unique(one.fib) if index >= 0) for one in steps)
+    with pytest.raises(LabError, match="no room"):  # the negative control: what the largest alone needs is too little
+        write(steps, largest)
 
 
 def test_maps_have_room_when_a_leaf_loses_its_last_entries() -> None:
