@@ -148,6 +148,8 @@ class _Times:
         share = messages.share[traced.flow] * traced.share
         ports, seed = traced.ports, traced.seed
         if len(inside):
+            if not traced.flow.size:  # nothing leaves a host: no way has told how long they are
+                ports = np.zeros((2, 0), ports.dtype)
             gpus = np.zeros((len(ports), len(inside)), np.int64)
             gpus[0] = first_gpu_port + 2 * inside[:, 0]
             gpus[1] = first_gpu_port + 2 * inside[:, 1] + 1

@@ -202,8 +202,8 @@ def predict(
     worst, items = at(0)
     phases: list[PhasePrediction] = []
     for moment, (at_ns, _, _) in enumerate(moments if len(moments) > 1 else ()):
-        # The first is how an iteration begins; what happens at its beginning is the second.
-        broken = broken_at(incidents, at_ns if moment else -1)
+        # The first is how an iteration begins, with what stands throughout; what else happens at its beginning is the second.
+        broken = broken_at([one for one in incidents if moment or one.end_ns is None], at_ns)
         try:
             ratios, _ = at(moment)
         except PlanError as error:

@@ -144,6 +144,8 @@ class Tracer:
     def _sure_switches(self, seeded: SeededTables) -> npt.NDArray[np.bool_]:
         """Return the switches that pass on to each of their own NICs by the one port that leads there."""
         tables = seeded.tables
+        if not tables.groups:  # as where the one switch is dead
+            return np.zeros(len(self._topology.nodes) + 1, bool)
         only = np.array([group.members[0] if len(set(group.members)) == 1 else 0 for group in tables.groups], np.int32)
         sure = np.ones(len(self._topology.nodes) + 1, bool)
         found = tables.fib[self._leaves, self._nic_slots]
@@ -274,9 +276,9 @@ class _Groups:
         hashes = [(int(group.hash_fields), group.hash_function) for group in groups]
         self.known_hashes = sorted(set(hashes))
         self.hash_of = np.array([self.known_hashes.index(one) for one in hashes], np.int64)
-        single = np.array([len(set(group.members)) == 1 for group in groups])
-        per_packet = np.array([group.selector.is_per_packet for group in groups])
-        hashed = np.array([group.selector in (Selector.HASH, Selector.FLOWLET) for group in groups])
+        single = np.array([len(set(group.members)) == 1 for group in groups], bool)
+        per_packet = np.array([group.selector.is_per_packet for group in groups], bool)
+        hashed = np.array([group.selector in (Selector.HASH, Selector.FLOWLET) for group in groups], bool)
         self.only_port = np.where(single, self.members[self.first], 0).astype(np.int32)
         self.hashes = ~single & hashed
         weights = [

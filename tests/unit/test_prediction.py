@@ -261,6 +261,22 @@ def test_what_is_cut_off_and_what_does_not_exist_are_named() -> None:
         predicted(seeds=0)
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem)
+        for path in sorted((ROOT / "scenarios").rglob("*.yaml"))
+        if path.stem != "dc-24k" and path.parent.name != "applications"  # takes its time; cannot be predicted
+    ],
+)
+def test_every_scenario_that_comes_with_the_project_has_a_prediction(path: Path) -> None:
+    found = predict(load_scenario(path), seeds=2)
+    assert found.items
+    assert found.ratios.cct_ratio_min > 0.999
+    for phase in found.phases:
+        assert (phase.ratios is None) == bool(phase.cut_off)
+
+
 def test_a_loop_in_the_tables_is_named() -> None:
     topology = clos(2, 1, 1)
     (leaf0, leaf1), (spine,) = topology.leaves, topology.spines
@@ -407,6 +423,28 @@ def test_faults_that_stand_are_in_the_figures_and_those_that_come_have_phases() 
     assert (30_000, True) in [state[:2] for state in states]
     assert (True, 2) in [state[1:] for state in states]
     assert states[-1][1:] == (False, 1)
+
+
+def test_what_stands_from_the_beginning_is_broken_in_the_first_phase_and_what_passes_is_not() -> None:
+    standing = "{at: 0 us, link_down: 'leaf0:spine1'}"
+    passing = "{at: 0 us, link_down: 'leaf1:spine2', for: 20 us}"
+    phases = predict(scenario_of(f"faults=[{standing}, {passing}]", "routing.detection_time=10 us"), seeds=2).phases
+    assert [(phase.at_ns, phase.broken) for phase in phases[:2]] == [
+        (0, ("link_down leaf0:spine1",)),
+        (0, ("link_down leaf0:spine1", "link_down leaf1:spine2")),
+    ]
+
+
+def test_a_fabric_whose_one_switch_dies_has_a_phase_without_a_way() -> None:
+    star = load_scenario(ROOT / "scenarios/faults/star-dies.yaml")
+    last = predict(star, seeds=2).phases[-1]
+    assert last.ratios is None
+    assert last.cut_off == "switch0 has no route from host0 to host1"
+    for scheme in sorted(ROUTING_SCHEMES):
+        gap = ["routing.flowlet_gap=10 us"] if scheme == "flowlet" else []
+        other = load_scenario(ROOT / "scenarios/star.yaml", [f"routing.scheme={scheme}", "expect=[]", *gap])
+        with pytest.raises(PlanError, match="switch0 has no route"):
+            predict(other, seeds=2, links_down=("switch0",))
 
 
 def test_a_slow_link_counts_with_what_it_has_left() -> None:
