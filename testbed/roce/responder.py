@@ -6,6 +6,7 @@ bytes themselves are the proof: it takes SEND and WRITE packets, stores them, an
 Source:
     InfiniBand Architecture Specification, volume 1: 9.7.4.1 (responder validation of PSN and opcode sequence), 9.7.5.1
     (acknowledgement of duplicates), 9.7.5.2 (NAK codes, RNR NAK), 9.9.3 (responder errors).
+    Linux drivers/infiniband/sw/rxe/rxe_opcode.c, RXE_RWR_MASK (which packets take a receive buffer).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ _ONLY = frozenset(
         Opcode.WRITE_ONLY_WITH_IMMEDIATE,
     }
 )
+_WRITES_WITH_IMMEDIATE = frozenset({Opcode.WRITE_LAST_WITH_IMMEDIATE, Opcode.WRITE_ONLY_WITH_IMMEDIATE})
 _SENDS = frozenset(
     {
         Opcode.SEND_FIRST,
@@ -77,7 +79,7 @@ class Arrival:
     """A message that is whole.
 
     Attributes:
-        is_send: Whether a SEND, which took a receive buffer; else a WRITE.
+        is_send: Whether a SEND, which filled a receive buffer; else a WRITE, which took one if it has immediate data.
         nbytes: Its length.
         immediate: Immediate data; None without.
     """
@@ -116,7 +118,7 @@ class StoreResponder:
         memory: What WRITEs may fill.
         virtual_address: Where a requester thinks it begins.
         rkey: Its key.
-        rnr_timer: The delay that a SEND without a receive buffer is told, 0 to 31.
+        rnr_timer: The delay that what finds no receive buffer is told, 0 to 31.
 
     Attributes:
         arrivals: Messages that are whole, in order.
@@ -143,7 +145,7 @@ class StoreResponder:
         self.failed: int | None = None
 
     def post_receive(self, place: bytearray) -> None:
-        """Give one more SEND a place."""
+        """Give one more SEND a place, or let one more WRITE with immediate data complete; the latter leaves it empty."""
         self._receives.append(memoryview(place))
 
     def receive(self, packet: RocePacket) -> Answer | None:
@@ -205,13 +207,16 @@ class StoreResponder:
             raise _RefusedError(Syndrome.INVALID_REQUEST)
         if size > self._mtu or (not ends and size != self._mtu) or (opcode in _LAST and not size):
             raise _RefusedError(Syndrome.INVALID_REQUEST)
+        takes_receive = begins if is_send else opcode in _WRITES_WITH_IMMEDIATE
+        if takes_receive and not self._receives:
+            raise _RefusedError(self._rnr_syndrome)
         if message is None:
             message = self._begin(packet, is_send)
         if message.nbytes + size > len(message.place):
             raise _RefusedError(Syndrome.INVALID_REQUEST)
         if ends and not is_send and message.nbytes + size != len(message.place):
             raise _RefusedError(Syndrome.INVALID_REQUEST)
-        if begins and is_send:
+        if takes_receive:
             self._receives.popleft()
         message.place[message.nbytes : message.nbytes + size] = packet.payload
         message.nbytes += size
@@ -222,8 +227,6 @@ class StoreResponder:
 
     def _begin(self, packet: RocePacket, is_send: bool) -> _Message:
         if is_send:
-            if not self._receives:
-                raise _RefusedError(self._rnr_syndrome)
             return _Message(True, self._receives[0])
         nbytes = packet.dma_bytes
         if nbytes > _MAX_MESSAGE_BYTES:

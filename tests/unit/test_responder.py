@@ -243,6 +243,38 @@ def test_send_waits_for_a_place_and_what_is_behind_it_is_not_answered() -> None:
     assert one.failed is None
 
 
+def test_write_with_immediate_takes_a_place_and_leaves_it_empty() -> None:
+    one, place = responder(), bytearray(4)
+    write = packet(Opcode.WRITE_ONLY_WITH_IMMEDIATE, 0, b"four", immediate=7)
+    assert one.receive(write) == Answer(psn(0), 0, Syndrome.RNR | 5)
+    assert not any(one._memory)
+    assert one.arrivals == []
+    one.post_receive(place)
+    assert one.receive(write) == Answer(psn(0), 1, Syndrome.ACK)
+    assert bytes(one._memory[:5]) == b"four\0"
+    assert not any(place)
+    assert one.arrivals == [Arrival(False, 4, 7)]
+    # It is used up: neither a SEND nor the next immediate data finds one.
+    assert one.receive(packet(Opcode.SEND_ONLY, 1, b"x")) == Answer(psn(1), 1, Syndrome.RNR | 5)
+    assert one.counts["rnr_naks"] == 2
+
+
+def test_long_write_with_immediate_waits_for_a_place_at_its_last_packet_alone() -> None:
+    one = responder()
+    first = packet(Opcode.WRITE_FIRST, 0, FULL, dma_bytes=MTU + 1)
+    last = packet(Opcode.WRITE_LAST_WITH_IMMEDIATE, 1, b"x", immediate=9)
+    assert one.receive(first) == Answer(psn(0), 0, Syndrome.ACK)
+    assert one.receive(last) == Answer(psn(1), 0, Syndrome.RNR | 5)
+    assert one.receive(packet(Opcode.WRITE_ONLY, 2, b"y")) is None
+    one.post_receive(bytearray(4))
+    # A requester may begin the message again: what was there already is not executed twice.
+    assert one.receive(first) == Answer(psn(0), 0, Syndrome.ACK)
+    assert one.receive(last) == Answer(psn(1), 1, Syndrome.ACK)
+    assert bytes(one._memory[: MTU + 2]) == FULL + b"x\0"
+    assert one.arrivals == [Arrival(False, MTU + 1, 9)]
+    assert one.failed is None
+
+
 def test_send_longer_than_its_place_is_refused() -> None:
     one = responder()
     one.post_receive(bytearray(3))

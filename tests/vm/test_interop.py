@@ -157,7 +157,9 @@ def test_rxe_is_content_with_the_answers_of_the_fabric(loss: bool) -> None:
 
 
 def test_rxe_sends_once_there_is_a_place_and_hands_over_immediate_data() -> None:
-    sent, memory, place = contents(4, MESSAGE), bytearray(64), bytearray(MESSAGE)
+    """A SEND fills its place; immediate data of a WRITE takes one, at the WRITE's last packet, and leaves it empty."""
+    sent, memory = contents(4, MESSAGE), bytearray(3 * MTU)
+    places = [bytearray(MESSAGE), bytearray(64), bytearray(64)]
     with interop_fabric() as fabric, connected_rxe(fabric, REQUESTER, sent) as end:
         store = store_responder(fabric, end.qpn, memory, virtual_address=ADDRESS, rkey=RKEY)
         responder = store.responder
@@ -165,19 +167,26 @@ def test_rxe_sends_once_there_is_a_place_and_hands_over_immediate_data() -> None
 
             def serve() -> None:
                 endpoint.serve(0.01)
-                if responder.counts["rnr_naks"] == 2 and not posted:
-                    responder.post_receive(place)
-                    posted.append(True)
+                # Two refusals for each message before it gets its place.
+                if len(posted) < len(places) and responder.counts["rnr_naks"] == 2 * len(posted) + 2:
+                    assert len(responder.arrivals) == len(posted)
+                    posted.append(places[len(posted)])
+                    responder.post_receive(posted[-1])
 
-            posted: list[bool] = []
+            posted: list[bytearray] = []
             end.send(0, MESSAGE - 3)  # of a length that needs padding
             end.write(0, 61, virtual_address=ADDRESS + 1, rkey=RKEY, immediate=77)
-            finish(end, 2, serve)
-    assert place == sent[: MESSAGE - 3].tobytes() + bytes(3)
-    assert memory == bytes(1) + sent[:61].tobytes() + bytes(2)
-    assert [(one.is_send, one.nbytes) for one in responder.arrivals] == [(True, MESSAGE - 3), (False, 61)]
-    assert responder.arrivals[1].immediate is not None
-    assert int.from_bytes(responder.arrivals[1].immediate.to_bytes(4, "big"), "little") == 77  # in rxe's byte order
+            end.write(0, MTU + 5, virtual_address=ADDRESS + MTU, rkey=RKEY, immediate=78)
+            finish(end, 3, serve)
+        print(f"rxe to store, with refusals: {dict(responder.counts)}")
+    assert responder.counts["rnr_naks"] == 6
+    assert places == [sent[: MESSAGE - 3].tobytes() + bytes(3), bytes(64), bytes(64)]
+    written = bytes(1) + sent[:61].tobytes() + bytes(MTU - 62) + sent[: MTU + 5].tobytes()
+    assert memory == written.ljust(3 * MTU, b"\0")
+    sizes = [(True, MESSAGE - 3), (False, 61), (False, MTU + 5)]
+    assert [(one.is_send, one.nbytes) for one in responder.arrivals] == sizes
+    numbers = [one.immediate.to_bytes(4, "big") for one in responder.arrivals if one.immediate is not None]
+    assert [int.from_bytes(one, "little") for one in numbers] == [77, 78]  # in rxe's byte order
 
 
 def test_frame_with_a_wrong_bit_is_dropped_by_both() -> None:
