@@ -13,13 +13,14 @@ def choose_back_ends(plan: Plan) -> BackEnds:
 
     A plug is the better gate, for an opened port sends no bucketful at once. The eBPF marker is the better one, exact and
     counted by priority, so RED is for who asks for it. Netem is the better delay for the kernel's protocols, whose own loops then
-    see it; the engine delays by itself. What is asked for and absent is the kernel's error when a port is made.
+    see it; the engine delays by itself, and where no link has a delay nothing has to. What is asked for and absent is the
+    kernel's error when a port is made.
     """
     transport = plan.scenario.transport
     delay = str(transport.link_delay)
     if transport.link_delay is LinkDelay.AUTO:
-        on_wire = transport.carrier is not Carrier.ENGINE and probe_qdisc("netem")
-        delay = str(LinkDelay.NETEM if on_wire else LinkDelay.CARRIER)
+        delayed = transport.carrier is not Carrier.ENGINE and any(link.delay_ns for link in plan.topology.links)
+        delay = str(LinkDelay.NETEM if delayed and probe_qdisc("netem") else LinkDelay.CARRIER)
     qos = plan.scenario.qos
     gate = str(qos.pfc.gate)
     if qos.pfc.gate is GateChoice.AUTO:

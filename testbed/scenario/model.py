@@ -516,7 +516,7 @@ class Transport(_Section):
         "link_delay",
         "What delays by the propagation of links: netem, the qdisc, every frame at every port, for carriers rxe and tcp; "
         "carrier, whoever sends, and then an acknowledgement of the kernel's comes back without it. auto: netem with those "
-        "carriers where this kernel has it.",
+        "carriers where this kernel has it and a link has a delay.",
         default="auto",
     )
     mtu_bytes: Annotated[int, kinds.one_of((256, 512, 1024, 2048, 4096))] = _key(
