@@ -332,13 +332,15 @@ def fabric_counts(fabric: FabricResult) -> FabricCounts:
 def fabric_result(plan: Plan, counters: FabricCounters, samples: Sequence[WorkloadSamples]) -> FabricResult:
     """Return what the fabric counted; figures of mechanisms that are off stay None."""
     controlled = plan.scenario.transport.congestion_control is not CongestionControl.NONE
+    # What the fabric's own responders and requesters count; those of other carriers are the kernel's.
+    ours = plan.scenario.transport.carrier is Carrier.ENGINE
     paused_ns = sum((sample.wall_paused_ns for sample in samples), np.zeros(len(plan.topology.ports) + 1))
     return replace(
         counted_fabric(plan, counters, paused_ns),
-        out_of_order_packets=counters.out_of_order_packets,
+        out_of_order_packets=counters.out_of_order_packets if ours else None,
         retransmitted_packets=sum(sample.retransmitted_packets for sample in samples),
-        nak_packets=counters.nak_packets,
-        duplicate_packets=counters.duplicate_packets if plan.scenario.transport.carrier is Carrier.ENGINE else None,
+        nak_packets=counters.nak_packets if ours else None,
+        duplicate_packets=counters.duplicate_packets if ours else None,
         timeouts=_sum_of_all([sample.timeouts for sample in samples]),
         cnp_packets=counters.cnp_packets if controlled else None,
         **admission_figures(samples),

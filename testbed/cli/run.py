@@ -313,11 +313,14 @@ def render_result(result: Result) -> str:
     else:
         lines = [render_table(result.results, comments)]
         lines.append(
-            f"# fabric: {fabric.drops_packets} drops, {fabric.out_of_order_packets} out of order, "
-            f"{fabric.nak_packets} NAKs, {fabric.retransmitted_packets} retransmitted (packets)\n"
+            "# fabric: {} drops, {} out of order, {} NAKs, {} retransmitted (packets)\n".format(
+                *_figures(
+                    fabric.drops_packets, fabric.out_of_order_packets, fabric.nak_packets, fabric.retransmitted_packets
+                )
+            )
         )
     if fabric.retransmitted_packets or fabric.duplicate_packets or fabric.timeouts:
-        figures = ("-" if one is None else one for one in (fabric.timeouts, fabric.duplicate_packets))
+        figures = _figures(fabric.timeouts, fabric.duplicate_packets)
         lines.append("# loss recovery: {} timeouts, {} duplicates (packets)\n".format(*figures))
     lines += _congestion_lines(fabric)
     used = [f"{what} {name}" for what, name in result.back_ends.items() if name is not None]
@@ -352,6 +355,11 @@ def _switch_lines(fabric: FabricResult) -> list[str]:
     words = [f"{node} {packets[node]} packets, {format_size(nbytes[node])}" for node in switches[:_MOST_SWITCHES]]
     more = f"; {len(switches) - _MOST_SWITCHES} more" if len(switches) > _MOST_SWITCHES else ""
     return [f"# sent: {'; '.join(words)}{more}\n"]
+
+
+def _figures(*values: int | None) -> list[str]:
+    """Return counts as text; a dash for what nothing counted."""
+    return ["-" if one is None else str(one) for one in values]
 
 
 def _clock(host: Mapping[str, Any]) -> str:

@@ -40,8 +40,10 @@ class FabricCounts:
 
     Attributes:
         leaf_down_peak_bytes: Greatest depth of any leaf's queue towards a host.
-        duplicate_packets: Data packets that their receivers had already; None where the carrier's receivers do not tell.
-        timeouts: Retransmission timers that ran out; None likewise.
+        out_of_order_packets: Data packets ahead of their turn; None, as the three below, where the carrier does not tell.
+        nak_packets: NAKs that reached their requester.
+        duplicate_packets: Data packets that their receivers had already.
+        timeouts: Retransmission timers that ran out.
         cts_frames: CTS frames sent; None, as the following, without receiver-driven admission.
         cts_repeated_frames: Those that repeated a grant after a silence.
         cts_delay_p50_ns: From a grant to its receipt by the sender, median; None under 100 samples.

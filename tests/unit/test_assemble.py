@@ -71,6 +71,17 @@ def test_utilisation_is_wire_bytes_over_what_the_link_carries_on_the_wall_clock(
     assert result.pause_frames is None
 
 
+@pytest.mark.parametrize(("carrier", "seen"), [("engine", (4, 0, 6)), ("rxe", (None,) * 3), ("tcp", (None,) * 3)])
+def test_what_only_our_responders_count_is_not_known_of_other_carriers(
+    carrier: str, seen: tuple[int | None, ...]
+) -> None:
+    plan = compile_plan(load_scenario(STAR, [f"transport.carrier={carrier}"]), capacity_packets_per_s=None)
+    ports = len(plan.topology.ports)
+    samples = [WorkloadSamples((1e6,), (1,), 2, (), np.zeros(ports + 1))]
+    result = fabric_result(plan, counters(ports), samples)
+    assert (result.out_of_order_packets, result.nak_packets, result.duplicate_packets) == seen
+
+
 def test_timeouts_are_known_where_every_row_tells_and_duplicates_where_the_receivers_are_ours() -> None:
     def counted(carrier: str, *timeouts: int | None) -> tuple[int | None, int | None]:
         plan = compile_plan(load_scenario(STAR, [f"transport.carrier={carrier}"]), capacity_packets_per_s=None)
