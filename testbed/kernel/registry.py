@@ -212,7 +212,8 @@ def delete_lab(state: LabState) -> list[str]:
     # Before the interfaces that they stand on, and waited for: their deletion is asynchronous.
     for name in (*state.rxe_devices.values(), *state.run_devices):
         if has_device(name):
-            delete_rxe(name)
+            with contextlib.suppress(MachineError):  # without the program for it: it goes with its interface
+                delete_rxe(name)
     foreign = [name for name in state.namespaces.values() if not delete_namespace(name, state.mark)]
     shutil.rmtree(_lab_dir(state.name), ignore_errors=True)
     return foreign

@@ -19,6 +19,7 @@ from testbed.kernel.namespaces import entered
 
 _DEVICES = Path("/sys/class/infiniband")
 _ROCE_UDP_PORT_HEX = "12B7"
+_PACKAGES = {"rdma": "iproute2", "modprobe": "kmod"}
 # Devices and their ports' states come and go asynchronously.
 _PATIENCE_S = 10.0
 _LOOK_S = 0.005
@@ -33,12 +34,17 @@ def create_rxe(name: str, ifname: str, netns_fd: int) -> None:
         MachineError: The kernel or a program for it is missing, or rxe does not know namespaces.
         KernelError: The kernel refused it.
     """
-    _require_programs()
+    _load("rdma_rxe")
     with entered(netns_fd):
         done = _run("rdma", "link", "add", name, "type", "rxe", "netdev", ifname)
         if done.returncode:
             words = done.stderr.strip()
             if any(sign in words for sign in _NO_RXE_SIGNS):
+                if shutil.which("modprobe") is None:
+                    raise MachineError(
+                        f"rdma_rxe is not loaded, and there is no program 'modprobe': {words}",
+                        hint="apt-get install kmod",
+                    )
                 raise MachineError(
                     f"this kernel has no rdma_rxe: {words}",
                     hint="`testbed run --virtual-time SCENARIO` and `testbed vm run -- COMMAND` bring a kernel that has",
@@ -59,7 +65,11 @@ def has_device(name: str) -> bool:
 
 
 def delete_rxe(name: str) -> None:
-    """Delete a device and wait until it is gone."""
+    """Delete a device and wait until it is gone.
+
+    Raises:
+        MachineError: The program for it is missing.
+    """
     _run("rdma", "link", "delete", name)
     deadline = time.monotonic() + _PATIENCE_S
     while has_device(name) and time.monotonic() < deadline:
@@ -112,14 +122,14 @@ def rxe_devices(wanted: Mapping[str, tuple[str, int]]) -> Iterator[None]:
 
 
 def load_connection_manager() -> None:
-    """Load what gives programs RDMA's connection manager (librdmacm); it may be built in."""
-    _run("modprobe", "-q", "rdma_ucm")
+    """Load what gives programs RDMA's connection manager (librdmacm), where it is a module."""
+    _load("rdma_ucm")
 
 
-def _require_programs() -> None:
-    if shutil.which("rdma") is None:
-        raise MachineError("there is no program 'rdma'", hint="apt-get install iproute2")
-    _run("modprobe", "-q", "rdma_rxe")  # it may be built in
+def _load(module: str) -> None:
+    """Load a module; it may be built in or loaded already, so whether it is there is for its user to find out."""
+    if shutil.which("modprobe") is not None:
+        _run("modprobe", "-q", module)
 
 
 def _listens_here() -> bool:
@@ -131,4 +141,9 @@ def _listens_here() -> bool:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise MachineError(
+            f"there is no program {command[0]!r}", hint=f"apt-get install {_PACKAGES[command[0]]}"
+        ) from None

@@ -22,11 +22,12 @@ from types import FrameType
 import pytest
 
 from testbed.carriers.engine import engine_carrier
-from testbed.errors import LabError
+from testbed.errors import LabError, MachineError
 from testbed.fabric import Fabric
 from testbed.kernel import namespaces, registry
 from testbed.kernel.namespaces import NETNS_DIR
 from testbed.kernel.registry import REGISTRY_DIR
+from testbed.kernel.rxe import create_rxe, delete_rxe, load_connection_manager
 from testbed.roce.queue_pairs import RESPONDER, qp_index
 from tests.conftest import list_test_labs, list_test_namespaces
 from tests.netns.labs import (
@@ -299,6 +300,37 @@ def test_killed_destroy_of_a_deployed_lab_can_be_collected() -> None:
         assert fabric.name in removed
         assert not foreign
         assert not list_test_namespaces()
+
+
+def test_lab_with_rdma_devices_is_removed_where_the_programs_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fabric = Fabric.deploy(small_plan(), lab_name("programless"))
+    asked: list[str] = []
+
+    def present(name: str) -> bool:
+        asked.append(name)
+        return True
+
+    try:
+        fabric.state.rxe_devices = {"1": "programless-host0"}
+        with monkeypatch.context() as patched:
+            patched.setattr(registry, "has_device", present)
+            patched.setenv("PATH", "/nonexistent")
+            load_connection_manager()  # may be built in, so nothing is missing yet
+            with pytest.raises(MachineError, match="no program 'rdma'") as found:
+                delete_rxe("programless-host0")
+            assert found.value.hint == "apt-get install iproute2"
+            here = os.open("/proc/self/ns/net", os.O_RDONLY)
+            try:
+                with pytest.raises(MachineError, match="no program 'rdma'"):
+                    create_rxe("programless-host0", "lo", here)
+            finally:
+                os.close(here)
+            assert fabric.destroy() == []
+        assert asked == ["programless-host0"]
+        assert fabric.name not in list_test_labs()
+        assert not set(fabric.state.namespaces.values()) & set(list_test_namespaces())
+    finally:
+        registry.delete_lab(fabric.state)  # does nothing where it is gone
 
 
 def test_killed_run_leaves_a_deployed_lab_usable() -> None:
