@@ -19,12 +19,11 @@ from testbed.errors import MachineError, VmError
 from testbed.vm.guest import EXITED, STARTED, render_init
 from testbed.vm.kernels import GuestKernel
 from testbed.vm.model import VmJob, VmListener
-from testbed.vm.qemu import Accelerator, MachineFiles, build_qemu_command
+from testbed.vm.qemu import Accelerator, MachineFiles, build_qemu_command, build_virtiofsd_options
 
 _QEMU = "qemu-system-x86_64"
-# QEMU 7.2 brings its own, in C; newer distributions package the one in Rust, with other options.
-_VIRTIOFSD_IN_C = ("/usr/lib/qemu/virtiofsd",)
-_VIRTIOFSD_IN_RUST = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd")
+# The last is QEMU's own, in C, or a link to the one in Rust.
+_VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd")
 _ATTEMPTS = 2
 _CONSOLE_LINES = 15
 _SOCKET_TIMEOUT_S = 20.0
@@ -54,7 +53,6 @@ exec "$@"
 class _Programs:
     qemu: str
     virtiofsd: str
-    virtiofsd_in_c: bool
 
 
 class _GuestDiedError(Exception):
@@ -95,12 +93,11 @@ def _find_programs() -> _Programs:
         MachineError: Something is missing; the hint names all packages that are.
     """
     qemu = shutil.which(_QEMU)
-    in_c = next((path for path in _VIRTIOFSD_IN_C if os.access(path, os.X_OK)), None)
-    in_rust = next((path for path in _VIRTIOFSD_IN_RUST if os.access(path, os.X_OK)), None)
+    virtiofsd = next((path for path in _VIRTIOFSD if os.access(path, os.X_OK)), None)
     lacking = []
     if qemu is None:
         lacking.append((_QEMU, "qemu-system-x86"))
-    if in_c is None and in_rust is None:
+    if virtiofsd is None:
         # bookworm's is in a package that qemu-system-x86 needs anyway; from trixie on it is one of its own.
         lacking.append(
             ("virtiofsd", "$(apt-cache show virtiofsd >/dev/null 2>&1 && echo virtiofsd || echo qemu-system-common)")
@@ -116,18 +113,8 @@ def _find_programs() -> _Programs:
             hint=f"scripts/setup-vm, or: apt-get install --no-install-recommends {packages}",
         )
     assert qemu is not None
-    return _Programs(qemu, in_c or in_rust or "", in_c is not None)
-
-
-def _quiet_submounts(virtiofsd: str) -> list[str]:
-    """Return the option that keeps virtiofsd, the one in Rust, from telling the guest which folders are mount points.
-
-    An overlay refuses such folders of the layer below, and the guest mounts over /proc and others of them. It is not all that a
-    guest on Debian 13 needs: see docs/distributions.md.
-    """
-    option = "--no-announce-submounts"
-    told = subprocess.run([virtiofsd, "--help"], capture_output=True, text=True, check=False)
-    return [option] if option in told.stdout else []
+    assert virtiofsd is not None
+    return _Programs(qemu, virtiofsd)
 
 
 def probe_kvm(qemu: str) -> bool:
@@ -282,26 +269,8 @@ def _serve_root(folder: Path, programs: _Programs) -> Iterator[Path]:
     """
     root, path = folder / "root", folder / "root.sock"
     root.mkdir()
-    serve = (
-        [
-            "-o",
-            f"source={root}",
-            "-o",
-            "cache=always",
-            "-o",
-            "sandbox=chroot",
-            f"--socket-path={path}",
-            "--thread-pool-size=1",
-        ]
-        if programs.virtiofsd_in_c
-        else [
-            f"--shared-dir={root}",
-            "--cache=always",
-            "--sandbox=chroot",
-            f"--socket-path={path}",
-            *_quiet_submounts(programs.virtiofsd),
-        ]
-    )
+    told = subprocess.run([programs.virtiofsd, "--help"], capture_output=True, text=True, check=False).stdout
+    serve = build_virtiofsd_options(told, root, path)
     with (folder / "virtiofsd.log").open("w+") as log:
         child = subprocess.Popen(
             [

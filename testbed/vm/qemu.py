@@ -95,3 +95,23 @@ def build_qemu_command(
 def build_kernel_arguments(init: Path) -> str:
     """Return the kernel's command line: an oops is a panic, and a panic ends the machine."""
     return f"console=ttyS0 quiet panic=-1 oops=panic mitigations=off root={ROOT_TAG} rootfstype=virtiofs ro init={init}"
+
+
+def build_virtiofsd_options(told: str, root: Path, socket: Path) -> list[str]:
+    """Return the options with which virtiofsd serves a root.
+
+    There are two programs of that name: QEMU's, in C, up to Debian 12, and one in Rust. Debian 13's in Rust understands the
+    other's options too, so that only its help tells which it is. It tells the guest which folders are mount points, unless told
+    not to: an overlay refuses such folders of the layer below, and the guest mounts over /proc and others of them.
+
+    Args:
+        told: What it says to ``--help``.
+        root: The folder.
+        socket: Where it listens.
+    """
+    if "--shared-dir" not in told:
+        options = ["-o", f"source={root}", "-o", "cache=always", "-o", "sandbox=chroot"]
+        return [*options, f"--socket-path={socket}", "--thread-pool-size=1"]
+    options = [f"--shared-dir={root}", "--cache=always", "--sandbox=chroot", f"--socket-path={socket}"]
+    quiet = "--no-announce-submounts"
+    return [*options, quiet] if quiet in told else options

@@ -20,7 +20,7 @@ from testbed.vm.kernels import (
     render_sources,
 )
 from testbed.vm.model import VmJob
-from testbed.vm.qemu import Accelerator, MachineFiles, build_qemu_command
+from testbed.vm.qemu import Accelerator, MachineFiles, build_qemu_command, build_virtiofsd_options
 
 KERNEL = Path("/cache/kernels/trixie")
 FILES = MachineFiles(KERNEL / "vmlinux", Path("/tmp/x/init"), Path("/tmp/x/root.sock"), Path("/tmp/x/console"), 7, 8, 9)
@@ -130,3 +130,24 @@ def test_elf_image_is_found_behind_what_only_looks_like_one() -> None:
     assert extract_vmlinux(b"MZ boot code" + decoy + lzma.compress(elf, format=lzma.FORMAT_XZ) + b"trailer") == elf
     with pytest.raises(MachineError, match="packed"):
         extract_vmlinux(b"MZ boot code" + decoy)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (
+            "-o cache=<mode>\n",
+            ["-o", "source=/r", "-o", "cache=always", "-o", "sandbox=chroot", "--thread-pool-size=1"],
+        ),
+        ("--shared-dir <DIR>\n", ["--shared-dir=/r", "--cache=always", "--sandbox=chroot"]),
+        (
+            "--shared-dir <DIR>\n--no-announce-submounts\n-o <COMPAT_OPTIONS>\n",
+            ["--shared-dir=/r", "--cache=always", "--sandbox=chroot", "--no-announce-submounts"],
+        ),
+    ],
+)
+def test_virtiofsd_gets_its_own_options_wherever_it_lies(told: str, expected: list[str]) -> None:
+    options = build_virtiofsd_options(told, Path("/r"), Path("/s"))
+
+    assert [option for option in options if option != "--socket-path=/s"] == expected
+    assert "--socket-path=/s" in options
