@@ -45,8 +45,16 @@ INCAST = (
 )
 
 
-def test_pauses_spread_hop_by_hop_to_the_nics_and_nothing_is_lost() -> None:
-    with small_fabric(*INCAST, "fabric.spines=1", name="spread") as fabric:
+@pytest.fixture(params=["tbf", "plug"])
+def gate(request: pytest.FixtureRequest) -> str:
+    """Name a gate that this kernel has, as a setting; skip for one that it lacks."""
+    if request.param == "plug" and not probe_qdisc("plug"):
+        pytest.skip('this kernel has no qdisc "plug" (modprobe sch_plug)')
+    return f"qos.pfc.gate={request.param}"
+
+
+def test_pauses_spread_hop_by_hop_to_the_nics_and_nothing_is_lost(gate: str) -> None:
+    with small_fabric(*INCAST, "fabric.spines=1", gate, name="spread") as fabric:
         with plain_carrier(fabric) as carrier:
             samples = carrier.run(0, Quiet())
         topology, queues = fabric.plan.topology, fabric.arrays.queues[:, PRIORITY]
@@ -180,14 +188,6 @@ def test_tshark_decodes_the_pauses_of_a_run(tmp_path: Path) -> None:
 
 
 # --- gates ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["tbf", "plug"])
-def gate(request: pytest.FixtureRequest) -> str:
-    """Name a gate that this kernel has, as a setting; skip for one that it lacks."""
-    if request.param == "plug" and not probe_qdisc("plug"):
-        pytest.skip('this kernel has no qdisc "plug" (modprobe sch_plug)')
-    return f"qos.pfc.gate={request.param}"
 
 
 def spin(flow: FlowControl, condition: Callable[[], bool]) -> None:

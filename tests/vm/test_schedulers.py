@@ -1,4 +1,4 @@
-"""What shares a port among priorities: each scheduler by weight; and why ETS is for ports that nothing pauses."""
+"""What shares a port among priorities: each scheduler by weight, with each marker; why ETS is for ports that nothing pauses."""
 
 from __future__ import annotations
 
@@ -37,21 +37,49 @@ workload:
   - pattern: flows
     iters: 1
     warmup_iters: 0
-    flows: [{src: 0, dst: 2, size: 12 MiB}, {src: 1, dst: 3, size: 12 MiB, priority: 4}]
+    flows: [{src: 0, dst: 2, size: 16 MiB}, {src: 1, dst: 3, size: 16 MiB, priority: 4}]
 """
 FRAMES = 20
 LOOKS, LOOK_S = 50, 0.002
 
 
+FLOW_BYTES = 16 << 20
+KMIN_BYTES, KMAX_BYTES, PMAX = 100_000, 400_000, 0.2
+
+
+def marked_share(kmin_bytes: int, kmax_bytes: int) -> float:
+    """Return the share of both flows' frames that ECN marks, each arriving at the link's rate and leaving at its weight's.
+
+    A queue is then as deep as what has arrived times the share that does not leave; on the slope half of pmax is marked.
+    """
+    shares = []
+    for leaving in (0.75, 0.25):
+        below, above = kmin_bytes / (1 - leaving), kmax_bytes / (1 - leaving)
+        shares.append((FLOW_BYTES - above + PMAX / 2 * (above - below)) / FLOW_BYTES)
+    return sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize("marker", ["bpf", "red"])
 @pytest.mark.parametrize("scheduler", ["htb", "ets"])
-def test_two_saturated_priorities_share_a_link_by_weight(scheduler: str) -> None:
-    result = api.run(load_scenario(SHARED, [f"qos.scheduler={scheduler}"]))
+def test_two_saturated_priorities_share_a_link_by_weight(scheduler: str, marker: str) -> None:
+    ecn = f"qos.ecn={{enabled: true, kmin: {KMIN_BYTES} B, kmax: {KMAX_BYTES} B, pmax: {PMAX}, marker: {marker}}}"
+    result = api.run(load_scenario(SHARED, [f"qos.scheduler={scheduler}", ecn, "transport.congestion_control=none"]))
     row = result.results[0]
-    assert result.back_ends["scheduler"] == scheduler
+    assert (result.back_ends["scheduler"], result.back_ends["marker"]) == (scheduler, marker)
     assert result.fabric.drops_packets == 0
     first, second = (flow.together_bytes_per_s for flow in row.flows)
-    print(f"{scheduler}: {first / (first + second):.4f} of the link, {row.cct_ratio:.4f} of the ideal")
+    assert row.fabric is not None
+    assert row.fabric.ecn_marked_packets is not None
+    marked = row.fabric.ecn_marked_packets / (2 * FLOW_BYTES / 4096)
+    expected = marked_share(KMIN_BYTES, KMAX_BYTES)
+    print(
+        f"{scheduler}, {marker}: {first / (first + second):.4f} of the link, {row.cct_ratio:.4f} of the ideal", end=", "
+    )
+    print(f"{marked:.4f} marked of {expected:.4f}")
     assert first / (first + second) == pytest.approx(0.75, abs=0.02)
+    assert marked == pytest.approx(expected, abs=0.02)
+    # Negative control: thresholds of twice the depth would be noticed.
+    assert marked != pytest.approx(marked_share(2 * KMIN_BYTES, 2 * KMAX_BYTES), abs=0.02)
 
 
 def data_queue(fabric: Fabric, port_id: int, priority: int) -> DataQueue:
