@@ -38,7 +38,7 @@ class Case:
         bar: What must hold, in words.
         settings: ``--set`` values, one list per run.
         known_ratio: The right ``cct_ratio`` of a run, given its summary.
-        holds: Whether the runs meet the bar.
+        holds: Whether the runs meet the bar; None where they cannot tell.
         disturbed: What goes on meanwhile; yields a file into which the run's process id is written, or None.
         scenario: What is run.
     """
@@ -47,7 +47,7 @@ class Case:
     bar: str
     settings: Sequence[Sequence[str]]
     known_ratio: Callable[[Summary], float]
-    holds: Callable[[Sequence[Summary]], bool]
+    holds: Callable[[Sequence[Summary]], bool | None]
     disturbed: Callable[[], contextlib.AbstractContextManager[Path | None]] = field(default=contextlib.nullcontext)
     scenario: str = AI_ZONE
 
@@ -109,23 +109,29 @@ def _close_to_prediction(runs: Sequence[Summary]) -> bool:
 def follows_its_own_seed(measured: Sequence[float], predicted: Sequence[float]) -> bool:
     """Return whether the ratio of each hash seed is what is predicted for that seed, and not what is for others.
 
+    The bar is 5 %, for every seed. As the negative control it is asked again with the predictions of other seeds, exchanged in
+    every rotation, and must fail each time: it does not where predictions are so close that any would do.
+
     Args:
         measured: Ratio of each seed.
-        predicted: Prediction for each, in the same order. Some must be 10 % apart, or nothing is shown.
+        predicted: Prediction for each, in the same order.
     """
-    others = [
-        abs(ratio / other - 1)
-        for ratio, own in zip(measured, predicted, strict=True)
-        for other in predicted
-        if abs(other / own - 1) > 0.1
-    ]
-    own = median([abs(ratio / one - 1) for ratio, one in zip(measured, predicted, strict=True)])
-    return own <= 0.05 and bool(others) and min(others) > 0.05
+
+    def meet(predictions: Sequence[float]) -> bool:
+        return all(abs(ratio / one - 1) <= 0.05 for ratio, one in zip(measured, predictions, strict=True))
+
+    exchanged = [[*predicted[by:], *predicted[:by]] for by in range(1, len(predicted))]
+    return meet(predicted) and bool(exchanged) and not any(meet(other) for other in exchanged)
 
 
-def _follows_its_own_seed(runs: Sequence[Summary]) -> bool:
-    predictions = [run["predicted_cct_ratio"] for run in runs if run.get("cct_ratio")]
-    return len(predictions) == len(runs) and follows_its_own_seed(ratios(runs), predictions)
+def _follows_its_own_seed(runs: Sequence[Summary]) -> bool | None:
+    """Return whether the runs that are not invalid follow their own seeds; None, not judged, if fewer than two thirds are."""
+    if any("error" in run for run in runs):
+        return False
+    judged = [run for run in runs if run["verdict"] != "invalid"]
+    if 3 * len(judged) < 2 * len(runs):
+        return None
+    return follows_its_own_seed(ratios(judged), [run["predicted_cct_ratio"] for run in judged])
 
 
 def verdict_is_honest(known: Callable[[Summary], float]) -> Callable[[Sequence[Summary]], bool]:
@@ -187,8 +193,8 @@ def build_cases(quick: bool) -> list[Case]:
         cases.append(
             Case(
                 f"e-ecmp, {qps} QP",
-                "median of the seeds within 5 % of the prediction for the same seed; each more than 5 % off that for any "
-                "seed whose prediction differs by 10 %",
+                "each run that is not invalid within 5 % of the prediction for its own seed; not so when the seeds exchange "
+                "their predictions, in any rotation",
                 [
                     [
                         "workload.0.size=8 MiB",
@@ -240,6 +246,9 @@ def run_case(case: Case) -> dict[str, Any]:
     return {"bar": case.bar, "holds": case.holds(runs), "runs": runs}
 
 
+_OUTCOMES = {True: "pass", False: "MISS", None: "not judged"}
+
+
 def main() -> int:
     """Run the cases that have no record yet; return 1 when a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -259,9 +268,9 @@ def main() -> int:
         known["host"] = {"cpus": os.cpu_count(), "kernel": platform.release(), "machine": platform.machine()}
         if not options.quick:
             RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-    missed = [name for name, record in cases.items() if not record["holds"]]
+    missed = [name for name, record in cases.items() if record["holds"] is False]
     for name, record in cases.items():
-        print(f"{'pass' if record['holds'] else 'MISS'}  {name}: {record['bar']}")
+        print(f"{_OUTCOMES[record['holds']]}  {name}: {record['bar']}")
     return 1 if missed else 0
 
 

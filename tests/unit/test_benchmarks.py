@@ -13,7 +13,8 @@ from benchmarks.all import TABLES
 from benchmarks.record import PAGE, RESULTS, Column, Table, fill_page
 from benchmarks.reference import load_plan
 from benchmarks.tick import load_plan_with_qps
-from tests.fidelity.bars import follows_its_own_seed
+from tests.fidelity import bars
+from tests.fidelity.bars import build_cases, follows_its_own_seed
 
 TABLE = Table("speed", (Column("name", "name"), Column("time_ns", "time", "ms", ".2f", 1e-6)))
 ROWS: list[dict[str, Any]] = [
@@ -100,6 +101,28 @@ def test_a_ratio_that_follows_another_seed_than_its_own_is_found() -> None:
     assert not follows_its_own_seed([2.97, 1.98, 2.97], [2.0, 3.0, 2.0])  # the seeds mixed up
     assert not follows_its_own_seed([2.0, 3.0, 3.0], [2.0, 3.0, 2.0])  # one follows another's
     assert not follows_its_own_seed([2.0, 2.0], [2.0, 2.0])  # nothing tells them apart
+    assert not follows_its_own_seed([2.0, 2.0, 2.0], [2.0, 2.04, 1.97])
+    assert not follows_its_own_seed([1.98, 2.97, 2.97, 1.98], [2.0, 3.0, 3.0, 4.0])  # one is off
+
+
+def test_the_recorded_bars_are_judged_by_the_rules_as_they_are() -> None:
+    recorded = json.loads(bars.RESULTS.read_text())["cases"]
+    cases = {case.name: case for case in build_cases(quick=False)}
+    assert recorded.keys() & cases.keys()
+    for name in recorded.keys() & cases.keys():
+        assert recorded[name]["bar"] == cases[name].bar, name
+        assert recorded[name]["holds"] == cases[name].holds(recorded[name]["runs"]), name
+
+
+def test_invalid_runs_are_not_judged() -> None:
+    holds = next(case for case in build_cases(quick=False) if case.name == "e-ecmp, 16 QP").holds
+    runs = [{"cct_ratio": m, "predicted_cct_ratio": m, "verdict": "degraded"} for m in (1.25, 1.5, 1.75, 2.0)]
+    off = {"cct_ratio": 9.0, "predicted_cct_ratio": 2.0, "verdict": "invalid"}
+    assert holds(runs) is True
+    assert holds([*runs, off]) is True
+    assert holds([*runs, {**off, "verdict": "degraded"}]) is False
+    assert holds([*runs, {"error": "exit 1"}]) is False
+    assert holds([*runs[:3], off, off]) is None
 
 
 def run_of(cct_ns: float, verdict: str = "trusted") -> virtual_time.Run:
