@@ -490,11 +490,24 @@ def test_24_576_gpus_are_predicted_within_a_minute() -> None:
     assert found.ratios.cct_ratio_mean > 1
 
 
+INCAST = "{pattern: incast, fan_in: 4, size: 2 MiB}"
+SAME_AS_FLOWS = f"{{pattern: flows, flows: [{', '.join(f'{{src: {src}, dst: 9, size: 2 MiB}}' for src in range(4))}]}}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "left_out"),
     [
         (("transport.admission.scheme=cts",), "transport.admission: cts"),
         (("qos.priorities=[{priority: 4, weight: 3}]",), "qos.priorities"),
+        (("qos.pfc.enabled=true",), "qos.pfc: pauses"),
+        (("transport.congestion_control=timely",), "transport.congestion_control: timely"),
+        ((f"workload=[{INCAST}]", "fabric.switch.buffer=5 MiB"), "drops: without PFC, senders can pile up 6 MiB"),
+        ((f"workload=[{INCAST}]", "fabric.switch.port_buffer=5 MiB"), "drops: without PFC"),
+        (
+            (f"workload=[{SAME_AS_FLOWS}]", "fabric.switch.buffer=5 MiB"),
+            "drops: without PFC, senders can pile up 6 MiB",
+        ),
+        ((f"workload=[{INCAST}]", "fabric.switch.buffer=5 MiB", "qos.pfc.enabled=true"), "qos.pfc: pauses"),
         (("fabric.host_link.loss=1/1000",), "lost frames"),
         (("fabric.uplink={loss: 1/1000}",), "lost frames"),
         (('fabric.lossy_links=[{link: "leaf0:spine1", fraction: 1/100}]',), "lost frames"),
@@ -511,6 +524,7 @@ def test_a_prediction_says_what_of_the_scenario_it_leaves_out(overrides: tuple[s
 
 def test_a_prediction_that_leaves_nothing_out_says_nothing(tmp_path: Path) -> None:
     assert predict(scenario_of("routing.scheme=spray", "transport.loss_recovery=selective"), seeds=1).left_out == ()
+    assert predict(scenario_of(f"workload=[{INCAST}]", "fabric.switch.buffer=6 MiB"), seeds=1).left_out == ()
     file = tmp_path / "scenario.yaml"
     file.write_text(TEXT)
     assert "left out" not in CliRunner().invoke(app, ["predict", str(file), "--seeds", "1"]).stdout
