@@ -230,7 +230,9 @@ static __always_inline int admit(struct tb_node *node, struct tb_queue *queue, s
 		}
 		return 1;
 	}
-	if (used > (__s64)((config.control_priorities >> priority) & 1 ? node->limit_bytes : node->shared_bytes))
+	if ((config.control_priorities >> priority) & 1) /* all of the memory, whatever the port's part of it */
+		return used <= (__s64)node->limit_bytes;
+	if (used > (__s64)node->shared_bytes)
 		return 0;
 	depth = queue->enq_bytes - queue->deq_bytes + len;
 	if (queue->limit_bytes && depth > queue->limit_bytes)

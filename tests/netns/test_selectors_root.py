@@ -78,6 +78,11 @@ class Switch:
 
     def forward(self, frame: bytes) -> int:
         """Return the port id that a frame leaves by."""
+        assert self.takes(frame)
+        return int.from_bytes(self._out.raw[8:10])  # 02:00:<egress>:<ingress>
+
+    def takes(self, frame: bytes) -> bool:
+        """Forward a frame, and return whether it is taken in."""
         data = ctypes.create_string_buffer(frame, len(frame))
         attributes = struct.pack(
             "=IIIIQQIIIIQQIIQ",
@@ -88,8 +93,7 @@ class Switch:
         result, block = bpf._bpf(_BPF_PROG_TEST_RUN, attributes)
         assert result == 0, os.strerror(ctypes.get_errno())
         (verdict,) = struct.unpack_from("=I", block, 4)
-        assert verdict == _TC_ACT_REDIRECT
-        return int.from_bytes(self._out.raw[8:10])  # 02:00:<egress>:<ingress>
+        return bool(verdict == _TC_ACT_REDIRECT)
 
     def close(self) -> None:
         self._loaded.close()
@@ -161,6 +165,19 @@ def agreements(
         assert port == wanted, (number, flow)
         taken.append(port)
     return taken
+
+
+@pytest.mark.parametrize(("dscp", "taken"), [(48, True), (0, False)], ids=["control", "lossy data"])
+def test_a_ports_part_of_the_memory_binds_data_and_no_control_frames(fabric: Fabric, dscp: int, taken: bool) -> None:
+    frame, _, _ = next(headers(fabric, 1, 5))
+    frame = frame[:15] + bytes([dscp << 2]) + frame[16:]
+    with switch_of(fabric, group_of(fabric, Selector.HASH)) as switch:
+        switch.arrays.nodes["shared_bytes"] = 1 << 62
+        assert switch.takes(frame)  # precondition: without a limit either is
+        switch.arrays.queues["limit_bytes"] = len(frame) - 1  # of each priority of each port
+        assert switch.takes(frame) == taken
+        switch.arrays.nodes["limit_bytes"] = 1
+        assert not switch.takes(frame)
 
 
 @pytest.mark.parametrize("weights", [(1, 1, 1, 1, 1), (3, 1, 2, 1, 1)], ids=["equal", "weighted"])
