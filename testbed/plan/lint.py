@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from testbed.plan.dilation import DilationBound
 from testbed.plan.qos import find_qos_warnings
+from testbed.routing import HashFunction, Selector
 from testbed.scenario import Carrier
+from testbed.topology import NodeKind
 from testbed.units import format_rate, format_size, format_time
 
 # Of a queue pair, before it gives up: IB's retry_cnt is three bits.
@@ -52,6 +54,7 @@ def find_warnings(plan: Plan) -> tuple[str, ...]:
         warnings.append(
             "qos.ecn marks, but transport.carrier rxe ignores CE and sends no CNP: nobody slows down (docs/carriers.md)"
         )
+    warnings += _find_hash_warnings(plan)
     warnings += find_qos_warnings(plan.scenario, plan.topology, plan.marking, plan.pausing)
     if not plan.pausing:
         for planned in plan.largest_workloads:  # what piles up grows with the size
@@ -59,6 +62,32 @@ def find_warnings(plan: Plan) -> tuple[str, ...]:
     for planned in plan.largest_workloads:
         warnings += _find_model_warnings(planned)
     return tuple(warnings)
+
+
+def _find_hash_warnings(plan: Plan) -> list[str]:
+    """Return a warning for each key about hashing that changes nothing, for no switch that it is about hashes."""
+    routing, topology = plan.scenario.routing, plan.topology
+    hashing = [
+        group
+        for tables in (plan.tables, *(step.tables for step in plan.faults.steps))
+        for group in tables.groups
+        if group.selector in (Selector.HASH, Selector.FLOWLET) and len(set(group.members)) > 1
+    ]
+    kinds = {topology.nodes[topology.port(group.members[0]).node].kind for group in hashing}
+    inert = []
+    if routing.hash_function is not HashFunction.MURMUR3 and not any(
+        group.hash_function is routing.hash_function for group in hashing
+    ):
+        inert.append((f"routing.hash_function {routing.hash_function}", "switch"))
+    for kind, key, function in (
+        (NodeKind.SPINE, "spine_hash_function", routing.spine_hash_function),
+        (NodeKind.SUPERSPINE, "superspine_hash_function", routing.superspine_hash_function),
+    ):
+        if function is not routing.hash_function and kind not in kinds:
+            inert.append((f"routing.{key} {function}", str(kind)))
+    if routing.resilient_hashing and not hashing:
+        inert.append(("routing.resilient_hashing true", "switch"))
+    return [f"{key} has no effect: no {who} of this fabric hashes under scheme {routing.scheme}" for key, who in inert]
 
 
 def _find_buffer_warnings(plan: Plan, planned: PlannedWorkload) -> list[str]:

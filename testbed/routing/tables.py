@@ -112,15 +112,20 @@ class Group:
         return counts
 
     def choices(self) -> tuple[tuple[int, int], ...]:
-        """Return what `Selector.LEAST_DEPTH` compares, ports and weights: each as often as it weighs, where `MAX_CHOICES` allow.
+        """Return what `Selector.LEAST_DEPTH` compares, ports and weights: each as often as it weighs, scaled to `MAX_CHOICES`.
 
         The comparison begins at another one every time and keeps the first of equals, as empty queues are: without repeats
         equals would share alike whatever they can carry.
         """
         weights = self.weights()
-        if len(weights) == 1 or len(self.members) > MAX_CHOICES:
+        if len(weights) == 1 or len(weights) > MAX_CHOICES:
             return tuple(weights.items())
-        return tuple((port, weights[port]) for port in self.members)
+        if len(self.members) <= MAX_CHOICES:
+            return tuple((port, weights[port]) for port in self.members)
+        times = {port: max(1, weight * MAX_CHOICES // len(self.members)) for port, weight in weights.items()}
+        while sum(times.values()) > MAX_CHOICES:  # light ones that stand once all the same
+            times[max(times, key=times.__getitem__)] -= 1
+        return tuple((port, weight) for port, weight in weights.items() for _ in range(times[port]))
 
 
 class OverrideKey(NamedTuple):
