@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
+from testbed.carriers import engine
 from testbed.carriers.protocol import WorkloadSamples
+from testbed.engine.rate_limit import CongestionLimit, RateLimit
 from testbed.fabric import Fabric
+from testbed.plan.model import Plan
 from testbed.roce.queue_pairs import REQUESTER, RESPONDER, qp_index
 from tests.netns.labs import Quiet, assert_drained, plain_carrier, small_fabric
 from tests.netns.test_wire import expect_whole
@@ -43,9 +46,9 @@ TWO_AND_ONE = (
 
 
 @contextmanager
-def ran(*settings: str, name: str) -> Iterator[tuple[Fabric, WorkloadSamples]]:
+def ran(*settings: str, name: str, hook: Callable[[], None] = lambda: None) -> Iterator[tuple[Fabric, WorkloadSamples]]:
     with small_fabric(*PACE, *settings, name=name) as fabric:
-        with plain_carrier(fabric) as carrier:
+        with plain_carrier(fabric, hook) as carrier:
             samples = carrier.run(0, Quiet())
         expect_whole(fabric)
         yield fabric, samples
@@ -176,14 +179,34 @@ DCQCN = ("transport.congestion_control=dcqcn", "qos.ecn={enabled: true, kmin: 20
 
 
 @pytest.mark.parametrize("recovery", ["selective", "go_back_n"])
-def test_marked_packets_slow_their_sender_down_whatever_repairs_losses(recovery: str) -> None:
-    lossy = LOSSY if recovery == "selective" else ()
-    with ran(*DCQCN, *TWO_AND_ONE, PRIORITIES, f"transport.loss_recovery={recovery}", *lossy, name="cnp") as (
-        fabric,
-        samples,
-    ):
-        if lossy:
+def test_marked_packets_slow_their_sender_down_whatever_repairs_losses(
+    recovery: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line_bytes_per_s = 50e9
+    limits: list[CongestionLimit] = []
+    slowest = np.full(3, np.inf)
+    rate_limit = engine.rate_limit
+
+    def keep(plan: Plan, workload: int) -> RateLimit:
+        limit = rate_limit(plan, workload)
+        assert isinstance(limit, CongestionLimit)
+        limits.append(limit)
+        return limit
+
+    def look() -> None:
+        for limit in limits:
+            np.minimum(slowest, limit.control.rate_bytes_per_s, out=slowest)
+
+    monkeypatch.setattr(engine, "rate_limit", keep)
+    with ran(
+        *DCQCN, *TWO_AND_ONE, PRIORITIES, f"transport.loss_recovery={recovery}", *LOSSY, name="cnp", hook=look
+    ) as (fabric, samples):
+        if recovery == "selective":
             resent_of_lost(fabric, samples)
+        else:
+            assert int(fabric.arrays.queues["lost_packets"].sum()) > 0  # precondition
+            assert samples.retransmitted_packets >= int(fabric.arrays.queues["lost_packets"].sum())
+            assert fabric.arrays.qps["naks_packets"].any()
         requesters = fabric.arrays.qps[qp_index(0, REQUESTER) : 2 * 3 : 2]
         responders = fabric.arrays.qps[qp_index(0, RESPONDER) : 2 * 3 : 2]
         # Those of the priority that two senders fill are marked, and told.
@@ -191,12 +214,26 @@ def test_marked_packets_slow_their_sender_down_whatever_repairs_losses(recovery:
         assert marked[USUAL] > 0
         assert not np.delete(marked, [USUAL, OTHER]).any()
         assert int(requesters["cnps_packets"].sum()) == int(responders["sent_cnps_packets"].sum()) > 0
+        # The first CNP halves the rate; who gets none keeps the line's.
+        told = requesters["cnps_packets"] > 0
+        assert (slowest[told] <= line_bytes_per_s / 2).all()
+        assert (slowest[~told] == line_bytes_per_s).all()
 
 
 def test_everything_at_once() -> None:
     """Windows, marks, pauses, losses and two priorities between the same hosts."""
-    settings = (CTS, PRIORITIES, *TWO_AND_ONE, SELECTIVE, *LOSSY, *DCQCN)
-    with ran(*settings, "qos.pfc={enabled: true, xoff: 60 KB}", "fabric.spines=1", name="all") as (fabric, samples):
+    xoff_bytes = 16_000
+    # What makes a port pause stands above Kmax.
+    marks = f"qos.ecn={{enabled: true, kmin: 4 KB, kmax: {xoff_bytes} B, pmax: 1}}"
+    settings = (CTS, PRIORITIES, *TWO_AND_ONE, SELECTIVE, *LOSSY, *DCQCN, marks)
+    assert xoff_bytes < WINDOW_PACKETS * FRAME_BYTES  # or a window would not make its port pause
+    with ran(*settings, f"qos.pfc={{enabled: true, xoff: {xoff_bytes} B}}", "fabric.spines=1", name="all") as (
+        fabric,
+        samples,
+    ):
+        assert fabric.arrays.queues["xoff_frames"].any()
+        assert fabric.arrays.queues["marked_packets"].any()
+        assert fabric.arrays.qps["cnps_packets"].any()
         lost = int(fabric.arrays.queues["lost_packets"].sum())
         assert lost > 0  # precondition
         assert samples.retransmitted_packets > 0
