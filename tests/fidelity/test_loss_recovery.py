@@ -48,6 +48,7 @@ class Streamed:
     lost: int
     sent: int
     timeout_slots: float
+    timeouts: int | None
 
 
 def stream(loss: float, recovery: str) -> Streamed:
@@ -70,6 +71,7 @@ def stream(loss: float, recovery: str) -> Streamed:
                 int(queues["lost_packets"][nic].sum()),
                 int(queues["deq_packets"][nic, 3]),
                 plan.retransmit_timeout_ns / slot_ns,
+                samples.timeouts,
             )
         return seen, [samples]
 
@@ -91,11 +93,25 @@ def test_efficiency_under_loss_is_the_expected_one(product: float) -> None:
     efficiency = PACKETS / seen.slots
     print(f"p W {product}: W {rewind:.0f}, efficiency {efficiency:.3f}, expected {expected:.3f}")
     assert efficiency == pytest.approx(expected, rel=TOLERANCE)
-    if product == 1.0:  # negative control: the value is not 1 whatever is lost
-        assert efficiency < 0.7
+    # Few losses cost little: what they cost is judged by itself, within what chance and the machine leave open. Only losses of
+    # what was in order cost a rewind; how many of those that were counted did is binomial.
+    excess, expected_excess = seen.slots - PACKETS, PACKETS / expected - PACKETS
+    useful = PACKETS / seen.sent
+    allowed = 4 * math.sqrt(seen.lost * useful * (1 - useful)) * rewind + MACHINE * PACKETS
+    print(f"excess {excess:.0f} slots, expected {expected_excess:.0f}, allowed {allowed:.0f} off; {seen.lost} lost")
+    if product >= 0.3:  # negative control: neither bar would take losses that cost nothing
+        assert expected_excess > allowed
+        assert pytest.approx(expected, rel=TOLERANCE) != 1.0
+    elif expected_excess <= allowed:
+        pytest.skip(f"not judged: {seen.lost} losses are too few to tell from none")
+    assert abs(excess - expected_excess) <= allowed
 
     selective = stream(loss, "selective")
     print(f"selective: efficiency {PACKETS / selective.slots:.3f}, {selective.resent} resent of {selective.lost} lost")
+    if selective.timeouts:
+        pytest.skip(
+            "not judged: the selective stream lost its last packet, which costs a timeout, longer than the stream is"
+        )
     assert PACKETS / selective.slots > efficiency
     assert selective.resent < seen.resent
 
