@@ -74,6 +74,14 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
+def _joined(value: object) -> object:
+    """Return a text with the surrogate pairs joined that JSON's escapes leave; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    pairs = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+    return pairs.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), value)
+
+
 def _require_plain(value: str, rule: str, where: str = "") -> None:
     """Raise RuleError for a character that no command line, variable or file of text can have."""
     found = re.search("[\0\ud800-\udfff]", value)
@@ -87,6 +95,7 @@ def text(max_length: int, pattern: str | None = None, rule: str | None = None) -
     rule = rule or f"must be text of at most {max_length} characters"
 
     def parse(value: object) -> str:
+        value = _joined(value)
         if not isinstance(value, str) or len(value) > max_length or (pattern and not re.fullmatch(pattern, value)):
             raise RuleError(rule)
         _require_plain(value, rule)
@@ -105,13 +114,16 @@ def texts(key_pattern: str, key_name: str, max_length: int) -> Kind:
     def parse(value: object) -> dict[str, str]:
         if not isinstance(value, dict):
             raise RuleError(rule)
-        for key, text in value.items():
+        plain: dict[str, str] = {}
+        for key, raw in value.items():
+            text = _joined(raw)
             if not isinstance(key, str) or not re.fullmatch(key_pattern, key):
                 raise RuleError(rule, f"{key!r} is not {key_name}")
             if not isinstance(text, str) or len(text) > max_length:
                 raise RuleError(rule, f"quote the value of {key}" if isinstance(text, int | float) else "")
             _require_plain(text, rule, f" from the value of {key}")
-        return dict(value)
+            plain[key] = text
+        return plain
 
     described = {"type": "string", "maxLength": max_length}
     return Kind(
@@ -127,6 +139,7 @@ def regex(groups: int) -> Kind:
     rule = f"must be a regular expression of at most 500 characters{counted}"
 
     def parse(value: object) -> str:
+        value = _joined(value)
         if not isinstance(value, str) or len(value) > 500:
             raise RuleError(rule)
         _require_plain(value, rule)

@@ -374,6 +374,12 @@ def test_resolved_scenario_loads_to_an_equal_one(data: dict[str, Any]) -> None:
     assert again.resolved() == scenario.resolved()
 
 
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_character_beyond_the_first_plane_is_one_however_json_writes_it(ascii_only: bool) -> None:
+    data = load_scenario(MINIMAL).resolved() | {"description": "\U00010000"}
+    assert load_scenario(json.dumps(data, ensure_ascii=ascii_only)).description == "\U00010000"
+
+
 def test_resolved_explicit_order_loads_to_an_equal_one() -> None:
     scenario = load_scenario(MINIMAL, ["workload[0].order=[3, 1, 0, 2]"])
     assert scenario.collectives[0].order == (3, 1, 0, 2)
