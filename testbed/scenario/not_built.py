@@ -36,11 +36,6 @@ def among(*values: object) -> Callable[[Any], bool]:
     return lambda value: any(type(value) is type(one) and value == one for one in values)
 
 
-def other_than(*values: object) -> Callable[[Any], bool]:
-    """Return a predicate: all but ``values`` ask for the mechanism."""
-    return lambda value: value is not None and not among(*values)(value)
-
-
 def metric(*names: str) -> Callable[[Any], bool]:
     """Return a predicate: an expectation about one of ``names`` asks for the mechanism."""
     return lambda value: isinstance(value, str) and re.split(r"[\s=!<>]", value.strip(), maxsplit=1)[0] in names
