@@ -16,7 +16,6 @@ from testbed.scenario.document import MAX_CHARACTERS, Document, read_document
 from testbed.scenario.keypath import KeyPath, render_path
 from testbed.scenario.kinds import RULE_ERROR
 from testbed.scenario.model import UNION_TAGS, Scenario, find_keys, find_sections
-from testbed.scenario.not_built import find_not_built
 from testbed.scenario.overrides import apply_overrides
 from testbed.scenario.rules import find_violations
 
@@ -112,8 +111,6 @@ def _check(document: Document) -> tuple[Scenario | None, list[Mistake]]:
     if errors and not mistakes:
         path, error = errors[0]
         add(path, *_explain(path, error))
-    for path, missing in find_not_built(document.data):
-        add(path, f"is not built yet: {missing}")
     if scenario is not None:
 
         def valid(*paths: KeyPath) -> bool:

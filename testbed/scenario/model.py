@@ -2,7 +2,7 @@
 
 Frozen pydantic models. The alias of a field is its key in the file; the attribute's name ends in the unit of its
 integer, so ``fabric.host_link.rate: 400 Gbit/s`` becomes ``scenario.fabric.host_link.rate_bits_per_s``. Defaults are
-written here as a user would write them. Some keys are known before their mechanism is built: see `not_built`.
+written here as a user would write them.
 """
 
 from __future__ import annotations

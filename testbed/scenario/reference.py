@@ -1,6 +1,6 @@
 """The reference of the file format as Markdown, one block per key: ``docs/scenario.md`` is its output, and a test holds it to it.
 
-What the models know (meaning, type, default, limits, what is not built) is taken from their JSON schema; what a key is *not* is
+What the models know (meaning, type, default, limits) is taken from their JSON schema; what a key is *not* is
 written here.
 """
 
@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from testbed.scenario.model import FabricKind, render_json_schema
-from testbed.scenario.not_built import NOT_BUILT
+from testbed.scenario.model import render_json_schema
 from testbed.units import format_size
 
 _INTRODUCTION = """# Scenario reference
@@ -32,10 +31,9 @@ Units are part of the text, for a number alone would be read as one unit by the 
 - *time*: `600 ns`, `2 us`, `1.5 ms`, `1 s`;
 - *fraction*: `0.2`, `20 %` or `1/8`.
 
-An unknown key is an error. So is a key, or a value, whose mechanism is not built yet: nothing is read and then ignored.
+An unknown key is an error: nothing is read and then ignored.
 
-A block says what the key means, then *Required*, *Default*, *Type*, what is *not built yet* in this version, and what the
-key *is not*.
+A block says what the key means, then *Required*, *Default*, *Type*, and what the key *is not*.
 """
 
 # What people take a key for, and it is not.
@@ -151,9 +149,6 @@ def _render_block(key: _Key, defs: Mapping[str, Any]) -> str:
         default = computed.rstrip(".") or _render_default(schema)
         facts.append(f"- Default: {default}")
     facts.append(f"- Type: {_describe_type(schema, defs)}")
-    missing = _describe_not_built(key.path, schema)
-    if missing:
-        facts.append(f"- Not built yet: {missing}")
     return "\n".join([text, "", *facts, ""])
 
 
@@ -211,33 +206,6 @@ def _describe_form(form: Mapping[str, Any], forms: list[Mapping[str, Any]]) -> s
     if "iB" in pattern or "%" in pattern:
         return ""
     return f"text, at most {form['maxLength']} characters" if "maxLength" in form else "text"
-
-
-def _describe_not_built(path: str, schema: Mapping[str, Any]) -> str:
-    """Return which values of a key this version refuses, and for want of what."""
-    rows = [row for row in NOT_BUILT if row.key.replace("[*].", "[].").removesuffix("[*]") == path]
-    if not rows:
-        return ""
-    forms = schema.get("anyOf", [schema])
-    names: list[Any] = (
-        [str(kind) for kind in FabricKind]
-        if path == "fabric.kind"
-        else [name for form in forms for name in form.get("enum", ())]
-    )
-    if any(form.get("type") == "boolean" for form in forms):
-        names += [True, False]
-    parts = []
-    for row in rows:
-        refused = [name for name in names if row.needs_it(name)]
-        if row.key.endswith("[*]"):
-            parts.append(f"items about {row.missing}")
-        elif refused and len(refused) < len(names):
-            parts.append(f"{', '.join(f'`{json.dumps(name).strip(chr(34))}`' for name in refused)} ({row.missing})")
-        elif "default" in schema and not row.needs_it(schema["default"]):
-            parts.append(f"all but the default ({row.missing})")
-        else:
-            parts.append(f"the key itself ({row.missing})")
-    return "; ".join(dict.fromkeys(parts))
 
 
 if __name__ == "__main__":

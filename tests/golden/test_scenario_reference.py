@@ -9,7 +9,6 @@ import pytest
 
 from testbed.scenario import reference
 from testbed.scenario.model import Scenario, find_keys, find_sections
-from testbed.scenario.not_built import NOT_BUILT
 from testbed.scenario.reference import render_reference
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scenario.md"
@@ -44,11 +43,6 @@ def test_every_key_has_a_block_with_meaning_and_type() -> None:
     )
     assert {path for path, _, _ in blocks} == every_key()
     assert len(re.findall(r"^- Type: \S", DOCUMENT.read_text(), re.MULTILINE)) == len(blocks)
-
-
-def test_every_mechanism_that_is_not_built_is_named() -> None:
-    text = DOCUMENT.read_text()
-    assert [row.key for row in NOT_BUILT if row.missing not in text] == []
 
 
 def test_a_note_about_a_key_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 import testbed.fabric.fabric as fabric_module
 import testbed.scenario
@@ -21,25 +21,19 @@ from testbed.scenario import (
     Pattern,
     PermutationWorkload,
     RankOrder,
-    Scenario,
     StarFabric,
     Verdict,
     evaluate,
     load_scenario,
-    not_built,
     parse_expectation,
     render_json_schema,
 )
 from testbed.scenario.document import MAX_CHARACTERS
 from testbed.scenario.expect import METRICS, ExpectationError
 from testbed.scenario.keypath import parse_path, render_path
-from testbed.scenario.model import find_keys, find_sections
-from testbed.scenario.not_built import NOT_BUILT, NotBuilt, among
 from testbed.scenario.rules import ALGORITHMS, MAX_CONNECTIONS
 
 ROOT = Path(__file__).parents[2]
-# The table may be empty, and what reads it must work all the same.
-EXAMPLE = NotBuilt("transport.carrier", among("rxe"), "an example")
 AI_ZONE = (ROOT / "scenarios" / "ai-zone.yaml").read_text(encoding="utf-8")
 MINIMAL = """
 name: small
@@ -164,10 +158,6 @@ class TestOverrides:
     def test_override_mends_a_mistake_of_the_file(self) -> None:
         assert load_scenario(MINIMAL.replace("1 MiB", "1 MB B"), ["workload[0].size=1 MiB"])
 
-    def test_mechanism_that_is_not_built_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(not_built, "NOT_BUILT", (EXAMPLE,))
-        assert mistakes_of(MINIMAL, "transport.carrier=rxe") == {"transport.carrier": "is not built yet: an example"}
-
     def test_paths_are_read_back(self) -> None:
         for text in ("a", "a.b", "a[0].b", "workload[12]"):
             path = parse_path(text)
@@ -230,19 +220,6 @@ class TestWorkload:
     def test_fewer_bytes_than_ranks_are_enough_for_a_broadcast(self) -> None:
         for collective in ("broadcast", "reduce", "send_recv"):
             assert load_scenario(MINIMAL, [f"workload[0]={{collective: {collective}, size: 1 B}}"])
-
-
-class TestNotBuilt:
-    @pytest.mark.parametrize("row", [EXAMPLE, *NOT_BUILT], ids=lambda row: f"{row.key}: {row.missing}")
-    def test_row_names_a_key_of_the_model(self, row: Any) -> None:
-        sections: list[type[BaseModel]] = [Scenario]
-        for step in row.key.replace("[*]", "").split("."):
-            fields = [find_keys(section)[step] for section in sections if step in find_keys(section)]
-            assert fields, row.key
-            sections = [inner for field in fields for inner in find_sections(field.annotation)]
-
-    def test_resolved_defaults_need_nothing_that_is_not_built(self) -> None:
-        assert load_scenario(json.dumps(load_scenario(MINIMAL).resolved()))
 
 
 class TestExpectations:
@@ -418,8 +395,9 @@ FRAGMENTS = st.sampled_from(
 )
 KEYS = st.sampled_from(
     sorted(
-        {step for row in (EXAMPLE, *NOT_BUILT) for step in row.key.replace("[*]", ".0").split(".")}
-        | {
+        {
+            "transport",
+            "carrier",
             "fabric",
             "kind",
             "jobs",
