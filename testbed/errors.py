@@ -9,8 +9,7 @@
     ├── KernelError              the kernel refused an operation
     ├── LabError                 a lab of that name exists, is missing, or is in use
     ├── RunError                 a run could not finish (a QP ran out of retries, a rank never completed)
-    ├── VmError                  a virtual machine could not be run to its end; says nothing of the command in it
-    └── UntrustedError           a figure was asked for that cannot be trusted
+    └── VmError                  a virtual machine could not be run to its end; says nothing of the command in it
 """
 
 from __future__ import annotations
@@ -128,9 +127,3 @@ class VmError(TestbedError):
     """
 
     exit_code = 125
-
-
-class UntrustedError(TestbedError):
-    """A figure was asked for that this machine could not measure."""
-
-    exit_code = 4

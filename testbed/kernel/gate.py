@@ -7,7 +7,6 @@ down the shaper, on every kernel; `gate_plug` uses the qdisc that is made for it
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -222,9 +221,3 @@ def bypass_sockets(ports: Sequence[tuple[int, str, int]]) -> Iterator[dict[int, 
         for one in opened.values():
             with contextlib.suppress(OSError):
                 one.close()
-
-
-def close_descriptors(descriptors: Sequence[int]) -> None:
-    """Close file descriptors."""
-    for descriptor in descriptors:
-        os.close(descriptor)

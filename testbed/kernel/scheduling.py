@@ -39,11 +39,6 @@ def read_max_backlog() -> int:
     return int(Path("/proc/sys/net/core/netdev_max_backlog").read_text())
 
 
-def read_softnet_drops() -> int:
-    """Return how many frames all CPUs have dropped because too many waited (``/proc/net/softnet_stat``, column 2)."""
-    return sum(int(line.split()[1], 16) for line in Path("/proc/net/softnet_stat").read_text().splitlines())
-
-
 @contextlib.contextmanager
 def engine_thread(cpu: int) -> Iterator[list[str]]:
     """Pin the calling process to ``cpu`` with SCHED_FIFO, memory locked and no garbage collection, for the block.

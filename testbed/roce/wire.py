@@ -89,7 +89,6 @@ FRAME_OVERHEAD_BYTES = ETHERNET_BYTES + IPV4_BYTES + UDP_BYTES + BTH_BYTES + ICR
 BTH_OFFSET = ETHERNET_BYTES + IPV4_BYTES + UDP_BYTES
 """Where the BTH begins in an untagged IPv4 frame without options."""
 RETH_OFFSET = BTH_OFFSET + BTH_BYTES
-AETH_OFFSET = BTH_OFFSET + BTH_BYTES
 
 DEST_QP_OFFSET = BTH_OFFSET + 5
 """First of the three bytes of the destination QP."""
@@ -100,9 +99,6 @@ PSN_OFFSET = BTH_OFFSET + 9
 
 PSN_MASK = 0xFFFFFF
 """PSNs, MSNs and QP numbers have 24 bits."""
-
-ACK_FRAME_BYTES = FRAME_OVERHEAD_BYTES + AETH_BYTES
-CNP_FRAME_BYTES = FRAME_OVERHEAD_BYTES + CNP_PADDING_BYTES
 
 CTS_RKEY = 0xC7500001
 """Key of a sender's FIFO of grants: tells a CTS frame, an RDMA WRITE ONLY of one entry, from data. As TB_CTS_RKEY in fabric.h."""
@@ -143,11 +139,6 @@ def grant_tos(priority: int) -> int:
     return (8 * priority + 2) << 2
 
 
-def priority_of_dscp(dscp: int) -> int:
-    """Return the priority (0 to 7) of a code point: its upper three bits."""
-    return dscp >> 3
-
-
 @overload
 def padded_bytes(payload_bytes: int) -> int: ...
 @overload
@@ -163,27 +154,6 @@ def ipv4_checksum(header: bytes | bytearray) -> int:
     total: int = sum(words) - words[5]
     total = (total & 0xFFFF) + (total >> 16)
     return ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
-
-
-def packets_of_message(nbytes: int, mtu: int) -> int:
-    """Return the number of packets of a message; an empty one still has one.
-
-    Args:
-        nbytes: Payload of the message, bytes.
-        mtu: Payload of a full packet, bytes.
-    """
-    return max(-(-nbytes // mtu), 1)
-
-
-def write_opcode(index: int, packets: int) -> Opcode:
-    """Return the opcode of packet ``index`` of a WRITE message of that many packets."""
-    if not 0 <= index < packets:
-        raise ValueError(f"a message of {packets} packets has no packet {index}")
-    if packets == 1:
-        return Opcode.WRITE_ONLY
-    if index == 0:
-        return Opcode.WRITE_FIRST
-    return Opcode.WRITE_LAST if index == packets - 1 else Opcode.WRITE_MIDDLE
 
 
 def header_bytes(opcode: Opcode) -> int:
@@ -203,11 +173,6 @@ def frame_bytes(opcode: Opcode, payload_bytes: int = 0) -> int:
     """
     padding = CNP_PADDING_BYTES if opcode == Opcode.CNP else 0
     return header_bytes(opcode) + padded_bytes(payload_bytes) + padding + ICRC_BYTES
-
-
-def wire_bytes_of_frame(nbytes: int) -> int:
-    """Return what a frame of ``nbytes`` (without FCS) occupies on the link, with FCS, preamble and gap."""
-    return nbytes + LINK_OVERHEAD_BYTES
 
 
 def source_port(local_qpn: npt.ArrayLike, remote_qpn: npt.ArrayLike) -> npt.NDArray[np.uint16]:

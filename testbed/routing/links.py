@@ -55,9 +55,6 @@ class Knowledge:
         return cls(links, links, links)
 
 
-NOTHING_WRONG = Knowledge()
-
-
 def dead_ports_of(topology: Topology, names: Iterable[str]) -> frozenset[int]:
     """Return both ports of links, and of all links of nodes, by the names of the links and nodes.
 
