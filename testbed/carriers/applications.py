@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ import numpy.typing as npt
 from testbed.carriers.flow_control import flow_control
 from testbed.carriers.placeholders import NicNames, Places, render_rsh
 from testbed.carriers.protocol import ApplicationSamples, CommandSample, ProgressListener
+from testbed.carriers.ticks import FabricTicks
 from testbed.engine.data_queues import DataQueues
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.errors import RunError, TestbedError
@@ -42,7 +43,6 @@ from testbed.scenario import ApplicationWorkload, Carrier, Command, CommandMode,
 FOLDER = "applications"
 """Below the results folder: what programs wrote, a folder for each application."""
 
-_PROBE_TICKS = 8
 _READY_LOOK_TICKS = 16
 # Of what a program wrote: for its figures and for a message; at a look whether it is ready.
 _READ_BYTES = 16 << 20
@@ -154,9 +154,9 @@ class ApplicationCarrier:
         self._nics = nics
         self._netns = netns
         self._private = private
-        self._probe = probe
         self._clock = clock
         self._flow = flow
+        self._ticks = FabricTicks(fabric.plan.dilation.wall_tick_ns, probe, clock, flow)
         self._cpus = cpus
         self._warnings: list[str] = []
         self._data = DataQueues(fabric.arrays.queues, np.zeros(0, np.int64), dict.fromkeys(range(8), 1))
@@ -318,26 +318,17 @@ class ApplicationCarrier:
         return _Running(number, command, line, child, output, now_ns)
 
     def _run_once(self, item: ApplicationWorkload, places: Places, label: str) -> _Iteration:
-        plan, clock, flow = self._fabric.plan, self._clock, self._flow
-        tick_ns = plan.dilation.wall_tick_ns
-        self._probe.restart()
-        flow.lateness_ns.clear()
-        lateness: list[int] = []
-        busy: list[int] = []
+        ticks = self._ticks
         running: list[_Running] = []
-        begin = due = clock.now_ns()
-        paused_before = flow.paused_until(begin)
-        ticks = 0
+        begin = ticks.restart()
         with self._ending(item) as children:
             while True:
-                now = clock.now_ns()
-                lateness.append(max(0, now - due))
-                flow.tick(now)
+                now = ticks.begin()
                 for one in running:
                     one.look(now)
                     _check(item, one)
                 if len(running) < len(item.commands):
-                    if not running or _may_follow(item, running[-1], ticks):
+                    if not running or _may_follow(item, running[-1], ticks.count):
                         running.append(self._begin(item, places, len(running), label, now))
                         children.append(running[-1].child)
                 elif all(one.ended for one in running if one.command.mode is not CommandMode.SERVICE):
@@ -346,31 +337,12 @@ class ApplicationCarrier:
                     left = next((one for one in running if not one.ended), running[-1])
                     what = _took_too_long(item)
                     raise RunError(_describe(item, f"host{left.command.host}", left.line, what, left.output))
-                if ticks % _PROBE_TICKS == 0:
-                    self._probe.send(now)
-                busy.append(clock.now_ns() - now)
-                ticks += 1
-                due = max(due + tick_ns, now)
-                clock.sleep_until_ns(due)
+                ticks.end()
             wall_ns = now - begin
-            wall_paused_ns = (flow.paused_until(now) - paused_before).max(axis=1)
-            gate_lateness_ns = np.array(flow.lateness_ns, np.int64)
-        unaccounted_bytes = self._settle(item)
-        nothing = np.zeros(len(plan.topology.ports) + 1)
-        machine = MachineSamples(
-            wall_tick_ns=tick_ns,
-            wall_lateness_ns=np.array(lateness, np.int64),
-            wall_busy_ns=np.array(busy, np.int64),
-            wall_probe_ns=np.array(self._probe.waits_ns(), np.int64),
-            wall_nic_lag_ns=np.zeros(0),  # the kernel paces
-            wall_lost_ns=nothing,
-            wall_gained_ns=0.0,
-            wall_backlogged_ns=nothing,
-            wall_duration_ns=wall_ns,
-            unaccounted_bytes=unaccounted_bytes,
-            resolution_error_fraction=0.0,  # programs run on this machine's clock, not on ticks
-            wall_gate_lateness_ns=gate_lateness_ns,
-        )
+            wall_paused_ns = ticks.wall_paused_ns(now)
+            # Programs run on this machine's clock, not on ticks: those add nothing.
+            machine = ticks.samples(wall_ns, resolution_error_fraction=0.0)
+        machine = replace(machine, unaccounted_bytes=self._settle(item))
         return _Iteration(
             wall_ns,
             machine,

@@ -196,12 +196,7 @@ def _run_inside_hosts(plan: Plan, planned: PlannedWorkload, listener: ProgressLi
             wall_lateness_ns=nothing,
             wall_busy_ns=nothing,
             wall_probe_ns=nothing,
-            wall_nic_lag_ns=np.zeros(0),
-            wall_lost_ns=np.zeros(0),
-            wall_gained_ns=0.0,
-            wall_backlogged_ns=np.zeros(0),
             wall_duration_ns=max(1, round(cct_ns * plan.dilation.value)),
-            unaccounted_bytes=0,
             resolution_error_fraction=0.0,
         )
         for cct_ns, _ in samples

@@ -20,6 +20,7 @@ from testbed.carriers.buffers import RankBuffers
 from testbed.carriers.flow_control import flow_control
 from testbed.carriers.jobs import job_cct_ns
 from testbed.carriers.protocol import ProgressListener, WorkloadSamples
+from testbed.carriers.ticks import FabricTicks
 from testbed.collectives import Schedule
 from testbed.collectives.schedule import Collective
 from testbed.engine.flow_control import FlowControl, NoFlowControl
@@ -35,7 +36,6 @@ from testbed.measure.samples import MachineSamples
 from testbed.plan.model import Plan, PlannedWorkload
 from testbed.scenario import CollectiveWorkload, LinkDelay
 
-_PROBE_TICKS = 8
 # Nothing has arrived for this long on the wall clock, with everything open: it never will.
 _STALL_S = 20.0
 # Both buffers and the check take memory in proportion to ranks and size: beyond this the contents are not checked.
@@ -115,9 +115,8 @@ class MessageCarrier:
     ) -> None:
         self._fabric = fabric
         self._open = open_transport
-        self._probe = probe
         self._clock = clock
-        self._flow = flow
+        self._ticks = FabricTicks(fabric.plan.dilation.wall_tick_ns, probe, clock, flow)
         self._delays = fabric.back_ends.link_delay == LinkDelay.CARRIER
         self._warnings: list[str] = []
         if self._delays and any(link.delay_ns for link in fabric.plan.topology.links):
@@ -175,23 +174,18 @@ class MessageCarrier:
         self, plan: Plan, planned: PlannedWorkload, transport: MessageTransport, buffers: RankBuffers
     ) -> _Iteration:
         schedule, networked = planned.schedule, len(planned.connections)
-        dilation, tick_ns = plan.dilation.value, plan.dilation.wall_tick_ns
-        clock, flow = self._clock, self._flow
+        dilation = plan.dilation.value
+        clock, ticks = self._clock, self._ticks
         on_wire_ns = np.array([0 if self._delays else path.delay_ns for path in planned.paths], np.int64)
         wall_unseen_ns = np.rint((planned.one_way_ns - on_wire_ns) * dilation).astype(np.int64).tolist()
         intra_host = IntraHostTransfers(schedule, planned.intra_host, dilation)
         streams = _message_streams(schedule, networked)
         posted = [0] * networked
-        self._probe.restart()
-        flow.lateness_ns.clear()
-        lateness: list[int] = []
-        busy: list[int] = []
-        begin = clock.now_ns()
+        begin = ticks.restart()
         intra_host.begin(begin)
         progress = _BufferedProgress(schedule, streams, intra_host.release)
         progress.buffers = buffers
         starts_ns = [begin + round(float(start) * dilation) for start in schedule.start_ns[:networked]]
-        paused_before = flow.paused_until(begin)
         retransmitted_before = transport.retransmitted_packets()
         under_way: list[deque[tuple[int, int]]] = [deque() for _ in range(networked)]
         arrived = [0] * networked
@@ -200,12 +194,9 @@ class MessageCarrier:
         end_ns = np.full(networked, float(begin))
         together_ns, together_bytes = 0, np.zeros(networked, np.int64)
         totals = streams.messages.tolist()
-        last_arrival = moved = due = begin
-        ticks = 0
+        last_arrival = moved = begin
         while True:
-            now = clock.now_ns()
-            lateness.append(max(0, now - due))
-            flow.tick(now)
+            now = ticks.begin()
             for connection, transfer in transport.poll():
                 under_way[connection].append((clock.now_ns() + wall_unseen_ns[connection], transfer))
                 arrived_bytes[connection] += schedule.nbytes[transfer]
@@ -245,33 +236,14 @@ class MessageCarrier:
                     f"nothing arrived for {_STALL_S:g} s on this machine's clock",
                     hint="`testbed run --pcap` shows what is on the wire",
                 )
-            if ticks % _PROBE_TICKS == 0:
-                self._probe.send(now)
-            busy.append(clock.now_ns() - now)
-            ticks += 1
-            due = max(due + tick_ns, now)
-            clock.sleep_until_ns(due)
+            ticks.end()
         wall_ns = last_arrival - begin
-        machine = MachineSamples(
-            wall_tick_ns=tick_ns,
-            wall_lateness_ns=np.array(lateness, np.int64),
-            wall_busy_ns=np.array(busy, np.int64),
-            wall_probe_ns=np.array(self._probe.waits_ns(), np.int64),
-            wall_nic_lag_ns=np.zeros(0),  # the kernel paces
-            wall_lost_ns=np.zeros(len(plan.topology.ports) + 1),
-            wall_gained_ns=0.0,
-            wall_backlogged_ns=np.zeros(len(plan.topology.ports) + 1),
-            wall_duration_ns=wall_ns,
-            unaccounted_bytes=0,
-            resolution_error_fraction=planned.resolution_error_fraction,
-            wall_gate_lateness_ns=np.array(flow.lateness_ns, np.int64),
-        )
         return _Iteration(
             wall_ns=wall_ns,
             wall_seen_ns=moved - begin,
             retransmitted_packets=transport.retransmitted_packets() - retransmitted_before,
-            machine=machine,
-            wall_paused_ns=(flow.paused_until(clock.now_ns()) - paused_before).max(axis=1),
+            machine=ticks.samples(wall_ns, planned.resolution_error_fraction),
+            wall_paused_ns=ticks.wall_paused_ns(clock.now_ns()),
             wall_end_ns=end_ns - begin,
             together_bytes_per_wall_s=together_bytes * 1e9 / max(1, together_ns - begin),
             nvlink_bytes=intra_host.arrived_bytes,

@@ -578,7 +578,6 @@ class TickLoop:
             wall_nic_lag_ns=np.array(recorded.nic_lag_ns),
             wall_lost_ns=self._shaping.lost_ns.copy(),
             wall_gained_ns=self._gained_ns(),
-            wall_backlogged_ns=self._shaping.backlogged_ns.copy(),
             wall_duration_ns=last_arrival_ns - begin,
             unaccounted_bytes=unaccounted_bytes,
             resolution_error_fraction=self._setup.resolution_error_fraction,

@@ -169,9 +169,7 @@ def result_of(*speeds: float | None, verdict: FidelityVerdict = FidelityVerdict.
     spine = next(port.id for port in plan.topology.ports if plan.topology.port_name(port.id) == "spine1/down0")
     after["deq_bytes"][spine, 3], after["deq_packets"][spine, 3] = 4000, 2
     counted = FabricCounters.between(Snapshot(queues, 0, 0), Snapshot(after, 0, 0), wall_duration_ns=10**9)
-    machine = MachineSamples(
-        10**6, *([np.zeros(1, np.int64)] * 3), np.zeros(0), np.zeros(ports), 0.0, np.zeros(ports), 10**9, 0, 0.0
-    )
+    machine = MachineSamples(10**6, *([np.zeros(1, np.int64)] * 3), 10**9, 0.0)
     commands = (CommandSample(0, "fetch 10.0.0.7", 0, 10**9, Path("0-transfer/iteration0-1-host0.out")),)
 
     def sample(figures: dict[str, tuple[float | None, ...]]) -> ApplicationSamples:

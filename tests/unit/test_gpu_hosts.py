@@ -436,7 +436,7 @@ def test_nvlink_limits_what_it_should() -> None:
 
 def test_a_time_that_the_model_told_does_not_depend_on_the_machine() -> None:
     none = np.zeros(0, np.int64)
-    computed = MachineSamples(10**6, none, none, none, np.zeros(0), np.zeros(0), 0.0, np.zeros(0), 1000, 0, 0.0)
+    computed = MachineSamples(10**6, none, none, none, 1000, 0.0)
     ticked = dataclasses.replace(computed, wall_lateness_ns=np.zeros(5, np.int64))
     busy_machine = {"wall_tick_ns": 10**6, "softnet_drops": 3, "steal_fraction": 0.5}
     assert judge([computed], **busy_machine).verdict is FidelityVerdict.TRUSTED

@@ -27,7 +27,6 @@ QUIET = MachineSamples(
     wall_nic_lag_ns=np.full(TICKS // 4, 80_000.0),
     wall_lost_ns=np.zeros(5),
     wall_gained_ns=0.0,
-    wall_backlogged_ns=np.zeros(5),
     wall_duration_ns=DURATION_NS,
     unaccounted_bytes=0,
     resolution_error_fraction=0.0001,
