@@ -235,9 +235,7 @@ static __always_inline int admit(struct tb_node *node, struct tb_queue *queue, s
 	if (used > (__s64)node->shared_bytes)
 		return 0;
 	depth = queue->enq_bytes - queue->deq_bytes + len;
-	if (queue->limit_bytes && depth > queue->limit_bytes)
-		return 0;
-	return !queue->alpha || depth <= (free_shared(node) * queue->alpha) >> 16;
+	return !queue->limit_bytes || depth <= queue->limit_bytes;
 }
 
 /* A frame came in at a lossless priority: ask the peer to pause where it is one too many. */

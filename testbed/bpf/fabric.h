@@ -92,7 +92,7 @@ struct tb_queue {              /* queues[id * 8 + priority]: the egress queue of
 	__u32 kmax_bytes;
 	__u64 mark_slope;          /* probability per byte above kmin, in units of 2^-48 */
 	__u64 limit_bytes;         /* depth beyond which lossy frames are dropped; 0: no limit of its own */
-	__u64 alpha;               /* share of the free shared memory it may take, in units of 2^-16; 0: no such limit */
+	__u64 reserved;            /* keeps the size */
 	/* pause: the program that receives PFC frames on this port */
 	__u64 pause_frames;        /* PFC frames for this priority, pause_quanta belongs to the last */
 	__u64 pause_received_ns;   /* CLOCK_MONOTONIC */

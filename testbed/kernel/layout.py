@@ -36,7 +36,7 @@ QUEUE = np.dtype(
         ("kmax_bytes", "u4"),
         ("mark_slope", "u8"),
         ("limit_bytes", "u8"),
-        ("alpha", "u8"),
+        ("reserved", "u8"),
         ("pause_frames", "u8"),
         ("pause_received_ns", "u8"),
         ("pause_quanta", "u2"),
