@@ -64,15 +64,12 @@ def engine_thread(cpu: int) -> Iterator[list[str]]:
             warnings.append("SCHED_FIFO was refused (CAP_SYS_NICE): ticks come later on a busy machine")
         if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE) != 0:
             warnings.append("mlockall was refused: page faults may delay ticks")
-        gc.collect()
-        gc.freeze()
         gc.disable()
         yield warnings
     finally:
         libc.munlockall()
         if collecting:
             gc.enable()
-        gc.unfreeze()
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, policy, parameter)
         os.sched_setaffinity(0, affinity)
