@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
+import itertools
 import json
 import os
 import select
@@ -16,18 +17,21 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
 from testbed.carriers.engine import engine_carrier
+from testbed.engine.loop import TickLoop
 from testbed.errors import LabError, MachineError
 from testbed.fabric import Fabric
-from testbed.kernel import namespaces, registry
+from testbed.kernel import bpf, host_tuning, links, namespaces, registry
 from testbed.kernel.namespaces import NETNS_DIR
 from testbed.kernel.registry import REGISTRY_DIR
 from testbed.kernel.rxe import create_rxe, delete_rxe, load_connection_manager
+from testbed.kernel.scheduling import MonotonicClock
 from testbed.roce.queue_pairs import RESPONDER, qp_index
 from tests.conftest import list_test_labs, list_test_namespaces
 from tests.netns.labs import (
@@ -43,7 +47,8 @@ from tests.netns.labs import (
 
 pytestmark = pytest.mark.root
 
-KILLS = 25
+KILLS = 6
+INTERRUPTED = 42
 QUICK = ("workload.0.size=32 KiB", "workload.0.iters=2")
 
 
@@ -197,7 +202,61 @@ def test_gc_beside_labs_that_come_and_go_harms_none() -> None:
     assert looks > 12
 
 
-# --- SIGKILL -----------------------------------------------------------------------------------------------------------
+# --- a run that is ended wherever it is ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """A moment of a run: a call that it makes.
+
+    Attributes:
+        owner: The module or class that has it.
+        attribute: Its name there.
+        number: Which of the calls, from 0.
+    """
+
+    owner: object
+    attribute: str
+    number: int = 0
+
+    def __str__(self) -> str:
+        return f"{getattr(self.owner, '__name__', self.owner)}.{self.attribute} number {self.number}"
+
+
+# Every stage of a run, from what it writes down first to what it removes last. The second mount of a namespace is its name.
+STAGES = (
+    Place(registry, "write_state", 0),  # recorded
+    Place(registry.os, "fsync", 0),
+    Place(bpf, "load_object", 0),
+    Place(namespaces, "set_alias", 2),
+    Place(namespaces, "_write_sysctl", 4),
+    Place(namespaces.os, "write", 0),
+    Place(namespaces, "_mount", 5),
+    Place(links, "disable_offloads", 1),  # links, and nothing on them
+    Place(registry, "write_state", 1),  # ready
+    Place(host_tuning, "_write_record", 0),
+    Place(host_tuning.os, "sched_setscheduler", 0),  # the host is changed
+    Place(MonotonicClock, "sleep_until_ns", 8),  # frames are under way
+    Place(host_tuning, "_restore", 0),
+    Place(registry, "delete_namespace", 3),
+    Place(registry.shutil, "rmtree", 0),
+)
+
+
+def signal_itself(place: Place, number: signal.Signals, *, before: bool) -> None:
+    """Have this process send itself a signal before or after a call."""
+    original, calls = getattr(place.owner, place.attribute), itertools.count()
+
+    def called(*arguments: object, **options: object) -> object:
+        here = next(calls) == place.number
+        if here and before:
+            os.kill(os.getpid(), number)
+        result = original(*arguments, **options)
+        if here and not before:
+            os.kill(os.getpid(), number)
+        return result
+
+    setattr(place.owner, place.attribute, called)
 
 
 def build_run_destroy(name: str) -> None:
@@ -211,14 +270,35 @@ def time_of_whole_run() -> float:
     return time.monotonic() - begin
 
 
+# --- SIGKILL -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_gc_restores_the_host_at_whatever_stage_a_run_was_killed(before: bool) -> None:
+    for stage in STAGES:
+        name = lab_name("stage")
+
+        def killed(stage: Place = stage, name: str = name) -> None:
+            signal_itself(stage, signal.SIGKILL, before=before)
+            build_run_destroy(name)
+
+        assert end_of(in_child(killed)) == -signal.SIGKILL, f"{stage} was never called"
+        _, foreign = registry.collect_garbage()
+        assert not foreign, stage
+        assert not list_test_namespaces(), stage
+        assert name not in registry.list_labs(), stage
+    assert_host_restored()
+
+
 def test_gc_restores_the_host_whenever_a_run_was_killed() -> None:
+    """Between the stages too: at moments that nobody has chosen."""
     whole_s = time_of_whole_run()
     assert not list_test_namespaces()
     left_behind = 0
     for kill in range(KILLS):
         name = lab_name(f"kill{kill}")
         child = in_child(lambda name=name: build_run_destroy(name))
-        live_for(child, whole_s * kill / KILLS)
+        live_for(child, whole_s * (kill + 0.5) / KILLS)
         os.kill(child, signal.SIGKILL)
         end_of(child)
         left_behind += bool(list_test_labs())
@@ -232,65 +312,12 @@ def test_gc_restores_the_host_whenever_a_run_was_killed() -> None:
     assert left_behind > KILLS // 3
 
 
-def test_gc_restores_the_host_when_a_build_was_killed_at_any_system_call() -> None:
-    # A build is quick: kill it at the n-th look at the clock of its own making, a step later each time.
-    steps = [
-        (namespaces, "_mount"),
-        (namespaces, "set_alias"),
-        (namespaces, "_write_sysctl"),
-        (namespaces.os, "write"),
-        (registry, "write_state"),
-        (registry.os, "fsync"),
-    ]
-    for module, attribute in steps:
-        for before in (True, False):
-            for occurrence in (0, 2):
-                name = lab_name("step")
-
-                def killed(
-                    module: object = module,
-                    attribute: str = attribute,
-                    before: bool = before,
-                    occurrence: int = occurrence,
-                    name: str = name,
-                ) -> None:
-                    original, left = getattr(module, attribute), [occurrence]
-
-                    def counted(*arguments: object, **options: object) -> object:
-                        left[0] -= 1
-                        if left[0] < 0 and before:
-                            os.kill(os.getpid(), signal.SIGKILL)
-                        result = original(*arguments, **options)
-                        if left[0] < 0:
-                            os.kill(os.getpid(), signal.SIGKILL)
-                        return result
-
-                    setattr(module, attribute, counted)
-                    build_run_destroy(name)
-
-                code = end_of(in_child(killed))
-                _, foreign = registry.collect_garbage()
-                where = f"{'before' if before else 'after'} {attribute} number {occurrence}, exit {code}"
-                assert code in (0, -signal.SIGKILL), where
-                assert not foreign, where
-                assert not list_test_namespaces(), where
-                assert name not in registry.list_labs(), where
-
-
 def test_killed_destroy_of_a_deployed_lab_can_be_collected() -> None:
     for occurrence in (0, 1, 3):
         fabric = Fabric.deploy(small_plan(), lab_name("half"))
 
         def killed(fabric: Fabric = fabric, occurrence: int = occurrence) -> None:
-            original, left = registry.delete_namespace, [occurrence]
-
-            def counted(name: str, mark: str) -> bool:
-                left[0] -= 1
-                if left[0] < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(name, mark)
-
-            registry.delete_namespace = counted
+            signal_itself(Place(registry, "delete_namespace", occurrence), signal.SIGKILL, before=True)
             fabric.destroy()
 
         child = in_child(killed)
@@ -339,21 +366,22 @@ def test_killed_run_leaves_a_deployed_lab_usable() -> None:
     with Fabric.deploy(plan, name):
         pass
 
-    def run() -> None:
+    def run(stage: Place, before: bool) -> None:
+        signal_itself(stage, signal.SIGKILL, before=before)
         with Fabric.attach(plan, name) as fabric, engine_carrier(fabric) as (carrier, _):
             carrier.run(0, Quiet())
 
+    stages = [
+        (Place(host_tuning, "_write_record"), False),
+        (Place(MonotonicClock, "sleep_until_ns", 2), True),  # frames are under way, more and more
+        (Place(MonotonicClock, "sleep_until_ns", 12), True),
+        (Place(TickLoop, "run_iteration", 1), True),  # all are out of the first iteration
+        (Place(TickLoop, "run_iteration", 2), False),
+        (Place(host_tuning, "_restore"), True),
+    ]
     try:
-        begin = time.monotonic()
-        assert end_of(in_child(run)) == 0
-        whole_s = time.monotonic() - begin
-        for kill in range(8):
-            child = in_child(run)
-            try:
-                live_for(child, whole_s * (kill + 1) / 9)
-            finally:  # or the lab could not be removed
-                os.kill(child, signal.SIGKILL)
-                end_of(child)
+        for stage, before in stages:
+            assert end_of(in_child(lambda: run(stage, before))) == -signal.SIGKILL, f"{stage} was never called"  # noqa: B023
             assert name not in registry.collect_garbage()[0]
             with Fabric.attach(plan, name) as fabric, engine_carrier(fabric) as (carrier, _):
                 samples = carrier.run(0, Quiet())
@@ -382,8 +410,9 @@ def expect_sound(fabric: Fabric, cct_ns: tuple[float, ...], retransmitted_packet
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["recorded", "built", "running"])
-def test_signal_leaves_nothing(number: signal.Signals, moment: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ready", ["", "true"], ids=["recorded", "built"])
+def test_signal_before_a_run_leaves_nothing(number: signal.Signals, ready: str, tmp_path: Path) -> None:
+    """While it runs: test_cli_root.py."""
     name = lab_name("signalled")
     file = tmp_path / "signalled.yaml"
     file.write_text(
@@ -395,20 +424,13 @@ def test_signal_leaves_nothing(number: signal.Signals, moment: str, tmp_path: Pa
     command = [sys.executable, "-m", "testbed", "run", str(file), "--output", str(tmp_path / "out")]
     labs = REGISTRY_DIR / "labs"
 
-    def is_there(state: str) -> bool:
+    def is_there() -> bool:
         assert child.poll() is None, child.communicate()
-        return any(state in one.read_text() for one in labs.glob(f"{name}*/state.json"))
+        return any(f'"ready": {ready}' in one.read_text() for one in labs.glob(f"{name}*/state.json"))
 
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stderr is not None
         try:
-            if moment == "recorded":
-                wait_until(lambda: is_there('"ready": '), "recorded")
-            elif moment == "built":
-                wait_until(lambda: is_there('"ready": true'), "built")
-            else:
-                while "iteration" not in (line := child.stderr.readline()):
-                    assert line, "the run ended"
+            wait_until(is_there, "the lab")
             child.send_signal(number)
             _, words = child.communicate(timeout=3 * PATIENCE_S)
         finally:
@@ -439,31 +461,46 @@ def test_no_signal_can_get_lost_in_an_attribute_lookup_during_a_run() -> None:
     assert lookups == []
 
 
-def test_signal_handled_in_python_leaves_nothing() -> None:
-    # Without the command line: Ctrl-C is a KeyboardInterrupt wherever Python is.
-    whole_s = time_of_whole_run()
-    interrupted = 0
+def run_until_interrupted(name: str) -> None:
+    """Run as without the command line, where Ctrl-C is a KeyboardInterrupt wherever Python is; exit with 42 for one."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        build_run_destroy(name)
+        os._exit(0)
+    os._exit(INTERRUPTED)
 
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_signal_handled_in_python_at_whatever_stage_leaves_nothing(before: bool) -> None:
     name = lab_name("interrupted")
+    for stage in STAGES:
 
-    def run() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with contextlib.suppress(KeyboardInterrupt):
-            build_run_destroy(name)
-            os._exit(0)
-        os._exit(42)
+        def interrupted(stage: Place = stage) -> None:
+            signal_itself(stage, signal.SIGINT, before=before)
+            run_until_interrupted(name)
 
-    for moment in range(12):
-        child = in_child(run)
-        live_for(child, whole_s * (moment + 0.5) / 12)
+        assert end_of(in_child(interrupted)) == INTERRUPTED, stage
+        assert not list_test_namespaces(), stage
+        assert not list_test_labs(), stage
+    assert_host_restored()
+
+
+def test_signal_handled_in_python_leaves_nothing_whenever_it_comes() -> None:
+    """Between the stages too: at moments that nobody has chosen."""
+    whole_s = time_of_whole_run()
+    name = lab_name("interrupted")
+    interrupted = 0
+    for moment in range(KILLS):
+        child = in_child(lambda: run_until_interrupted(name))
+        live_for(child, whole_s * (moment + 0.5) / KILLS)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGINT)
         code = end_of(child)
-        assert code in (0, 1, 42), code
-        interrupted += code == 42
+        assert code in (0, 1, INTERRUPTED), code
+        interrupted += code == INTERRUPTED
         assert not list_test_namespaces(), moment
         assert not list_test_labs(), moment
-    assert interrupted > 3  # precondition
+    assert interrupted > KILLS // 3  # precondition
 
 
 def test_lab_in_use_is_refused_until_it_is_let_go() -> None:
