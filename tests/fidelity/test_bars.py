@@ -12,6 +12,7 @@ from tests.fidelity.disturbance import cpu_hogs, cpu_quota, fifo_hog, quota_fold
 pytestmark = [pytest.mark.root, pytest.mark.fidelity]
 
 SIZE = "workload.0.size=8 MiB"
+SMALL = "workload.0.size=2 MiB"
 # No PFC: a collision must fit into the buffers.
 ECMP = ["routing.scheme=ecmp", "fabric.switch.buffer=64 MiB", "workload.0.iters=1", "workload.0.warmup_iters=0"]
 ATTEMPTS = 4
@@ -49,8 +50,9 @@ def test_ecmp_ring_slows_down_by_the_flows_of_the_worst_link(seed: int) -> None:
 
 def test_too_small_a_buffer_drops_and_go_back_n_completes() -> None:
     # A timeout of half a second here: a starved machine must not look like a dead path.
-    small = ["fabric.switch.buffer=1 MiB", "transport.retransmit_timeout=200 us", "expect=[]"]
-    runs = (run_once([SIZE, *ECMP, "seed=1", *small]) for _ in range(ATTEMPTS))
+    # Three flows of 128 KiB at a time into one link leave 256 KiB behind.
+    shallow = ["fabric.switch.buffer=192 KiB", "transport.retransmit_timeout=200 us", "expect=[]"]
+    runs = (run_once([SMALL, *ECMP, "seed=1", *shallow]) for _ in range(ATTEMPTS))
     run = next((run for run in runs if "error" not in run), {"error": "every attempt ran out of retries"})
 
     assert "error" not in run, run["error"]

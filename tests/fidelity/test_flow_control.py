@@ -139,14 +139,8 @@ def drops_with(headroom_bytes: int) -> bool:
 
 
 def test_computed_headroom_holds_what_arrives_and_not_much_more() -> None:
-    """Bisect the smallest headroom without drops; half of it must drop."""
+    """The smallest headroom without drops lies between the computed one and its half, which therefore drops."""
     (computed,) = {one.headroom_bytes for one in headroom_plan("auto").pausing.values()}
-    low, high = 0, computed
-    if drops_with(high):
+    if drops_with(computed):
         pytest.skip("not judged: the machine stalled for longer than ticks are late")
-    while high - low > computed / 16:
-        middle = (low + high) // 2
-        low, high = (middle, high) if drops_with(middle) else (low, middle)
-
-    assert high <= computed <= 2 * high
-    assert drops_with(high // 2)
+    assert drops_with(computed // 2)
