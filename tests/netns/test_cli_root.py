@@ -18,6 +18,7 @@ import testbed as api
 from testbed.errors import LabError
 from testbed.results.series import QUEUES_FILE
 from tests.conftest import TEST_LAB_PREFIX, list_test_labs, list_test_namespaces
+from tests.netns.labs import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("host_unchanged")]
 
@@ -306,18 +307,25 @@ def test_killed_run_is_collected_and_a_deployed_lab_stays_usable(small: Path, tm
         assert done.returncode in (0, 4), done.stderr
 
 
+@contextmanager
+def sleeping(lab: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Have something run in a lab's first host by ``testbed exec``."""
+    with subprocess.Popen(command("exec", "--lab", lab, "host0", "--", "sleep", "60")) as process:
+        pids = ["ip", "netns", "pids", f"{lab}-host0"]
+        wait_until(lambda: bool(subprocess.run(pids, check=True, capture_output=True).stdout), "it runs in the host")
+        yield process
+
+
 def test_exec_ends_with_its_process(small: Path) -> None:
     with deployed(small, A) as name:
-        with subprocess.Popen(command("exec", "--lab", name, "host0", "--", "sleep", "60")) as process:
-            time.sleep(1.0)
+        with sleeping(name) as process:
             process.terminate()
         assert process.returncode == 143
 
 
 def test_destroy_ends_what_still_runs_in_the_lab(small: Path) -> None:
     with deployed(small, A) as name:
-        with subprocess.Popen(command("exec", "--lab", name, "host0", "--", "sleep", "60")) as process:
-            time.sleep(1.0)
+        with sleeping(name) as process:
             assert run_command("destroy", name).returncode == 0
         assert process.returncode == 128 + signal.SIGKILL
 
