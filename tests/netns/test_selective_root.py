@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scapy.contrib.roce import AETH
 from scapy.layers.l2 import Ether
 from scapy.utils import wrpcap
 
 from testbed.fabric import Fabric
 from testbed.kernel.packet_socket import open_packet_socket
 from testbed.roce.bth import FramePath, WriteTarget, build_write
-from testbed.roce.icrc import carried_icrc, compute_icrc
+from testbed.roce.icrc import carried_icrc, compute_icrc, with_icrc
 from testbed.roce.queue_pairs import REQUESTER, RESPONDER, Connection, qp_index
 from testbed.roce.sack import SACK_BYTES, build_sack, parse_sack
 from testbed.roce.wire import PSN_MASK, Opcode
@@ -38,6 +37,7 @@ pytestmark = pytest.mark.root
 
 SELECTIVE = "transport.loss_recovery=selective"
 PAYLOAD = 64
+_PSN_OFFSET = 51
 _AETH_OFFSET = 54
 _SACK_OFFSET = 58
 
@@ -51,13 +51,18 @@ class Sender:
         requester = connection.requester
         local, remote = requester.local, requester.remote
         self._path = FramePath(local.mac, local.next_hop_mac, local.address, remote.address, requester.udp_source_port)
-        self.frame = functools.cache(self._frame)
+        self._template = functools.cache(self._build_template)
 
     def ends(self, packets: int) -> frozenset[int]:
         return frozenset(range(self._per_message - 1, packets, self._per_message))
 
-    def _frame(self, number: int, ask: bool) -> bytes:
-        place = number % self._per_message
+    def frame(self, number: int, ask: bool) -> bytes:
+        """Return a packet's frame: the template of its place in a message, with its PSN."""
+        frame = bytearray(self._template(number % self._per_message, ask))
+        frame[_PSN_OFFSET : _PSN_OFFSET + 3] = ((self.connection.initial_psn + number) & PSN_MASK).to_bytes(3, "big")
+        return with_icrc(frame)
+
+    def _build_template(self, place: int, ask: bool) -> bytes:
         opcode = (
             Opcode.WRITE_FIRST
             if place == 0
@@ -69,7 +74,7 @@ class Sender:
             self._path,
             opcode=opcode,
             dest_qp=self.connection.requester.peer_qpn,
-            psn=(self.connection.initial_psn + number) & PSN_MASK,
+            psn=0,
             payload=bytes(PAYLOAD),
             ack_request=ask,
             target=WriteTarget(0, 0, self._per_message * PAYLOAD) if place == 0 else None,
@@ -100,16 +105,16 @@ def as_told(frame: bytes, initial_psn: int) -> Answer:
         ahead = (psn - initial_psn) & PSN_MASK
         return ahead if ahead < 1 << 23 else ahead - (1 << 24)
 
-    packet = Ether(frame)
-    assert packet[AETH].syndrome == 0x1F
-    in_order = number(int.from_bytes(frame[51:54], "big")) + 1
+    assert frame[_AETH_OFFSET] == 0x1F
+    msn = int.from_bytes(frame[_AETH_OFFSET + 1 : _SACK_OFFSET], "big")
+    in_order = number(int.from_bytes(frame[_PSN_OFFSET:_AETH_OFFSET], "big")) + 1
     if len(frame) == _SACK_OFFSET + 4:
-        return Answer(in_order, packet[AETH].msn)
+        return Answer(in_order, msn)
     sack = parse_sack(frame[_SACK_OFFSET:-4])
     assert sack is not None
     assert len(frame) == _SACK_OFFSET + SACK_BYTES + 4
     first = number(sack.first_psn)
-    return Answer(in_order, packet[AETH].msn, first, frozenset(map(number, sack.named_psns)))
+    return Answer(in_order, msn, first, frozenset(map(number, sack.named_psns)))
 
 
 def arrivals(rng: np.random.Generator, packets: int, skew: float, loss: float) -> list[tuple[int, bool]]:

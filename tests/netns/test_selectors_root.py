@@ -27,7 +27,7 @@ from tests.netns.labs import in_node, ip_frame, small_fabric
 
 pytestmark = pytest.mark.root
 
-HEADERS = 100_000
+HEADERS = 30_000
 GAP_NS = 40_000  # of the order of the time between two packets of the test
 ALL_FIELDS = HashField(63)
 _BPF_PROG_TEST_RUN = 10
