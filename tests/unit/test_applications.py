@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from testbed import api
+from testbed.api import guest
 from testbed.assemble import assemble_applications
 from testbed.carriers.applications import OutputTail, find_figure
 from testbed.carriers.placeholders import NicNames, Places, render_rsh
@@ -147,7 +148,7 @@ def test_virtual_time_waits_while_programs_are_loaded(name: str, skips: bool, mo
         asked.update(options)
         return 1
 
-    monkeypatch.setattr(api, "run_in_vm", boot)
+    monkeypatch.setattr(guest, "run_in_vm", boot)
     with pytest.raises(RunError, match="left no result"):
         api.run_in_virtual_time(api.load(SCENARIOS.parent / name))
     assert asked["skip_idle"] is skips
