@@ -326,7 +326,7 @@ def scenarios(draw: st.DrawFn) -> dict[str, Any]:
     )
     return {
         "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,30}", fullmatch=True)),
-        "description": draw(st.text(max_size=50)),
+        "description": draw(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=50)),
         "fabric": draw(fabrics()),
         "workload": draw(st.lists(item, min_size=1, max_size=3)),
         "expect": draw(st.lists(EXPECTATIONS, max_size=3)),
