@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from testbed.errors import Mistake
     from testbed.results import ApplicationResult, Check, CollectiveResult, FabricResult, Result
     from testbed.scenario import Scenario
-    from testbed.scenario.model import WorkloadItem
+    from testbed.scenario.workload import WorkloadItem
 
 # nccl-tests' options, and the key of a workload item that each one sets.
 SWEEP_OPTIONS = {

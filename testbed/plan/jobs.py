@@ -21,7 +21,7 @@ def job_hosts(scenario: Scenario) -> list[tuple[int, ...]]:
     """Return the hosts of each job, in the order of the ranks."""
     wanted = [
         (job.placement if isinstance(job.placement, tuple) else str(job.placement), count)
-        for job, count in zip(scenario.jobs, job_host_counts(scenario), strict=True)
+        for job, count in zip(scenario.jobs, job_host_counts(scenario.jobs, scenario.fabric.nhosts), strict=True)
     ]
     rng = np.random.default_rng([scenario.seed, _PLACEMENT_STREAM])
     return place_jobs(wanted, scenario.fabric.host_counts, rng)

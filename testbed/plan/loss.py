@@ -7,7 +7,7 @@ from fractions import Fraction
 from testbed.errors import PlanError
 from testbed.scenario import ClosFabric, LostFrames, Scenario, ZonesFabric
 from testbed.scenario import Link as LinkClass
-from testbed.scenario.model import Fabric
+from testbed.scenario.fabric import Fabric
 from testbed.topology import Link, NodeKind, Topology
 
 PRIORITIES = 8

@@ -18,43 +18,37 @@ from testbed.scenario.expect import (
     evaluate,
     parse_expectation,
 )
+from testbed.scenario.fabric import ClosFabric, FabricKind, Link, StarFabric, Uplink, ZonesFabric
 from testbed.scenario.faults import Fault, FaultKind
-from testbed.scenario.jobs import job_host_counts, job_rounds
+from testbed.scenario.jobs import Job, MeasuredJobs, Placement, job_host_counts, job_rounds
 from testbed.scenario.load import load_scenario
 from testbed.scenario.loss import LinkLoss, LostFrames
-from testbed.scenario.model import (
+from testbed.scenario.model import Scenario
+from testbed.scenario.qos import DataPriority, EcnPreset, GateChoice, MarkerChoice, SchedulerChoice, WatchdogAction
+from testbed.scenario.schema import render_json_schema
+from testbed.scenario.sweep import expand_sizes
+from testbed.scenario.switch import Switch
+from testbed.scenario.transport import (
     AdmissionScheme,
-    Algorithm,
     Carrier,
-    ClosFabric,
+    LinkDelay,
+    LossRecovery,
+    QpStrategy,
+    Transport,
+    UdpSourcePort,
+)
+from testbed.scenario.workload import (
+    Algorithm,
     Collective,
     CollectiveWorkload,
-    FabricKind,
     Flow,
     FlowsWorkload,
     IncastWorkload,
-    Job,
-    Link,
-    LinkDelay,
-    LossRecovery,
-    MeasuredJobs,
     Pattern,
     PermutationWorkload,
-    Placement,
-    QpStrategy,
     RankOrder,
-    Scenario,
-    StarFabric,
-    Switch,
-    Transport,
-    UdpSourcePort,
-    Uplink,
     Workload,
-    ZonesFabric,
-    render_json_schema,
 )
-from testbed.scenario.qos import DataPriority, EcnPreset, GateChoice, MarkerChoice, SchedulerChoice, WatchdogAction
-from testbed.scenario.sweep import expand_sizes
 
 __all__ = [
     "FIGURE_METRIC",

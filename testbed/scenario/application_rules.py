@@ -16,7 +16,8 @@ from testbed.scenario.application import (
     CommandMode,
 )
 from testbed.scenario.keypath import KeyPath
-from testbed.scenario.model import Carrier, Scenario
+from testbed.scenario.model import Scenario
+from testbed.scenario.transport import Carrier
 from testbed.scenario.violation import Valid, Violation
 
 _CARRIER: KeyPath = ("transport", "carrier")

@@ -15,9 +15,10 @@ from testbed.errors import Mistake, ScenarioError
 from testbed.scenario.document import MAX_CHARACTERS, Document, read_document
 from testbed.scenario.keypath import KeyPath, render_path
 from testbed.scenario.kinds import RULE_ERROR
-from testbed.scenario.model import UNION_TAGS, Scenario, find_keys, find_sections
+from testbed.scenario.model import UNION_TAGS, Scenario
 from testbed.scenario.overrides import apply_overrides
 from testbed.scenario.rules import find_violations
+from testbed.scenario.schema import find_keys, find_sections
 
 MAX_MISTAKES = 100
 """No more are explained: nobody reads on, and looking for near keys takes time."""

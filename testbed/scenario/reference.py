@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from testbed.scenario.model import render_json_schema
+from testbed.scenario.schema import render_json_schema
 from testbed.units import format_size
 
 _INTRODUCTION = """# Scenario reference

@@ -13,34 +13,26 @@ from testbed.scenario.application import ApplicationWorkload
 from testbed.scenario.application_rules import check_application
 from testbed.scenario.congestion import CongestionControl
 from testbed.scenario.expect import FIGURE_METRIC, JOB_METRIC
+from testbed.scenario.fabric import ClosFabric, ZonesFabric
 from testbed.scenario.faults import MAX_FLAPS, FaultKind
-from testbed.scenario.jobs import job_host_counts, job_rounds
+from testbed.scenario.jobs import Job, MeasuredJobs, job_host_counts, job_rounds
 from testbed.scenario.keypath import KeyPath
-from testbed.scenario.model import (
-    MAX_HOSTS,
-    AdmissionScheme,
+from testbed.scenario.model import Scenario
+from testbed.scenario.qos import SchedulerChoice
+from testbed.scenario.ranges import MAX_HOSTS
+from testbed.scenario.sweep import MAX_SIZES, count_sizes
+from testbed.scenario.transport import AdmissionScheme, Carrier, LinkDelay, LossRecovery, QpStrategy, UdpSourcePort
+from testbed.scenario.violation import Valid, Violation
+from testbed.scenario.workload import (
     Algorithm,
-    Carrier,
-    ClosFabric,
     Collective,
     CollectiveWorkload,
     FlowsWorkload,
     IncastWorkload,
-    Job,
-    LinkDelay,
-    LossRecovery,
-    MeasuredJobs,
     PermutationWorkload,
-    QpStrategy,
-    Scenario,
-    UdpSourcePort,
     Workload,
     WorkloadItem,
-    ZonesFabric,
 )
-from testbed.scenario.qos import SchedulerChoice
-from testbed.scenario.sweep import MAX_SIZES, count_sizes
-from testbed.scenario.violation import Valid, Violation
 from testbed.units import format_size, format_time
 
 MAX_FRAME_HEADER_BYTES = 74
@@ -322,7 +314,7 @@ def _check_jobs(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     measured: KeyPath = ("measure_jobs",)
     if valid(measured) and scenario.measure_jobs is not MeasuredJobs.TOGETHER and len(scenario.jobs) < 2:
         yield Violation(measured, "needs at least two jobs", "add `jobs`, or remove it")
-    counts = job_host_counts(scenario)
+    counts = job_host_counts(scenario.jobs, scenario.fabric.nhosts)
     names = Counter(job.name for job in scenario.jobs)
     seen: set[int] = set()
     for index, (job, hosts) in enumerate(zip(scenario.jobs, counts, strict=True)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from testbed.scenario.model import FlowsWorkload, Workload
+from testbed.scenario.workload import FlowsWorkload, Workload
 
 MAX_SIZES = 100
 """More make no curve any clearer, and each is planned and run."""

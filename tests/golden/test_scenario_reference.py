@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from testbed.scenario import reference
-from testbed.scenario.model import Scenario, find_keys, find_sections
+from testbed.scenario.model import Scenario
 from testbed.scenario.reference import render_reference
+from testbed.scenario.schema import find_keys, find_sections
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scenario.md"
 
