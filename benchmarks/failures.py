@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from testbed.plan.compile import compile_plan, trace_connection_routes
+from testbed.plan.compile import compile_plan
+from testbed.plan.flows import trace_connection_routes
 from testbed.plan.model import Plan
 from testbed.plan.predict import predict_cct_ratio
 from testbed.scenario import Carrier, load_scenario

@@ -80,7 +80,7 @@ def plot_series(folder: Path, output: Path, *, row: int | None = None, iteration
 
 def _graph_of(scenario: Scenario, measured: Mapping[str, LinkDirection]) -> Graph:
     """Return a scenario's fabric as a graph, with the figures of a run by the port that sends."""
-    from testbed.plan.compile import build_topology
+    from testbed.plan.fabric import build_topology
     from testbed.results import LinkDirection
     from testbed.results.graph import Graph, GraphLink, GraphNode
 

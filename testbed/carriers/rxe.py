@@ -24,7 +24,7 @@ from testbed.errors import RunError
 from testbed.fabric import Fabric
 from testbed.kernel.namespaces import open_namespace
 from testbed.kernel.rxe import read_rxe_counters
-from testbed.plan.compile import trace_connection_routes
+from testbed.plan.flows import trace_connection_routes
 from testbed.plan.model import PlannedWorkload
 from testbed.plan.predict import predict_cct_ratio
 from testbed.roce.wire import data_tos, source_port

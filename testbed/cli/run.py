@@ -12,16 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from testbed.cli.options import (
-    Format,
-    LabName,
-    OutputFormat,
-    PcapPorts,
-    ScenarioFile,
-    Set,
-    SnapLength,
-    read_overrides,
-)
+from testbed.cli.options import Format, LabName, OutputFormat, PcapPorts, ScenarioFile, Set, SnapLength, read_overrides
 
 if TYPE_CHECKING:
     from testbed.errors import Mistake

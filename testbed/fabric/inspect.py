@@ -12,7 +12,7 @@ from testbed.errors import KernelError
 from testbed.fabric.broken import read_broken
 from testbed.fabric.fabric import open_arrays
 from testbed.kernel import registry
-from testbed.plan.compile import build_topology
+from testbed.plan.fabric import build_topology
 from testbed.plan.faults import describe_fault
 from testbed.scenario import Scenario
 from testbed.topology import Port, Topology, format_address

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from testbed.errors import LabError
 from testbed.kernel.registry import LabState, read_state
-from testbed.plan.compile import build_topology
+from testbed.plan.fabric import build_topology
 from testbed.scenario import Scenario
 from testbed.topology import Topology
 

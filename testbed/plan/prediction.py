@@ -12,17 +12,13 @@ import numpy.typing as npt
 
 from testbed.collectives import Schedule, SteadyTraffic, deal_over_qps, striped_bytes
 from testbed.errors import PlanError
-from testbed.plan.compile import (
-    DYNAMIC_PIECE_BYTES,
-    build_topology,
-    build_traffic,
-    order_and_algorithm,
-    routing_settings,
-)
+from testbed.plan.compile import routing_settings
+from testbed.plan.fabric import build_topology
 from testbed.plan.faults import broken_at, build_changes, find_knowledge
 from testbed.plan.forecast import Forecast, Messages, forecast
 from testbed.plan.jobs import fluid_ends_ns, job_hosts, ranks_of_hosts
 from testbed.plan.left_out import find_left_out
+from testbed.plan.traffic import DYNAMIC_PIECE_BYTES, build_traffic, order_and_algorithm
 from testbed.roce.queue_pairs import REQUESTER, RESPONDER, qpn_of
 from testbed.roce.wire import IP_PROTOCOL_TCP, IP_PROTOCOL_UDP, ROCE_UDP_PORT, source_port
 from testbed.routing import (

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.errors import PlanError
-from testbed.plan.compile import answers_of, flow_of
 from testbed.plan.faults import Incident
+from testbed.plan.flows import answers_of, flow_of
 from testbed.plan.model import Plan
 from testbed.roce.queue_pairs import Connection
 from testbed.routing import FlowKey, ForwardingTables, Path, trace_path, trace_routes

@@ -1,13 +1,6 @@
 """The scenario: file format, defaults, and all mistakes of a file at once."""
 
-from testbed.scenario.application import (
-    PLACEHOLDER,
-    ApplicationWorkload,
-    Command,
-    CommandMode,
-    Figure,
-    FigureKind,
-)
+from testbed.scenario.application import PLACEHOLDER, ApplicationWorkload, Command, CommandMode, Figure, FigureKind
 from testbed.scenario.congestion import CongestionControl
 from testbed.scenario.expect import (
     FIGURE_METRIC,

@@ -30,7 +30,8 @@ from testbed.engine.stream import build_streams
 from testbed.errors import PlanError
 from testbed.measure.samples import MachineSamples
 from testbed.measure.verdict import judge
-from testbed.plan.compile import build_endpoints, build_rank_map, compile_plan
+from testbed.plan.compile import compile_plan
+from testbed.plan.fabric import build_endpoints, build_rank_map
 from testbed.plan.model import Plan
 from testbed.plan.operations import AddRule
 from testbed.plan.report import describe_paths

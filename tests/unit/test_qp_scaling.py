@@ -11,7 +11,8 @@ from testbed.collectives import ALGORITHMS, Schedule, deal_over_qps, ring_order,
 from testbed.collectives.proof import execute, expected_result
 from testbed.collectives.schedule import ScheduleBuilder
 from testbed.errors import PlanError
-from testbed.plan.compile import compile_plan, flow_of
+from testbed.plan.compile import compile_plan
+from testbed.plan.flows import flow_of
 from testbed.plan.model import Plan
 from testbed.plan.predict import predict_cct_ratio
 from testbed.routing import Group, HashField, Path, Route, Selector
