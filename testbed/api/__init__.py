@@ -27,6 +27,7 @@ from __future__ import annotations
 from testbed.api.drawing import describe_graph, describe_result_graph, plot_series
 from testbed.api.files import save_result
 from testbed.api.guest import run_in_virtual_time, run_in_vm
+from testbed.api.interop import check_interop
 from testbed.api.lab import (
     break_lab,
     capture,
@@ -52,6 +53,7 @@ __all__ = [
     "break_lab",
     "build_plan",
     "capture",
+    "check_interop",
     "collect_garbage",
     "compare_paths",
     "deploy",

@@ -60,6 +60,7 @@ def run(
         KernelError: The kernel refused something; nothing is left behind.
         RunError: The workload could not finish.
     """
+    from testbed.carriers.choose import needs_any_workload
     from testbed.kernel.netlink import require_root
 
     require_root()
@@ -69,7 +70,8 @@ def run(
         capturing = None if pcap is None else stack.enter_context(_planned_capture(plan, pcap, pcap_ports, snap_bytes))
         if name is None:
             heard.note(describe_building(plan))
-            fabric = stack.enter_context(_ephemeral_fabric(plan))
+            shared = needs_any_workload(scenario.transport.carrier)
+            fabric = stack.enter_context(ephemeral_fabric(plan, any_workload=shared))
         else:
             fabric = stack.enter_context(_attached(plan, name))
             heard.note(f"lab {name}: time dilation {plan.dilation.value:g}")
@@ -92,20 +94,18 @@ def _attached(plan: Plan, name: str) -> Iterator[Fabric]:
 
 
 @contextlib.contextmanager
-def _ephemeral_fabric(plan: Plan) -> Iterator[Fabric]:
+def ephemeral_fabric(plan: Plan, *, any_workload: bool) -> Iterator[Fabric]:
     """Build a lab for the block, named after the scenario, with a number where that name is taken."""
-    from testbed.carriers.choose import needs_any_workload
     from testbed.fabric import Fabric
 
     base = lab_name_of(plan.scenario)
-    shared = needs_any_workload(plan.scenario.transport.carrier)
     with contextlib.ExitStack() as stack:
         for number in range(1, _MAX_LABS_OF_A_SCENARIO + 1):
             name = base if number == 1 else f"{base}-{number}"
             if name in labs():
                 continue
             try:
-                fabric = stack.enter_context(Fabric.build(plan, name, any_workload=shared))
+                fabric = stack.enter_context(Fabric.build(plan, name, any_workload=any_workload))
             except LabError:
                 if name in labs():  # another run was quicker
                     continue

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from testbed.cli import doctor, frames, graph, lab, plot, run, scenario, vm
+from testbed.cli import doctor, frames, graph, interop, lab, plot, run, scenario, vm
 from testbed.cli.signals import end_on_signals
 from testbed.cli.text import print_error
 from testbed.errors import TestbedError
@@ -39,6 +39,7 @@ app.command("heal")(lab.heal)
 app.command("exec")(lab.execute)
 app.command("inject")(frames.inject)
 app.command("capture")(frames.capture)
+app.command("interop")(interop.interop)
 app.command("destroy")(lab.destroy)
 app.command("gc")(lab.collect_garbage)
 app.add_typer(vm.app, name="vm")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from testbed import api
+from testbed.carriers.interop_check import InteropRow
 from testbed.cli.main import app
 from testbed.cli.run import Required, exit_code
 from testbed.errors import KernelError
@@ -43,7 +45,7 @@ def test_help_names_every_verb_and_none_that_is_not_built() -> None:
     shown = invoke("--help")
     listed = {line.split()[0] for line in shown.partition("Commands:")[2].splitlines() if line.startswith("  ")}
     verbs = {"doctor", "validate", "plan", "paths", "schema", "run", "deploy", "inspect", "exec", "destroy", "gc"}
-    verbs |= {"graph", "inject", "capture"}
+    verbs |= {"graph", "inject", "capture", "interop"}
     assert verbs <= listed
     for verb in ("break", "replay", "compare", "sweep", "report", "journey"):
         assert CliRunner().invoke(app, [verb]).exit_code == 2
@@ -196,3 +198,21 @@ def test_user_without_root_is_told_so_before_anything_is_done(
     assert "EPERM" in result.exception.message
     assert result.exception.hint == "run as root, or in a privileged container"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("whole", "code"), [(True, 0), (False, 3)])
+def test_interop_says_what_became_of_the_bytes(whole: bool, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def check(size_bytes: int, overrides: list[str], **_: object) -> tuple[InteropRow, ...]:
+        asked.extend((size_bytes, overrides))
+        last = InteropRow("b to a", size_bytes, error=None if whole else "stuck", is_whole=whole)
+        return InteropRow("a to b", size_bytes, 7, 5, 30, is_whole=True), last
+
+    monkeypatch.setattr(api, "check_interop", check)
+    result = CliRunner().invoke(app, ["interop", "--size", "1 MiB", "--loss", "1/100", "--set", "fabric.spines=2"])
+    assert result.exit_code == code
+    assert asked == [1 << 20, ["fabric.uplink.loss=1/100", "fabric.spines=2"]]
+    ends = [line.split()[-1] for line in result.stdout.splitlines()[1:]]
+    assert ends == ["yes", "yes" if whole else "stuck"]
+    assert result.stdout.splitlines()[1].split()[3:-1] == ["1048576", "7", "5", "30"]
