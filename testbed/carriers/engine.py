@@ -19,8 +19,9 @@ from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.faults import Faults, NoFaults
 from testbed.engine.flow_control import FlowControl, NoFlowControl
 from testbed.engine.intra_host import run_inside_hosts
-from testbed.engine.loop import EngineSetup, TickLoop
+from testbed.engine.loop import TickLoop
 from testbed.engine.rate_limit import CongestionLimit, NoRateLimit, RateLimit
+from testbed.engine.setup import EngineSetup
 from testbed.engine.stream import build_streams
 from testbed.errors import RunError
 from testbed.fabric import Fabric

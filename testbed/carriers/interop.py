@@ -20,7 +20,8 @@ from testbed.carriers.flow_control import flow_control
 from testbed.carriers.verbs import VerbsDevice, connect_rc, create_rc, import_verbs
 from testbed.collectives.schedule import ScheduleBuilder
 from testbed.engine.frames import ForeignMemory
-from testbed.engine.loop import IterationResult, TickLoop
+from testbed.engine.loop import TickLoop
+from testbed.engine.setup import IterationResult
 from testbed.errors import RunError
 from testbed.fabric import Fabric
 from testbed.kernel.namespaces import entered, open_namespace

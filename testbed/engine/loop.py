@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from testbed.collectives import IntraHostLinks, Schedule
+from testbed.collectives import Schedule
 from testbed.engine.admission import Admission, NoAdmission
 from testbed.engine.data_queues import DataQueues
 from testbed.engine.delay_line import DelayLine
 from testbed.engine.dispatch import QpDispatcher
 from testbed.engine.faults import Faults, NoFaults
 from testbed.engine.flow_control import FlowControl, NoFlowControl
-from testbed.engine.frames import ForeignMemory, FrameWriter
+from testbed.engine.frames import FrameWriter
 from testbed.engine.intra_host import IntraHostTransfers
-from testbed.engine.nic import NicPacer, share_budget, take_turns
+from testbed.engine.nic import NicPacer, share_budget
 from testbed.engine.observer import ShapingObserver
 from testbed.engine.progress import Progress
+from testbed.engine.qp_table import adjacent_fields, write_qp_table
 from testbed.engine.rate_limit import NoRateLimit, RateLimit
 from testbed.engine.recorder import NoRecorder, Recorder
 from testbed.engine.recovery import GoBackN, LossRecovery, Resent, Selective
+from testbed.engine.sender import FrameSender
+from testbed.engine.setup import Clock, EngineSetup, IterationResult, Probe
 from testbed.engine.stream import PacketStreams, build_streams
 from testbed.errors import RunError
-from testbed.measure.samples import AdmissionSamples, MachineSamples
-from testbed.roce.queue_pairs import NIC_QUEUE_FRAMES, REQUESTER, RESPONDER, Connection, nics_of, qp_index
+from testbed.measure.samples import MachineSamples
+from testbed.roce.queue_pairs import NIC_QUEUE_FRAMES, REQUESTER, RESPONDER, nics_of, qp_index
 from testbed.roce.wire import LINK_OVERHEAD_BYTES, Opcode, data_tos, frame_bytes
 
 _MIN_CREDIT_FRAMES = 8
@@ -49,124 +52,11 @@ _REST_TICKS = 200
 _STALL_TIMEOUTS = 40
 
 
-class Clock(Protocol):
-    """The only source of time."""
-
-    def now_ns(self) -> int:
-        """Return the time, ns."""
-
-    def sleep_until_ns(self, when_ns: int) -> None:
-        """Sleep until a time."""
-
-
-class Probe(Protocol):
-    """A frame sent through the fabric's CPU alone, to see how long it waits there."""
-
-    def send(self, now_ns: int) -> None:
-        """Send a probe unless one is under way."""
-
-    def restart(self) -> None:
-        """Forget the waits so far."""
-
-    def waits_ns(self) -> list[int]:
-        """Return the wait of every probe since the last restart."""
-
-
-@dataclass(frozen=True)
-class EngineSetup:
-    """All that the loop needs to know, as values.
-
-    Attributes:
-        connections: Both ends of every connection over the network: the first ones of the schedules.
-        one_way_ns: Propagation and frame times of each connection's path, shape ``(connections,)``, emulated.
-        time_dilation: Wall time per emulated time.
-        wall_tick_ns: Length of a tick.
-        mtu: Payload of a full packet, bytes.
-        nic_port: Port id of each NIC, shape ``(nics,)``.
-        wall_port_rate_bytes_per_s: Line rate of each port id, shape ``(ports + 1,)``.
-        priority_weights: Every priority that carries data, ascending, and its share of a link beside the others'.
-        retransmit_timeout_ns: Emulated.
-        wall_burst_ns: What each port's token bucket holds, as time at its rate, shape ``(ports + 1,)``.
-        shaper_gain_fraction: How much faster than its link each port's shaper is, shape ``(ports + 1,)``.
-        max_backlog_frames: Frames that wait for the fabric's CPU before the kernel drops.
-        resolution_error_fraction: What a tick more of latency would add to the ideal completion time.
-        intra_host: What carries the schedules' other connections, inside hosts; None where there are none.
-        wall_cnp_interval_ns: A responder sends at most one CNP per QP in this time; 0: none at all.
-        selective: Whether what is missing alone is sent again; else go-back-N.
-        reorder_time_ns: How long a packet may be overtaken before it counts as lost, emulated; None: some of its path's
-            round trips, and some ticks.
-        reorder_loops: How many round trips that is.
-        foreign: What each connection writes into a peer that is not ours, such as the kernel's RoCE; None where the fabric's
-            responders answer. What such a peer has acknowledged counts as arrived, a round trip late.
-    """
-
-    connections: Sequence[Connection]
-    one_way_ns: npt.NDArray[np.int64]
-    time_dilation: float
-    wall_tick_ns: int
-    mtu: int
-    nic_port: npt.NDArray[np.int64]
-    wall_port_rate_bytes_per_s: npt.NDArray[np.float64]
-    priority_weights: Mapping[int, int]
-    retransmit_timeout_ns: int
-    wall_burst_ns: npt.NDArray[np.float64]
-    shaper_gain_fraction: npt.NDArray[np.float64]
-    max_backlog_frames: int = 1000
-    resolution_error_fraction: float = 0.0
-    intra_host: IntraHostLinks | None = None
-    wall_cnp_interval_ns: int = 0
-    selective: bool = False
-    reorder_time_ns: int | None = None
-    reorder_loops: int = 1
-    foreign: Sequence[ForeignMemory] | None = None
-
-
-@dataclass
-class IterationResult:
-    """What one iteration did.
-
-    Attributes:
-        wall_ns: From release to the last arrival.
-        wall_seen_ns: From release to the tick that saw the last arrival: the same without the engine's account of
-            propagation between ticks.
-        retransmitted_packets: Packets sent again.
-        timeouts: Retransmission timers that ran out.
-        machine: What was noted about the machine.
-        wall_paused_ns: Time each port was paused, at the priority for which that was longest, shape ``(ports + 1,)``.
-        wall_end_ns: From release to the last arrival of each connection, shape ``(connections,)``.
-        together_bytes: Payload that each connection had delivered when the first of them ended, shape ``(connections,)``.
-        wall_together_ns: From release to the tick that saw the first connection's end.
-        nvlink_bytes: Payload that the model of the links inside hosts carried.
-        admission: What was noted about grants; None where there are none.
-        wall_inside_end_ns: From release to the last arrival of each of the schedule's connections inside hosts, shape
-            ``(schedule's connections,)``; 0 for all others.
-    """
-
-    wall_ns: int
-    wall_seen_ns: int
-    retransmitted_packets: int
-    timeouts: int
-    machine: MachineSamples
-    wall_paused_ns: npt.NDArray[np.float64]
-    wall_end_ns: npt.NDArray[np.float64]
-    together_bytes: npt.NDArray[np.int64]
-    wall_together_ns: int
-    nvlink_bytes: int = 0
-    admission: AdmissionSamples | None = None
-    wall_inside_end_ns: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-
-
 @dataclass
 class _Recorded:
     lateness_ns: list[int] = field(default_factory=list)
     busy_ns: list[int] = field(default_factory=list)
     nic_lag_ns: list[float] = field(default_factory=list)
-
-
-def _adjacent_fields(rows: npt.NDArray[Any], first: str, count: int) -> npt.NDArray[np.int64]:
-    """Return ``count`` neighbouring 64-bit fields of structured rows as a view, shape ``(count, rows)``."""
-    column = rows[first].view(np.int64)
-    return np.lib.stride_tricks.as_strided(column, (count, len(rows)), (8, column.strides[0]))
 
 
 class TickLoop:
@@ -222,14 +112,14 @@ class TickLoop:
         self._one_qp_per_nic = (
             self._data.is_single and count == len(setup.nic_port) and bool((self._nic == np.arange(count)).all())
         )
-        self._configure(qps, connections)
+        write_qp_table(qps, setup)
         self._requesters = qps[qp_index(0, REQUESTER) : 2 * count : 2]
         self._responders = qps[qp_index(0, RESPONDER) : 2 * count : 2]
         # Signed views of the counters: differences are then plain arithmetic.
         self._rx_messages = self._responders["rx_messages"].view(np.int64)
         self._rx_payload_bytes = self._responders["rx_payload_bytes"].view(np.int64)
         # acked_packets, naks_packets, nak_position and cnps_packets are neighbours: one strided copy takes all four.
-        self._feedback_fields = _adjacent_fields(self._requesters, "acked_packets", 4)
+        self._feedback_fields = adjacent_fields(self._requesters, "acked_packets", 4)
         self._acked = self._feedback_fields[0]
         dilation = setup.time_dilation
         wall_one_way = np.rint(setup.one_way_ns * dilation).astype(np.int64)
@@ -255,7 +145,7 @@ class TickLoop:
         self._psn_offset = np.zeros(count, np.int64)
         self._message_offset = np.zeros(count, np.int64)
         self._recovery = self._make_recovery(describe_connection, wall_one_way, windows)
-        self._turn = 0
+        self._sender = FrameSender(self._writer, self._nic, self._sockets)
 
     def _make_recovery(
         self,
@@ -286,26 +176,6 @@ class TickLoop:
             wall_delay_ns=2 * wall_one_way_ns + wall_reorder,
             wall_tick_ns=self._setup.wall_tick_ns,
         )
-
-    def _configure(self, qps: npt.NDArray[Any], connections: list[Connection]) -> None:
-        """Write the QP table; a QP is made active last."""
-        qps["active"] = 0
-        for name in qps.dtype.names or ():
-            if name != "active":
-                qps[name] = 0
-        for index, connection in enumerate(connections):
-            for role, end in ((REQUESTER, connection.requester), (RESPONDER, connection.responder)):
-                row = qps[qp_index(index, role)]
-                row["peer_qpn"] = end.peer_qpn
-                row["port"] = self._setup.nic_port[end.local.nic]
-                row["udp_source_port"] = end.udp_source_port
-                row["initial_rx_psn"] = connection.initial_psn
-                row["initial_tx_psn"] = connection.initial_psn
-                row["cnp_interval_ns"] = self._setup.wall_cnp_interval_ns
-                row["selective"] = self._setup.selective
-        roles = [REQUESTER, RESPONDER] if self._setup.foreign is None else [REQUESTER]
-        for role in roles:
-            qps["active"][qp_index(0, role) : 2 * len(connections) : 2] = 1
 
     def run_iteration(
         self,
@@ -501,7 +371,7 @@ class TickLoop:
                     if recovery.resending:
                         again = recovery.resend(shares)
                         pacer.charge(again.wire_bytes)
-                    taken = self._send_runs(shares, packet)
+                    taken = self._sender.send_runs(shares, packet)
                     packet += streams.first_packet[:-1]
                     sent_bytes = wire_before[packet + taken]
                     pacer.charge(sent_bytes - wire_before[packet])
@@ -528,7 +398,7 @@ class TickLoop:
                         shares = of_all[active]
                         pacer.charge(np.bincount(nic, weights=again.wire_bytes, minlength=nics).astype(np.int64))
                     packet = sent - offset
-                    taken[active] = self._send_interleaved(active, shares, packet)
+                    taken[active] = self._sender.send_interleaved(active, shares, packet)
                     packet += streams.first_packet[:-1]
                     sent_bytes = wire_before[packet + taken]
                     wire_bytes = sent_bytes - wire_before[packet]
@@ -623,66 +493,6 @@ class TickLoop:
         gained_ns[backlogged_ns == 0] = 0.0
         gained_ns[self._setup.nic_port] = 0.0
         return float(gained_ns.max())
-
-    def _send_runs(self, shares: npt.NDArray[np.int64], packet: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Send ``shares`` packets of every connection from ``packet`` on, a run of its ring each.
-
-        Returns:
-            How many the kernel took of each, shape ``(connections,)``.
-        """
-        writer, sockets = self._writer, self._sockets
-        depth, send = writer.depth, writer.ring.send_slots
-        np.minimum(shares, writer.ready_until - packet, out=shares)
-        np.maximum(shares, 0, out=shares)
-        counts = shares.tolist()
-        places = (packet % depth).tolist()
-        for connection in take_turns(counts, self._turn):
-            count, place = counts[connection], places[connection]
-            run = min(count, depth - place)
-            done = send(sockets[connection], connection * depth + place, run)
-            if done == run and run < count:
-                done += send(sockets[connection], connection * depth, count - run)
-            if done < count:
-                shares[connection] = done
-        self._turn += 1
-        return shares
-
-    def _send_interleaved(
-        self, active: npt.NDArray[np.intp], shares: npt.NDArray[np.int64], packet: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
-        """Send packets of several QPs per NIC, the QPs of a NIC taking turns packet by packet.
-
-        Args:
-            active: Connections that send, those of a NIC beside each other, shape ``(n,)``.
-            shares: Packets of each.
-            packet: Next packet of every connection.
-
-        Returns:
-            How many the kernel took of each, shape ``(n,)``.
-        """
-        writer, nic = self._writer, self._nic[active]
-        shares = np.maximum(np.minimum(shares, (writer.ready_until - packet)[active]), 0)
-        total = int(shares.sum())
-        if not total:
-            return shares
-        row = np.repeat(np.arange(len(active)), shares)
-        offset = np.arange(total) - np.repeat(np.cumsum(shares) - shares, shares)
-        order = np.lexsort((row, offset, nic[row]))
-        row, offset = row[order], offset[order]
-        ring = writer.ring
-        ring.line_up(writer.slots_of(active[row], packet[active][row] + offset))
-        taken = shares
-        counts = np.bincount(nic, weights=shares).astype(np.int64)
-        positions = (np.cumsum(counts) - counts).tolist()
-        of_hosts = counts.tolist()
-        for host in take_turns(of_hosts, self._turn):
-            frames, position = of_hosts[host], positions[host]
-            done = ring.send_lined_up(self._sockets[host], position, frames)
-            if done < frames:
-                refused = np.bincount(row[position + done : position + frames], minlength=len(active))
-                taken = taken - refused
-        self._turn += 1
-        return taken
 
     def _settle(self, streams: PacketStreams | QpDispatcher) -> int:
         """Wait until every packet is acknowledged and nothing moves in the data queues any more.
