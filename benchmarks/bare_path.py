@@ -92,9 +92,7 @@ class BareSender:
         self._frames = []
         for connection in self._connections:
             qp = connection.requester
-            path = FramePath(
-                qp.local.mac, qp.local.next_hop_mac, qp.local.address, qp.remote.address, qp.udp_source_port
-            )
+            path = FramePath.of(qp)
             payload = bytes(plan.scenario.transport.mtu_bytes)
             self._frames.append(
                 build_write(

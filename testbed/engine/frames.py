@@ -416,9 +416,7 @@ def _templates(
     from testbed.roce.bth import FramePath, WriteTarget, build_write  # scapy takes most of a second to import
 
     first = requesters[0]
-    path = FramePath(
-        first.local.mac, first.local.next_hop_mac, first.local.address, first.remote.address, first.udp_source_port
-    )
+    path = FramePath.of(first)
     target = WriteTarget(0, rkeys[0], 0) if opcode == Opcode.WRITE_FIRST else None
     frame = build_write(path, opcode=opcode, dest_qp=first.peer_qpn, psn=0, payload=payload, target=target, tos=tos[0])
     header = RETH_OFFSET + (RETH_BYTES if target else 0)

@@ -68,13 +68,7 @@ class GrantWriter:
         senders = [connection.responder for connection in connections]
         first = senders[0]
         frame = build_write(
-            FramePath(
-                first.local.mac,
-                first.local.next_hop_mac,
-                first.local.address,
-                first.remote.address,
-                first.udp_source_port,
-            ),
+            FramePath.of(first),
             opcode=Opcode.WRITE_ONLY,
             dest_qp=first.peer_qpn,
             psn=0,

@@ -10,7 +10,7 @@ import ipaddress
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 logging.getLogger("scapy.runtime").setLevel(logging.ERROR)  # it warns of machines without a default route
 
@@ -21,6 +21,7 @@ from scapy.layers.inet import IP, UDP  # noqa: E402
 from scapy.layers.l2 import Ether  # noqa: E402
 from scapy.packet import Packet, bind_layers  # noqa: E402
 
+from testbed.roce.queue_pairs import QueuePair  # noqa: E402
 from testbed.roce.wire import (  # noqa: E402
     ACK_SYNDROME,
     CONTROL_TOS,
@@ -98,6 +99,12 @@ class FramePath:
     src_address: int
     dst_address: int
     src_port: int
+
+    @classmethod
+    def of(cls, end: QueuePair) -> Self:
+        """Return the addresses of what an end of a connection sends."""
+        local, remote = end.local, end.remote
+        return cls(local.mac, local.next_hop_mac, local.address, remote.address, end.udp_source_port)
 
     def reversed(self) -> FramePath:
         """Return the way back, with the same source port: what answers a frame."""

@@ -142,13 +142,7 @@ def test_grants_pass_the_fabric_as_writes_of_fifo_entries(tmp_path: Path) -> Non
 def entry_frame(connection: Connection, number: int, *, rkey: int = CTS_RKEY, psn: int = 0) -> bytes:
     """Return what the responder's NIC would send to the requester: a write of 64 bytes."""
     responder = connection.responder
-    path = FramePath(
-        responder.local.mac,
-        responder.local.next_hop_mac,
-        responder.local.address,
-        responder.remote.address,
-        responder.udp_source_port,
-    )
+    path = FramePath.of(responder)
     return build_write(
         path,
         opcode=Opcode.WRITE_ONLY,

@@ -63,13 +63,7 @@ def bench() -> Iterator[Bench]:
 
 def good_frame(connection: Connection, *, psn_offset: int = 0, dest_qp: int | None = None, ack: bool = False) -> bytes:
     requester = connection.requester
-    path = FramePath(
-        requester.local.mac,
-        requester.local.next_hop_mac,
-        requester.local.address,
-        requester.remote.address,
-        requester.udp_source_port,
-    )
+    path = FramePath.of(requester)
     return build_write(
         path,
         opcode=Opcode.WRITE_ONLY,

@@ -42,13 +42,7 @@ def connection() -> Connection:
 
 PAIR = connection()
 REQUESTER, RESPONDER = PAIR.requester, PAIR.responder
-PATH = FramePath(
-    REQUESTER.local.mac,
-    REQUESTER.local.next_hop_mac,
-    REQUESTER.local.address,
-    REQUESTER.remote.address,
-    REQUESTER.udp_source_port,
-)
+PATH = FramePath.of(REQUESTER)
 
 
 def responder(nbytes: int = 8 * MTU) -> StoreResponder:
@@ -83,13 +77,7 @@ FULL = bytes(range(256))
 
 @pytest.mark.parametrize("syndrome", [ACK_SYNDROME, *Syndrome])
 def test_answer_is_the_frame_that_scapy_builds(syndrome: int) -> None:
-    back = FramePath(
-        RESPONDER.local.mac,
-        RESPONDER.local.next_hop_mac,
-        RESPONDER.local.address,
-        RESPONDER.remote.address,
-        RESPONDER.udp_source_port,
-    )
+    back = FramePath.of(RESPONDER)
     ours = render_answer(RESPONDER, psn=0x123456, msn=0xABCDEF, syndrome=syndrome)
     assert ours == build_ack(back, dest_qp=REQUESTER.qpn, psn=0x123456, msn=0xABCDEF, syndrome=syndrome)
 

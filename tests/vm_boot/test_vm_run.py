@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from benchmarks.virtual_time import busy_neighbours
 
 TESTBED = [sys.executable, "-m", "testbed"]
 INFRASTRUCTURE_EXIT = 125
@@ -49,18 +49,6 @@ def test_command_that_takes_too_long_is_ended() -> None:
     assert done.returncode == INFRASTRUCTURE_EXIT
     assert "error: `sleep 1000` did not end within 2 s" in done.stderr
     assert "once more" not in done.stderr
-
-
-@contextlib.contextmanager
-def busy_neighbours(count: int) -> Iterator[None]:
-    """Keep processes that do nothing but compute for the block."""
-    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for hog in hogs:
-            hog.kill()
-            hog.wait()
 
 
 def test_run_in_virtual_time_repeats_beside_busy_neighbours(tmp_path: Path) -> None:
