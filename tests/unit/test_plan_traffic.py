@@ -224,3 +224,18 @@ def test_plan_tells_what_it_would_be_made_with(carrier: str, shown: str | None) 
     assert shaped
     # Below the shaper, and what has the control queue.
     assert all(command.count(f"netem delay {delay_ns}ns") == (2 if shown else 0) for command in shaped)
+
+
+@pytest.mark.parametrize("carrier", ["rxe", "tcp"])
+def test_nothing_is_said_to_delay_where_no_link_has_a_delay(carrier: str) -> None:
+    """Not even what was asked for by name: no port gets a netem."""
+    overrides = (
+        f"transport.carrier={carrier}",
+        "transport.link_delay=netem",
+        "fabric.host_link.delay=0 ns",
+        "fabric.uplink.delay=0 ns",
+    )
+    plan = plan_of("collective: all_reduce, size: 1 MiB", overrides=overrides)
+    report = describe_plan(plan, operations=True, back_ends=BackEnds(link_delay="netem"))
+    assert report["back_ends"]["link_delay"] is None
+    assert not any("netem" in one["command"] for one in report["operations"])
