@@ -15,8 +15,11 @@ from testbed.kernel.namespaces import entered
 from testbed.kernel.scheduling import ordinary_thread
 
 MARK_VARIABLE = "TESTBED_APPLICATION"
-"""Whatever a program starts, in whatever session, has this variable of its own and is found by it."""
+"""Whatever a program starts, in whatever session, has this variable of its own and is found by it, unless it drops it."""
 
+_GROUP_PREFIX = "testbed-"
+# Joins the group that it is named after before anything else can be started, and becomes the program, in the group or not.
+_JOIN_SCRIPT = '{ echo 0 >"$0"; } 2>/dev/null; exec "$@"'
 _TCP_LISTEN = "0A"
 _GRACE_S = 2.0
 _LOOK_S = 0.005
@@ -33,10 +36,10 @@ def start_program(
     cpus: Collection[int],
     netns_fd: int | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own, its output in files.
+    """Start a program in a session of its own, its output in files, and in the control group of its mark where there can be one.
 
     Args:
-        arguments: Program and arguments.
+        arguments: Path of the program and arguments.
         folder: Its working directory.
         environment: All of its variables but the mark.
         mark: By which `end_programs` finds it.
@@ -50,12 +53,14 @@ def start_program(
     """
     with contextlib.ExitStack() as stack:
         out, err = (stack.enter_context(path.open("wb")) for path in (stdout, stderr))
+        group = _create_group(mark)
+        joining = [] if group is None else ["/bin/sh", "-c", _JOIN_SCRIPT, str(group / "cgroup.procs")]
         stack.enter_context(ordinary_thread(cpus))
         if netns_fd is not None:
             stack.enter_context(entered(netns_fd))
         try:
             return subprocess.Popen(
-                list(arguments),
+                [*joining, *arguments],
                 cwd=folder,
                 env={**environment, MARK_VARIABLE: mark},
                 stdin=subprocess.DEVNULL,
@@ -84,7 +89,8 @@ def end_programs(
 ) -> list[int]:
     """End programs and all that they have started: politely, then at once after a while.
 
-    What they have started is what is in their process groups while they run, what descends from them, and what bears the mark.
+    What they have started is what is in their process groups while they run, what descends from them, what bears the mark, and
+    what is in its control group.
 
     Args:
         children: The programs; empty to end what others have left under that mark.
@@ -109,19 +115,67 @@ def end_programs(
         if time.monotonic() > deadline:
             break
         pause()
+    _delete_groups(mark)
     return sorted({*left, *(child.pid for child in children if child.returncode is None)})
 
 
 def find_programs(mark: str) -> list[int]:
-    """Return the other processes that bear a mark; those that have ended and are not yet waited for are not among them."""
+    """Return the other processes that bear a mark or are in its control group.
+
+    Those that have ended and are not yet waited for are not among them.
+    """
     wanted = f"{MARK_VARIABLE}={mark}".encode()
-    found = []
+    found = set()
     for pid in _pids():
-        if pid != os.getpid():
+        with contextlib.suppress(OSError):
+            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.add(pid)
+    for group in _find_groups(mark):
+        for folder, _, _ in os.walk(group):
             with contextlib.suppress(OSError):
-                if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                    found.append(pid)
-    return found
+                found.update(int(pid) for pid in Path(folder, "cgroup.procs").read_text().split())
+    return sorted(found - {os.getpid()})
+
+
+def _find_hierarchy() -> Path | None:
+    """Return where control groups (version 2) are mounted."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, folder, kind, *_ = line.split()
+        if kind == "cgroup2":
+            return Path(folder)
+    return None
+
+
+def _create_group(mark: str) -> Path | None:
+    """Return the control group of a mark, below this process's own, whose share of the machine it has; None where none can be."""
+    hierarchy = _find_hierarchy()
+    own = next(
+        (line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), None
+    )
+    if hierarchy is None or own is None:
+        return None
+    group = hierarchy / own.lstrip("/") / f"{_GROUP_PREFIX}{mark}"
+    try:
+        group.mkdir(exist_ok=True)
+    except OSError:  # read-only in many containers
+        return None
+    return group
+
+
+def _find_groups(mark: str) -> list[Path]:
+    """Return the control groups of a mark: each process that has started programs under it may have made one."""
+    hierarchy, wanted = _find_hierarchy(), f"{_GROUP_PREFIX}{mark}"
+    if hierarchy is None:
+        return []
+    # Others come and go meanwhile: os.walk() passes over what it no longer finds.
+    return [Path(folder, wanted) for folder, names, _ in os.walk(hierarchy) if wanted in names]
+
+
+def _delete_groups(mark: str) -> None:
+    for group in _find_groups(mark):
+        for folder, _, _ in os.walk(group, topdown=False):
+            with contextlib.suppress(OSError):  # something in it has not ended
+                os.rmdir(folder)
 
 
 def _wait_for(children: Sequence[subprocess.Popen[bytes]], pause: Callable[[], None]) -> None:

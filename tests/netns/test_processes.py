@@ -14,6 +14,7 @@ import pytest
 
 from testbed.kernel import processes
 from testbed.kernel.processes import end_programs, find_programs, start_program
+from tests.conftest import skip_or_fail
 from tests.netns.labs import wait_until
 
 pytestmark = pytest.mark.root
@@ -74,6 +75,50 @@ def test_all_that_a_program_has_started_is_ended(line: str, tmp_path: Path) -> N
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     assert find_programs(MARK) == []
+
+
+# Two forks, each of whose parents ends before the next look, and no environment.
+HIDDEN = "(setsid env -i /bin/sh -c 'sleep 1000 & echo $!' &)"
+
+
+def require_groups() -> None:
+    group = processes._create_group(MARK)
+    if group is None:
+        skip_or_fail("no control group (cgroup2) can be made here")
+    processes._delete_groups(MARK)
+
+
+@pytest.mark.parametrize("others", [True, False], ids=["run-goes-on", "run-was-killed"])
+def test_orphan_without_its_environment_is_found_by_its_control_group(others: bool, tmp_path: Path) -> None:
+    require_groups()
+    with started(tmp_path, f"{HIDDEN}; wait") as child:
+        pid = int((tmp_path / "out").read_text())
+        try:
+            child.wait()
+            assert not has_ended(pid)
+            assert find_programs(MARK) == [pid]
+            assert end_programs([child] if others else [], MARK) == []
+            assert has_ended(pid)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert processes._find_groups(MARK) == []
+
+
+def test_without_control_groups_programs_are_ended_by_their_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the orphan stays, which is what the group is for."""
+    monkeypatch.setattr(processes, "_find_hierarchy", lambda: None)
+    with started(tmp_path, f"{HIDDEN}; sleep 1000") as child:
+        pid = int((tmp_path / "out").read_text())
+        try:
+            assert child.pid in find_programs(MARK)
+            assert end_programs([], MARK) == []
+            assert has_ended(child.pid)
+            assert not has_ended(pid)
+        finally:
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_program_that_does_not_end_is_named_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
