@@ -1,12 +1,14 @@
 """The kernel's own marker: RED without averaging, which marks ECT frames and drops nothing.
 
-With ``Wlog`` 0 its average is the instantaneous depth, so below the first threshold nothing and above the second everything is
-marked. In between it does not draw for each frame: the distance from one mark to the next is uniform between one frame and 1/p,
-half of that on average. ``max_p`` is chosen so that at the second threshold the share of marked frames is the asked one; halfway
-it is up to a tenth above the straight line.
+With ``Wlog`` 0 its average is the instantaneous depth, so below the first threshold nothing and from the second on everything is
+marked. The depth is that of its queue before the frame is added (``red_enqueue()``), where our marker counts the frame itself:
+the frame whose addition passes a threshold is still marked as below it. In between it does not draw for each frame: the distance
+from one mark to the next is uniform between one frame and 1/p, half of that on average. ``max_p`` is chosen so that at the second
+threshold the share of marked frames is the asked one; halfway it is up to a tenth above the straight line.
 
 Source:
-    Linux net/sched/sch_red.c and include/net/red.h; include/uapi/linux/pkt_sched.h, ``struct tc_red_qopt``.
+    Linux net/sched/sch_red.c (``red_enqueue()``: ``child->qstats.backlog``) and include/net/red.h (``red_cmp_thresh()``);
+    include/uapi/linux/pkt_sched.h, ``struct tc_red_qopt``.
 """
 
 from __future__ import annotations

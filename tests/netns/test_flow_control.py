@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from testbed.api import run
+from testbed.carriers.capacity import wall_tick_ns
 from testbed.carriers.flow_control import flow_control
 from testbed.engine.flow_control import FlowControl
 from testbed.fabric import Fabric
@@ -21,6 +22,7 @@ from testbed.kernel.gate import PauseSender, open_bypass_socket
 from testbed.kernel.links import mac_bytes
 from testbed.kernel.packet_socket import open_packet_socket
 from testbed.kernel.probe import probe_qdisc
+from testbed.plan.dilation import WALL_TICK_NS
 from testbed.scenario import load_scenario
 from tests.netns.labs import (
     Quiet,
@@ -89,7 +91,10 @@ def test_without_pfc_the_same_incast_sends_no_pause() -> None:
     with small_fabric(*INCAST[2:], "qos.pfc.enabled=false", name="unpaused") as fabric:
         with plain_carrier(fabric) as carrier:
             carrier.run(0, Quiet())
-        assert not fabric.arrays.queues["pause_frames"].any()
+        topology, queues = fabric.plan.topology, fabric.arrays.queues
+        # Precondition: the incast was one. Its queue grew beyond what makes ports ask for pauses in the test above.
+        assert int(queues["peak_bytes"][topology.host_port(0).peer, PRIORITY]) > 2 * 200_000
+        assert not queues["pause_frames"].any()
         assert not fabric.arrays.ingress["used_bytes"].any()
 
 
@@ -175,17 +180,22 @@ def test_pfc_frame_is_that_of_the_standard() -> None:
 @pytest.mark.skipif(shutil.which("tshark") is None, reason="tshark is not installed")
 def test_tshark_decodes_the_pauses_of_a_run(tmp_path: Path) -> None:
     file = tmp_path / "pauses.pcapng"
-    settings = (*INCAST, "workload.0.size=512 KiB", "time_dilation=2000")
-    run(
+    # Six frames a tick whatever the tick is. At 24, as 2000 is in virtual time, buckets and bursts of 100 KB let host1's whole
+    # message through before its port has 200 KB: that run pauses others, and nothing is there to decode.
+    dilation = 2000 * wall_tick_ns() // WALL_TICK_NS
+    settings = (*INCAST, "workload.0.size=512 KiB", f"time_dilation={dilation}")
+    result = run(
         load_scenario(Path("tests/netns/pfc.yaml").read_text(), settings),
         pcap=file,
         pcap_ports=["host1/eth0"],
     )
+    (heard,) = (one.pause_frames for link in result.fabric.links for one in link.directions if one.src == "host1/eth0")
     fields = ("macc.opcode", "macc.cbfc.enbv", "macc.cbfc.pause_time.c3")
     command = ["tshark", "-r", str(file), "-Y", "macc", "-T", "fields", *(x for name in fields for x in ("-e", name))]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
     rows = [line.split("\t") for line in lines if line]
-    assert rows
+    assert heard
+    assert len(rows) == heard
     assert all(int(opcode, 0) == 0x0101 and int(enabled, 0) == 1 << PRIORITY for opcode, enabled, _ in rows)
     assert {int(quanta, 0) for _, _, quanta in rows} == {0, 0xFFFF}
 

@@ -16,6 +16,7 @@ from testbed.kernel.namespaces import open_namespace
 from testbed.kernel.packet_socket import open_packet_socket
 from testbed.kernel.probe import probe_qdisc
 from testbed.plan.operations import ShapePort
+from testbed.roce.wire import LINK_OVERHEAD_BYTES
 from tests.netns.labs import (
     assert_drained,
     in_node,
@@ -78,17 +79,19 @@ def marks_by_depth(fabric: Fabric, frames: int, tos: int) -> tuple[list[int], li
         sending = open_packet_socket("eth0")
     frame = ip_frame(fabric, 0, topology.host_port(1).address, bytes(PAYLOAD), tos=tos)
     depths, marks = [], []
-    gone = int(queue["deq_packets"])
+    entered, gone = int(queue["enq_packets"]), int(queue["deq_packets"])
+    # The closed bucket lets a full frame's worth go at once, all others stand behind.
+    left = fabric.plan.largest_frame_wire_bytes // (FRAME + LINK_OVERHEAD_BYTES)
     with listening_socket(fabric, "host1", "eth0") as listening, sending:
         with closed_gate(fabric, port.id):
             for number in range(frames):
-                before = int(queue["enq_packets"])
                 sending.send(frame)
                 if number % 8 == 7 or number == frames - 1:  # not more at once than the backlog holds
-                    wanted = before + 1
-                    wait_until(lambda w=wanted: int(queue["enq_packets"]) >= w, "the frame in the queue")
-            # The bucket let a full frame's worth go at once, all others stood behind.
-            left = int(queue["deq_packets"]) - gone
+                    wanted = entered + number + 1
+                    wait_until(lambda w=wanted: int(queue["enq_packets"]) == w, "the frame in the queue")
+                if number == 7:
+                    wait_until(lambda: int(queue["deq_packets"]) - gone == left, "the bucket empty")
+            assert int(queue["deq_packets"]) - gone == left
         wait_until(lambda: int(queue["deq_packets"]) == int(queue["enq_packets"]), "an empty queue")
         for number in range(frames):
             data = listening.recv(2048)
@@ -130,16 +133,15 @@ def test_marks_follow_kmin_the_slope_and_kmax(marker: str) -> None:
             marks += more_marks
         assert_drained(fabric)
         if marker == "red":
-            # sch_red.c, red_enqueue(): the depth is that of the child before the frame is added to it.
+            # Linux, net/sched/sch_red.c, red_enqueue(): the depth is that of the child before the frame is added to it. The frame
+            # whose addition exceeds Kmax is still on the slope: half of the time it is not marked.
             depths = [depth - FRAME for depth in depths]
         below = [mark for depth, mark in zip(depths, marks, strict=True) if depth <= KMIN]
-        # How many frames had left when one was added is known to one frame: what left on the way is counted at the end.
-        full = KMAX + FRAME
-        above = [mark for depth, mark in zip(depths, marks, strict=True) if depth > full]
+        above = [mark for depth, mark in zip(depths, marks, strict=True) if depth > KMAX]
         assert len(below) > 50
         assert not any(below)
         assert len(above) > 50
-        assert all(above), [n for n, (d, m) in enumerate(zip(depths, marks, strict=True)) if d > full and not m]
+        assert all(above), [n for n, (d, m) in enumerate(zip(depths, marks, strict=True)) if d > KMAX and not m]
         assert deviation(depths, marks) < 5
         # By thirds of the slope, too: a constant chance would fit the sum.
         third = (KMAX - KMIN) // 3
