@@ -97,8 +97,8 @@ class DataQueues:
         # Frames that several lanes are owed in part may come due together.
         over = given.sum(axis=1) - budget
         for nic in np.flatnonzero(over > 0).tolist():
-            for lane in np.argsort(self._owed[nic] - given[nic])[: int(over[nic])].tolist():
-                given[nic, lane] = max(0, given[nic, lane] - 1)
+            due = np.where(given[nic] > 0, self._owed[nic] - given[nic], np.inf)
+            given[nic, np.argsort(due)[: int(over[nic])]] -= 1
         self._owed = np.minimum(self._owed - given, 1.0)
         return given.astype(np.int64).reshape(-1)
 

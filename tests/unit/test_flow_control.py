@@ -165,6 +165,10 @@ def test_lanes_share_a_nic_by_weight_to_a_frame(weights: dict[int, int], budget:
         assert abs(one - budget * ticks * weight / total) <= len(weights) + 1
 
 
+def test_frames_due_together_beside_an_idle_lane_stay_within_the_budget() -> None:
+    assert shares({1: 1, 2: 1, 3: 1}, [0, 1000, 1000], 1, 100) == pytest.approx([0, 50, 50], abs=1)
+
+
 def test_what_one_lane_cannot_use_the_others_get() -> None:
     assert shares({3: 1, 4: 1}, [1000, 0], 10, 100) == [1000, 0]
     assert shares({3: 1, 4: 1}, [1000, 2], 10, 100) == [800, 200]
