@@ -52,6 +52,7 @@ _PATIENCE_S, _LOOK_S, _SETTLE_S = 20.0, 0.001, 0.1
 PFC = ("qos.pfc.enabled=true", "qos.pfc.xoff=400 KB")
 ECN = (f"qos.ecn={{enabled: true, kmin: {KMIN_BYTES} B, kmax: {KMAX_BYTES} B, pmax: {PMAX}}}",)
 TWO = ("qos.priorities=[{priority: 4, lossless: false}]",)
+STRICT_TWO = ("qos.priorities=[{priority: 3, weight: strict}, {priority: 4, weight: strict}]",)
 LOSSLESS_TWO = ("qos.priorities=[{priority: 4}]",)
 CASES: tuple[tuple[str, Sequence[str]], ...] = (
     ("one priority", ()),
@@ -62,6 +63,9 @@ CASES: tuple[tuple[str, Sequence[str]], ...] = (
     ("one priority, link delay netem", ("transport.carrier=tcp", "transport.link_delay=netem")),
     ("two priorities, htb", (*TWO, "qos.scheduler=htb")),
     ("two priorities, ets", (*TWO, "qos.scheduler=ets")),
+    ("two strict priorities, htb", (*STRICT_TWO, "qos.scheduler=htb")),
+    ("two strict priorities, ets", (*STRICT_TWO, "qos.scheduler=ets")),
+    ("two strict priorities, prio", (*STRICT_TWO, "qos.scheduler=prio")),
     ("two priorities, htb, gate tbf", (*LOSSLESS_TWO, *PFC, "qos.pfc.gate=tbf")),
     ("two priorities, htb, gate plug", (*LOSSLESS_TWO, *PFC, "qos.pfc.gate=plug")),
 )

@@ -102,13 +102,19 @@ static __always_inline __u32 priority_of(const struct iphdr *ip)
 	return ip->tos >> 5; /* DSCP >> 3 */
 }
 
+/* Class of a priority in a port's scheduler; what is no data priority has that of one. */
+static __always_inline __u32 data_class(__u32 priority)
+{
+	return TB_DATA_HANDLE + (config.data_classes >> 4 * (priority & (TB_PRIORITIES - 1)) & 15);
+}
+
 /* Transmit queue 0 (mapping 1) carries data, 1 (mapping 2) control; netdev_pick_tx() honours the mapping. Of data the class says
  * which of the queues behind it.
  */
 static __always_inline void choose_transmit_queue(struct __sk_buff *skb, __u32 priority)
 {
 	skb->queue_mapping = (config.control_priorities >> priority) & 1 ? 2 : 1;
-	skb->priority = TB_DATA_CLASS(priority);
+	skb->priority = data_class(priority);
 }
 
 /* What of the shared memory is free, never negative. */
@@ -323,7 +329,7 @@ __attribute__((noinline)) int tb_receive_other(struct __sk_buff *skb)
 	if (eth->h_proto == bpf_htons(TB_ETH_P_KICK)) {
 		eth->h_proto = bpf_htons(TB_ETH_P_KICKED);
 		skb->queue_mapping = 1;
-		skb->priority = TB_DATA_CLASS(bpf_ntohs(frame->opcode));
+		skb->priority = data_class(bpf_ntohs(frame->opcode));
 		return bpf_redirect(skb->ifindex, 0);
 	}
 	if (port && port->flags & TB_PORT_DOWN)

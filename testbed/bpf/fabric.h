@@ -43,10 +43,8 @@
 #define TB_ETH_P_KICK 0x88b5   /* from the other end of the link, turned round */
 #define TB_ETH_P_KICKED 0x88b6 /* on its way back, dropped */
 
-/* Class of a data priority in a port's scheduler, 10:1 and following (class_of() in kernel/tc.py); skb->priority names it.
- * Where there is no scheduler nobody looks.
- */
-#define TB_DATA_CLASS(priority) (0x100001 + ((priority) & (TB_PRIORITIES - 1)))
+/* A port's scheduler, 10: (DATA_HANDLE in kernel/tc.py), whose classes skb->priority names. Where there is none nobody looks. */
+#define TB_DATA_HANDLE 0x100000
 
 /* Source-MAC marks of frames that no ingress program forwarded; see docs/architecture.md. */
 #define TB_INGRESS_HOST 0x0000   /* left a host: accounted by the host's egress program */
@@ -66,7 +64,7 @@ struct tb_config {             /* .rodata.config, fixed at load */
 	__u32 qpn_base;            /* QPN of QP index 0 */
 	__u32 qps;                 /* number of QPs */
 	__u32 control_priorities;  /* bit per priority that uses the control queue */
-	__u32 reserved;
+	__u32 data_classes;        /* four bits per priority, 0 the lowest: its class below TB_DATA_HANDLE */
 };
 
 struct tb_port {               /* ports[id], loader */

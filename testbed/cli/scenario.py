@@ -292,6 +292,10 @@ def _switch_lines(switches: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _weight_of(priority: dict[str, Any]) -> str:
+    return "strict" if priority["weight"] is None else f"weight {priority['weight']}"
+
+
 def _priority_lines(report: dict[str, Any]) -> list[str]:
     """Return the data priorities where there are several, and what of the headroom is this machine's reaction time."""
     from testbed.units import format_time
@@ -299,7 +303,7 @@ def _priority_lines(report: dict[str, Any]) -> list[str]:
     lines = []
     if len(report["data_priorities"]) > 1:
         shown = ", ".join(
-            f"{one['priority']} ({'lossless' if one['lossless'] else 'lossy'}, weight {one['weight']})"
+            f"{one['priority']} ({'lossless' if one['lossless'] else 'lossy'}, {_weight_of(one)})"
             for one in report["data_priorities"]
         )
         lines.append(f"data priorities     {shown}; a queue each at every port\n")

@@ -22,21 +22,23 @@ class DataQueues:
     Args:
         queues: The fabric's queue counters, shape ``(ports + 1, 8)``.
         nic_port: Port id of each NIC, shape ``(nics,)``.
-        weights: Every priority that carries data, ascending, and its weight.
+        weights: Every priority that carries data, ascending, and its weight; None: it goes before all that have one, and of
+            several such priorities the higher number first.
 
     Attributes:
         lanes: How many lanes there are: lane ``nic * priorities + place of the priority``.
         is_single: Whether there is one data priority.
     """
 
-    def __init__(self, queues: npt.NDArray[Any], nic_port: Ints, weights: Mapping[int, int]) -> None:
+    def __init__(self, queues: npt.NDArray[Any], nic_port: Ints, weights: Mapping[int, int | None]) -> None:
         # Signed views of the counters: differences are then plain arithmetic.
         self._enq, self._deq = queues["enq_bytes"].view(np.int64), queues["deq_bytes"].view(np.int64)
         self._deq_packets = queues["deq_packets"].view(np.int64)
         self._priorities = list(weights)
         count, self._nics = len(weights), len(nic_port)
         self._lane_queue = np.repeat(nic_port, count), np.tile(np.array(self._priorities, np.int64), self._nics)
-        self._weights = np.tile(np.array(list(weights.values()), float), (self._nics, 1))
+        self._weights = np.tile(np.array([weight or 0 for weight in weights.values()], float), (self._nics, 1))
+        self._strict = [place for place, weight in enumerate(weights.values()) if weight is None][::-1]
         self._owed = np.zeros((self._nics, count))
         self.lanes = self._nics * count
         self.is_single = count == 1
@@ -68,7 +70,7 @@ class DataQueues:
         return np.asarray(of_lanes.reshape(self._nics, -1).any(axis=1))
 
     def share(self, budget: Ints, sendable: Ints) -> Ints:
-        """Divide each NIC's budget over its lanes by weight, max-min fair.
+        """Divide each NIC's budget over its lanes: strict ones in their order, what they leave by weight, max-min fair.
 
         What is less than a frame is owed to the lane for the next time, so that shares are exact over many ticks; a lane that
         had nothing to send is owed nothing.
@@ -81,6 +83,11 @@ class DataQueues:
             Frames for each lane, shape ``(lanes,)``; some of the budget may be left.
         """
         able = sendable.reshape(self._nics, -1)
+        first = np.zeros(able.shape, np.int64)
+        budget = budget.copy()
+        for place in self._strict:
+            first[:, place] = np.minimum(able[:, place], budget)
+            budget -= first[:, place]
         exact = np.zeros(able.shape)
         left = budget.astype(float)
         for _ in range(able.shape[1]):
@@ -100,7 +107,7 @@ class DataQueues:
             due = np.where(given[nic] > 0, self._owed[nic] - given[nic], np.inf)
             given[nic, np.argsort(due)[: int(over[nic])]] -= 1
         self._owed = np.minimum(self._owed - given, 1.0)
-        return given.astype(np.int64).reshape(-1)
+        return (first + given.astype(np.int64)).reshape(-1)
 
     def observe(
         self, blocked: npt.NDArray[np.bool_]

@@ -50,7 +50,7 @@ class EngineSetup:
         mtu: Payload of a full packet, bytes.
         nic_port: Port id of each NIC, shape ``(nics,)``.
         wall_port_rate_bytes_per_s: Line rate of each port id, shape ``(ports + 1,)``.
-        priority_weights: Every priority that carries data, ascending, and its share of a link beside the others'.
+        priority_weights: Every priority that carries data, ascending, and its share of a link beside the others'; None: strict.
         retransmit_timeout_ns: Emulated.
         wall_burst_ns: What each port's token bucket holds, as time at its rate, shape ``(ports + 1,)``.
         shaper_gain_fraction: How much faster than its link each port's shaper is, shape ``(ports + 1,)``.
@@ -73,7 +73,7 @@ class EngineSetup:
     mtu: int
     nic_port: npt.NDArray[np.int64]
     wall_port_rate_bytes_per_s: npt.NDArray[np.float64]
-    priority_weights: Mapping[int, int]
+    priority_weights: Mapping[int, int | None]
     retransmit_timeout_ns: int
     wall_burst_ns: npt.NDArray[np.float64]
     shaper_gain_fraction: npt.NDArray[np.float64]

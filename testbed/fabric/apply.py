@@ -122,6 +122,7 @@ def egress_of(operation: ShapePort) -> queues.Egress:
         operation.frame_wire_bytes,
         operation.overhead_bytes,
         [(one.priority, one.weight) for one in operation.classes],
+        operation.rest,
         operation.gate,
         None if marks is None else queues.Thresholds(marks.kmin_bytes, marks.kmax_bytes, marks.pmax),
         operation.scheduler,

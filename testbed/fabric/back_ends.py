@@ -13,8 +13,9 @@ def choose_back_ends(plan: Plan) -> BackEnds:
 
     A plug is the better gate, for an opened port sends no bucketful at once. The eBPF marker is the better one, exact and
     counted by priority, so RED is for who asks for it. Netem is the better delay for the kernel's protocols, whose own loops then
-    see it; the engine delays by itself, and where no link has a delay nothing has to. What is asked for and absent is the
-    kernel's error when a port is made.
+    see it; the engine delays by itself, and where no link has a delay nothing has to. Prio is the cheapest scheduler where it
+    serves, that is where all priorities are strict and nothing is paused. What is asked for and absent is the kernel's error when
+    a port is made.
     """
     transport = plan.scenario.transport
     delay = str(transport.link_delay)
@@ -26,5 +27,9 @@ def choose_back_ends(plan: Plan) -> BackEnds:
     if qos.pfc.gate is GateChoice.AUTO:
         gate = "plug" if plan.pausing and probe_qdisc("plug") else "tbf"
     marker = "bpf" if qos.ecn.marker is MarkerChoice.AUTO else str(qos.ecn.marker)
-    scheduler = "htb" if qos.scheduler is SchedulerChoice.AUTO else str(qos.scheduler)
+    scheduler = str(qos.scheduler)
+    if qos.scheduler is SchedulerChoice.AUTO:
+        classes = plan.queue_classes
+        strict = len(classes) > 1 and all(one.weight is None for one in classes)
+        scheduler = "prio" if strict and not plan.pausing and probe_qdisc("prio") else "htb"
     return BackEnds(gate=gate, marker=marker, scheduler=scheduler, link_delay=delay)

@@ -192,6 +192,9 @@ class Fabric:
                     qpn_base=QPN_BASE,
                     qps=_QP_ROWS,
                     control_priorities=CONTROL_PRIORITIES,
+                    data_classes=layout.pack_data_classes(
+                        [one.priority for one in plan.queue_classes], plan.rest_priority
+                    ),
                 ),
                 ".rodata.crc": layout.pack_crc_table(),
             },

@@ -31,7 +31,9 @@ class Egress:
         burst_bytes: Its bucket.
         frame_wire_bytes: The largest frame with what the shaper charges beside.
         overhead_bytes: Charged per frame beside its length.
-        weights: Weight of each data priority; the first takes what has a priority that is not among them.
+        weights: Weight of each data priority, in the order of their classes: strict ones, which have None, before all others,
+            the first before the second.
+        rest: The priority that takes what names no class.
         gate: Name of the gates; None where nothing is paused.
         marking: Thresholds where a qdisc marks; None where none does.
         scheduler: Name of what shares the rate among several priorities.
@@ -44,11 +46,26 @@ class Egress:
     burst_bytes: int
     frame_wire_bytes: int
     overhead_bytes: int
-    weights: Sequence[tuple[int, int]]
+    weights: Sequence[tuple[int, int | None]]
+    rest: int
     gate: str | None = None
     marking: Thresholds | None = None
     scheduler: str = "htb"
     wall_delay_ns: int = 0
+
+    @property
+    def strict_classes(self) -> int:
+        """Return how many of the classes are strict: the first ones."""
+        return sum(weight is None for _, weight in self.weights)
+
+    @property
+    def shares(self) -> list[tuple[int, int]]:
+        """Return the priorities that have a weight, and it."""
+        return [(priority, weight) for priority, weight in self.weights if weight is not None]
+
+    def class_of(self, priority: int) -> int:
+        """Return the class of a data priority."""
+        return tc.class_of([one for one, _ in self.weights].index(priority))
 
     def queue(self, priority: int) -> DataQueue:
         """Return the queue of a priority."""
@@ -57,7 +74,7 @@ class Egress:
             self.index,
             self.ifname,
             priority,
-            tc.class_of(priority) if is_class else tc.ROOT_HANDLE + 1,
+            self.class_of(priority) if is_class else tc.ROOT_HANDLE + 1,
             is_class,
             self.wall_rate_bytes_per_s,
             self.burst_bytes,
@@ -67,7 +84,7 @@ class Egress:
 
 
 class Scheduler(Protocol):
-    """Shares a port's rate among priorities by weight: a class for each, named by `testbed.kernel.tc.class_of`.
+    """Shares a port's rate among priorities, strict ones first, the others by weight: a class for each (`Egress.class_of`).
 
     Attributes:
         name: How the scenario names it.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import mmap
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from testbed.kernel import tc
 from testbed.kernel.bpf import delete_map_entry, map_array, read_map, write_map
 
 PRIORITIES = 8
@@ -148,10 +149,29 @@ MAPS: dict[str, Any] = {
 
 
 def pack_config(
-    *, ifindex_base: int, ports: int, slots: int, host_network: int, qpn_base: int, qps: int, control_priorities: int
+    *,
+    ifindex_base: int,
+    ports: int,
+    slots: int,
+    host_network: int,
+    qpn_base: int,
+    qps: int,
+    control_priorities: int,
+    data_classes: int,
 ) -> bytes:
     """Return ``struct tb_config``."""
-    return struct.pack("=8I", ifindex_base, ports, slots, host_network, qpn_base, qps, control_priorities, 0)
+    return struct.pack("=8I", ifindex_base, ports, slots, host_network, qpn_base, qps, control_priorities, data_classes)
+
+
+def pack_data_classes(served: Sequence[int], rest: int) -> int:
+    """Return the class of every priority, four bits each, as ``struct tb_config`` has them.
+
+    Args:
+        served: The data priorities, in the order of their classes.
+        rest: The one whose class all other priorities have.
+    """
+    minors = {priority: tc.class_of(place) - tc.DATA_HANDLE for place, priority in enumerate(served)}
+    return sum(minors.get(priority, minors[rest]) << 4 * priority for priority in range(PRIORITIES))
 
 
 def pack_crc_table() -> bytes:

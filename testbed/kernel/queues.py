@@ -14,6 +14,7 @@ from testbed.kernel.netlink import Message
 from testbed.kernel.red import create_red, red_handle
 from testbed.kernel.scheduler_ets import EtsScheduler
 from testbed.kernel.scheduler_htb import HtbScheduler
+from testbed.kernel.scheduler_prio import PrioScheduler
 
 __all__ = ["GATES", "SCHEDULERS", "Egress", "Thresholds", "change_rate", "create_egress"]
 
@@ -23,7 +24,7 @@ _CONTROL_QUEUE_PACKETS = 10_000
 GATES: Mapping[str, GateBackEnd] = {gate.name: gate for gate in (TbfGate(), PlugGate())}
 """The gates by name."""
 
-SCHEDULERS: Mapping[str, Scheduler] = {one.name: one for one in (HtbScheduler(), EtsScheduler())}
+SCHEDULERS: Mapping[str, Scheduler] = {one.name: one for one in (HtbScheduler(), EtsScheduler(), PrioScheduler())}
 """The schedulers by name."""
 
 
@@ -79,7 +80,7 @@ def _create_queue(egress: Egress, queue: DataQueue) -> list[Message]:
     if gate is not None:
         messages += gate.create(queue, parent)
     elif queue.is_class and egress.marking is None and not delayed:
-        # A handle that no shaper has: the one above an ETS bears the first of those.
+        # A handle that no shaper has: the one above the scheduler bears the first of those.
         handle = tc.SHAPER_HANDLE + (queue.priority + 1 << 16)
         messages.append(tc.create_pfifo(queue.index, queue.ifname, parent, handle, tc.MOST_PACKETS))
     return messages

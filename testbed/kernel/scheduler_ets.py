@@ -1,6 +1,7 @@
-"""The scheduler of IEEE 802.1Qaz: ETS, deficit round robin over the priorities, below one token bucket filter at the link's rate.
+"""The scheduler of IEEE 802.1Qaz: ETS, strict bands, then deficit round robin over the others, below one token bucket filter.
 
-It is for ports that nothing pauses: ETS asks the first band that has frames, and where that holds them back it asks no other.
+A held strict band is passed over. Of the bands with a weight ETS asks the first that has frames, and where that holds them back
+it asks no other: several of them are for ports where none of them is paused.
 
 Source:
     Linux net/sched/sch_ets.c ``ets_qdisc_dequeue()``; include/uapi/linux/pkt_sched.h, ``TCA_ETS_*``.
@@ -9,24 +10,14 @@ Source:
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
-from testbed.kernel import tc
-from testbed.kernel.delay_netem import create_netem, netem_handle
 from testbed.kernel.egress import Egress
-from testbed.kernel.netlink import (
-    NLA_F_NESTED,
-    NLM_F_CREATE,
-    NLM_F_REPLACE,
-    RTM_NEWQDISC,
-    Message,
-    attribute,
-    attribute_u32,
-)
+from testbed.kernel.netlink import NLA_F_NESTED, Message, attribute, attribute_u32
+from testbed.kernel.shaper_above import create_below_shaper, create_port_shaper
 
-_TCA_ETS_NBANDS, _TCA_ETS_QUANTA, _TCA_ETS_QUANTA_BAND = 1, 3, 4
+_TCA_ETS_NBANDS, _TCA_ETS_NSTRICT, _TCA_ETS_QUANTA, _TCA_ETS_QUANTA_BAND = 1, 2, 3, 4
 _TCA_ETS_PRIOMAP, _TCA_ETS_PRIOMAP_BAND = 5, 6
-# A band for every priority that may hold data, so that the class that a frame names is the band of its priority.
-_BANDS = 6
 _PRIORITIES = 16
 
 
@@ -37,53 +28,26 @@ class EtsScheduler:
     delays_above = True
 
     def create(self, egress: Egress) -> list[Message]:
-        """Return the shaper, the delay where there is one, and the ETS; priorities without data have a plain queue."""
-        index, ifname = egress.index, egress.ifname
-        messages, parent = self.change_rate(egress), tc.SHAPER_HANDLE + 1
-        if egress.wall_delay_ns:
-            messages.append(create_netem(index, ifname, parent, netem_handle(0), egress.wall_delay_ns))
-            parent = netem_handle(0) + 1
-        lightest = min(weight for _, weight in egress.weights)
-        given = dict(egress.weights)
-        quanta = [
-            round(egress.frame_wire_bytes * given.get(priority, lightest) / lightest) for priority in range(_BANDS)
-        ]
-        payload = tc.qdisc_payload(index, tc.DATA_HANDLE, parent, "ets", pack_ets(quanta, egress.weights[0][0]))
-        operation = (
-            f"tc qdisc replace dev {ifname} parent {tc.handle_text(parent)} handle {tc.handle_text(tc.DATA_HANDLE)} ets "
-            f"bands {_BANDS} quanta {' '.join(map(str, quanta))}"
-        )
-        messages.append(Message(operation, RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, payload))
-        messages += [
-            tc.create_pfifo(
-                index, ifname, tc.class_of(priority), tc.SHAPER_HANDLE + (priority + 1 << 16), tc.MOST_PACKETS
-            )
-            for priority in range(_BANDS)
-            if priority not in given
-        ]
-        return messages
+        """Return the shaper, the delay where there is one, and the ETS."""
+        weights = [weight for _, weight in egress.shares]
+        quanta = [round(egress.frame_wire_bytes * weight / min(weights)) for weight in weights]
+        default = [priority for priority, _ in egress.weights].index(egress.rest)
+        described = f"bands {len(egress.weights)} strict {egress.strict_classes}"
+        if quanta:
+            described += f" quanta {' '.join(map(str, quanta))}"
+        return create_below_shaper(egress, self.name, pack_ets(egress.strict_classes, quanta, default), described)
 
     def change_rate(self, egress: Egress) -> list[Message]:
-        """Return what creates or changes the shaper."""
-        return [
-            tc.create_tbf(
-                egress.index,
-                egress.ifname,
-                tc.ROOT_HANDLE + 1,
-                tc.SHAPER_HANDLE,
-                rate_bytes_per_s=egress.wall_rate_bytes_per_s,
-                burst_bytes=egress.burst_bytes,
-                overhead_bytes=egress.overhead_bytes,
-            )
-        ]
+        """Return what changes the shaper."""
+        return create_port_shaper(egress)
 
 
-def pack_ets(quanta: list[int], default_band: int) -> bytes:
-    """Return the options of an ETS: a band for each quantum; what names no band goes to one of them."""
-    bands = b"".join(attribute_u32(_TCA_ETS_QUANTA_BAND, quantum) for quantum in quanta)
+def pack_ets(strict: int, quanta: Sequence[int], default_band: int) -> bytes:
+    """Return the options of an ETS: strict bands, then one for each quantum; what names no band goes to one of them."""
+    options = attribute(_TCA_ETS_NBANDS, struct.pack("=B", strict + len(quanta)))
+    options += attribute(_TCA_ETS_NSTRICT, struct.pack("=B", strict))
+    if quanta:
+        bands = b"".join(attribute_u32(_TCA_ETS_QUANTA_BAND, quantum) for quantum in quanta)
+        options += attribute(_TCA_ETS_QUANTA | NLA_F_NESTED, bands)
     chosen = attribute(_TCA_ETS_PRIOMAP_BAND, struct.pack("=B", default_band)) * _PRIORITIES
-    return (
-        attribute(_TCA_ETS_NBANDS, struct.pack("=B", len(quanta)))
-        + attribute(_TCA_ETS_QUANTA | NLA_F_NESTED, bands)
-        + attribute(_TCA_ETS_PRIOMAP | NLA_F_NESTED, chosen)
-    )
+    return options + attribute(_TCA_ETS_PRIOMAP | NLA_F_NESTED, chosen)

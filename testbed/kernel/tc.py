@@ -41,8 +41,6 @@ CONTROL_HANDLE = 0x20_0000
 SHAPER_HANDLE, RED_HANDLE, PLUG_HANDLE, NETEM_HANDLE = 0x30_0000, 0x40_0000, 0x50_0000, 0x60_0000
 # A FIFO that never drops.
 MOST_PACKETS = 0x7FFFFFFF
-# Minor numbers of the data priorities' classes (TB_DATA_CLASS in bpf/fabric.h).
-_FIRST_PRIORITY_CLASS = 1
 _TCA_HTB_PARMS, _TCA_HTB_INIT, _TCA_HTB_RATE64, _TCA_HTB_CEIL64 = 1, 2, 6, 7
 # Qdiscs that refuse options without the flag that says what they are.
 _STRICT_KINDS = frozenset({"ets"})
@@ -78,9 +76,9 @@ def qdisc_payload(index: int, handle: int, parent: int, kind: str, options: byte
     return _tcmsg(index, handle, parent) + attribute_text(_TCA_KIND, kind) + attribute(_TCA_OPTIONS | nested, options)
 
 
-def class_of(priority: int) -> int:
-    """Return the class of a data priority, as frames name it in ``skb->priority``."""
-    return DATA_HANDLE + _FIRST_PRIORITY_CLASS + priority
+def class_of(place: int) -> int:
+    """Return the class of the data priority in that place of the order of service, as frames name it in ``skb->priority``."""
+    return DATA_HANDLE + 1 + place
 
 
 def create_htb(index: int, ifname: str, parent: int, handle: int, default_class: int) -> Message:
@@ -108,6 +106,7 @@ def create_htb_class(
     burst_bytes: int,
     quantum_bytes: int,
     overhead_bytes: int,
+    rank: int = 0,
 ) -> Message:
     """Return the request of an HTB class.
 
@@ -121,6 +120,7 @@ def create_htb_class(
         burst_bytes: Its bucket, at either rate.
         quantum_bytes: What it sends in its turn while several borrow.
         overhead_bytes: Charged per frame beside its length.
+        rank: Who borrows first, 0 before 1, up to 7: ``tc`` calls it prio.
 
     Source:
         Linux net/sched/sch_htb.c ``htb_change_class()``: buckets in psched ticks; with the link layer set no rate table.
@@ -133,13 +133,13 @@ def create_htb_class(
         return min(0xFFFFFFFF, burst_bytes * 1_000_000_000 // rate // _TICK_NS)
 
     parms = spec(rate_bytes_per_s) + spec(ceil_bytes_per_s)
-    parms += struct.pack("=5I", ticks(rate_bytes_per_s), ticks(ceil_bytes_per_s), quantum_bytes, 0, 0)
+    parms += struct.pack("=5I", ticks(rate_bytes_per_s), ticks(ceil_bytes_per_s), quantum_bytes, 0, rank)
     options = attribute(_TCA_HTB_PARMS, parms)
     options += attribute(_TCA_HTB_RATE64, struct.pack("=Q", rate_bytes_per_s))
     options += attribute(_TCA_HTB_CEIL64, struct.pack("=Q", ceil_bytes_per_s))
     operation = (
         f"tc class replace dev {ifname} parent {handle_text(parent)} classid {handle_text(classid)} htb "
-        f"rate {rate_bytes_per_s * 8}bit ceil {ceil_bytes_per_s * 8}bit burst {burst_bytes} quantum {quantum_bytes}"
+        f"rate {rate_bytes_per_s * 8}bit ceil {ceil_bytes_per_s * 8}bit burst {burst_bytes} quantum {quantum_bytes} prio {rank}"
     )
     return Message(
         operation, RTM_NEWTCLASS, NLM_F_CREATE | NLM_F_REPLACE, qdisc_payload(index, classid, parent, "htb", options)

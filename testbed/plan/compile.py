@@ -18,6 +18,7 @@ from testbed.plan.limits import check_emulation_limits
 from testbed.plan.lint import find_warnings
 from testbed.plan.model import Plan, PlannedWorkload
 from testbed.plan.qos import notification_interval_ns, response_ns
+from testbed.plan.strict import find_strict_wait
 from testbed.plan.traffic import Sent, all_traffic, spread_over_qps
 from testbed.plan.workload import ideal_cct_ns, plan_workload
 from testbed.roce.queue_pairs import NIC_QUEUE_FRAMES
@@ -213,8 +214,9 @@ def _retransmit_timeout_ns(
 ) -> int:
     """Return the retransmission timeout: long enough that only a loss makes it run out.
 
-    A packet waits in switches, and under PFC in its NIC as well, beside what the other NICs hold for the same link. And on this
-    machine's clock it is never shorter than a busy machine may stall: a late tick is no lost packet.
+    A packet waits in switches, and under PFC in its NIC as well, beside what the other NICs hold for the same link; and for as
+    long as strict priorities that go before it have frames. On this machine's clock the timeout is never shorter than a busy
+    machine may stall: a late tick is no lost packet.
     """
     if scenario.transport.retransmit_timeout_ns is not None:
         return scenario.transport.retransmit_timeout_ns
@@ -226,6 +228,8 @@ def _retransmit_timeout_ns(
         frame_bits = 8 * (frame_bytes(Opcode.WRITE_MIDDLE, scenario.transport.mtu_bytes) + LINK_OVERHEAD_BYTES)
         sharing = max((_most_sharing(planned) for planned in workloads), default=1)
         held_ns = sharing * NIC_QUEUE_FRAMES * frame_bits * 10**9 // slowest
+    waits = (find_strict_wait(scenario, topology, planned) for planned in workloads)
+    held_ns += max((wait.wait_ns for wait in waits if wait), default=0)
     stall_ns = math.ceil(_TIMEOUT_TICKS * dilation.wall_tick_ns / dilation.value)
     return max(_TIMEOUT_LOOPS * loop_ns + _TIMEOUT_QUEUES * queue_ns + held_ns, stall_ns)
 

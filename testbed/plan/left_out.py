@@ -29,7 +29,8 @@ def _left_out(scenario: Scenario) -> Iterator[str]:
     if scenario.transport.admission.scheme is not AdmissionScheme.NONE:
         yield f"transport.admission: {scenario.transport.admission.scheme}: senders are taken to be granted all they could send"
     if len(scenario.qos.data_priorities) > 1:
-        yield "qos.priorities: flows are taken to share ports as if all had one priority, whatever the weights"
+        strict = ", and none to be strict" * any(one.is_strict for one in scenario.qos.data_priorities)
+        yield f"qos.priorities: flows are taken to share ports as if all had one priority, whatever the weights{strict}"
     if scenario.qos.pfc.enabled:
         yield "qos.pfc: pauses: a paused port holds up frames that go elsewhere too (head-of-line blocking)"
     if (control := scenario.transport.congestion_control) is not CongestionControl.NONE:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from testbed.plan.dilation import DilationBound
 from testbed.plan.qos import find_qos_warnings
+from testbed.plan.strict import find_strict_wait
 from testbed.routing import HashFunction, Selector
 from testbed.scenario import Carrier
 from testbed.topology import NodeKind
@@ -60,6 +61,7 @@ def find_warnings(plan: Plan) -> tuple[str, ...]:
         for planned in plan.largest_workloads:  # what piles up grows with the size
             warnings += _find_buffer_warnings(plan, planned)
     for planned in plan.largest_workloads:
+        warnings += _find_strict_warnings(plan, planned)
         warnings += _find_model_warnings(planned)
     return tuple(warnings)
 
@@ -115,6 +117,25 @@ def _find_buffer_warnings(plan: Plan, planned: PlannedWorkload) -> list[str]:
         f"flows of {max(sharing.values())} hosts share a link and a switch buffers {buffer} bytes, less than the "
         f"{planned.size_bytes} that can pile up there: without PFC this can drop"
     ]
+
+
+def _find_strict_warnings(plan: Plan, planned: PlannedWorkload) -> list[str]:
+    """Return what strict priorities make others wait for, and whether that is longer than a timeout."""
+    wait = find_strict_wait(plan.scenario, plan.topology, planned)
+    if wait is None:
+        return []
+    ahead = " and ".join(map(str, wait.ahead))
+    warnings = [
+        f"{planned.title}: priority {wait.priority} may wait {format_time(wait.wait_ns, significant=3)} at "
+        f"{plan.topology.port_name(wait.port)}, for all that strict priority {ahead} sends there; predicted completion times "
+        "take all flows to have one priority"
+    ]
+    if wait.wait_ns > plan.retransmit_timeout_ns:
+        warnings.append(
+            f"transport.retransmit_timeout {format_time(plan.retransmit_timeout_ns)} is shorter than that: what waits is sent "
+            f"again, and a queue pair gives up after {_RETRIES} times in vain"
+        )
+    return warnings
 
 
 def _senders_by_port(planned: PlannedWorkload) -> set[tuple[int, int]]:

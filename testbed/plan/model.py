@@ -380,16 +380,14 @@ class Plan:
 
     @property
     def queue_classes(self) -> tuple[QueueClass, ...]:
-        """Return the data priorities and their weights, first the one that takes what has no priority of its own.
+        """Return the data priorities and their weights, in the order in which a port serves them."""
+        return tuple(QueueClass(one.priority, one.weight) for one in self.scenario.qos.served_priorities)
 
-        That is the first lossy one, where there is one, for what has another priority asks for nothing.
-        """
-        found = self.scenario.qos.data_priorities
-        lossy = [one for one in found if not one.lossless] or [
-            one for one in found if one.priority == self.scenario.qos.lossless_priority
-        ]
-        ordered = [lossy[0], *(one for one in found if one is not lossy[0])]
-        return tuple(QueueClass(one.priority, one.weight) for one in ordered)
+    @property
+    def rest_priority(self) -> int:
+        """Return the data priority that takes what has none: the lowest lossy one, which asks for nothing, or the usual one."""
+        qos = self.scenario.qos
+        return next((one.priority for one in qos.data_priorities if not one.lossless), qos.lossless_priority)
 
     def operations(
         self, namespaces: Sequence[str], *, any_workload: bool, back_ends: BackEnds | None = None
@@ -430,6 +428,7 @@ class Plan:
                         LINK_OVERHEAD_BYTES,
                         self.largest_frame_wire_bytes,
                         self.queue_classes,
+                        self.rest_priority,
                         gate=back_ends.gate if self.is_pausable(port.id) else None,
                         marking=self._kernel_marking(port.id) if back_ends.marker == "red" else None,
                         scheduler=back_ends.scheduler,

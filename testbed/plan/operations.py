@@ -52,7 +52,7 @@ class BackEnds:
     Attributes:
         gate: Holds paused queues back: ``tbf`` or ``plug``.
         marker: Marks CE: ``bpf`` or ``red``.
-        scheduler: Shares a port among several data priorities: ``htb`` or ``ets``.
+        scheduler: Shares a port among several data priorities: ``htb``, ``ets`` or ``prio``.
         link_delay: Delays what crosses a link: ``netem``, or ``carrier``: whoever sends acts as if it were delayed.
     """
 
@@ -64,10 +64,10 @@ class BackEnds:
 
 @dataclass(frozen=True, slots=True)
 class QueueClass:
-    """A data priority's queue at a port, and the weight of its share of the rate."""
+    """A data priority's queue at a port, and the weight of its share of the rate; None: it is strict."""
 
     priority: int
-    weight: int
+    weight: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +93,11 @@ class ShapePort:
         burst_bytes: Its bucket.
         overhead_bytes: Charged per frame beside its length.
         frame_wire_bytes: The largest frame with that.
-        classes: The data priorities' queues; one of them: no scheduler. The first takes what has no priority of its own.
+        classes: The data priorities' queues, in the order of their classes, the strict ones first; one of them: no scheduler.
+        rest: The priority that takes what has none of these.
         gate: What holds a paused queue back: ``tbf`` or ``plug``; None where nothing is paused.
         marking: Thresholds where a qdisc marks; None where none does.
-        scheduler: What shares the rate among several classes: ``htb`` or ``ets``.
+        scheduler: What shares the rate among several classes: ``htb``, ``ets`` or ``prio``.
         wall_delay_ns: Propagation that a qdisc adds; 0 where none does.
     """
 
@@ -108,6 +109,7 @@ class ShapePort:
     overhead_bytes: int
     frame_wire_bytes: int
     classes: tuple[QueueClass, ...]
+    rest: int
     gate: str | None = None
     marking: KernelMarking | None = None
     scheduler: str = "htb"
@@ -121,33 +123,47 @@ class ShapePort:
         if len(self.classes) == 1:
             shaper = f"tbf rate {rate} burst {self.burst_bytes} overhead {self.overhead_bytes}"
             commands += [f"{add} parent 1:1 {shaper}", *self._below("10:", add)]
-        elif self.scheduler == "ets":
-            lightest = min(one.weight for one in self.classes)
-            quanta = " ".join(
-                f"{one.priority}:{self.frame_wire_bytes * one.weight // lightest}" for one in self.classes
-            )
+        elif self.scheduler == "htb":
+            commands += self._htb(add, rate)
+        else:
             shaper = f"tbf rate {rate} burst {self.burst_bytes} overhead {self.overhead_bytes}"
             commands.append(f"{add} parent 1:1 handle 30: {shaper}")
             commands += [f"{add} below 30: {self._delay()}"] if self.wall_delay_ns else []
-            commands.append(f"{add} below 30: handle 10: ets bands 6 quanta {quanta}")
-            for one in self.classes:
-                commands += self._below(f"10:{1 + one.priority:x}", add, delayed=False)
-        else:
-            total = sum(one.weight for one in self.classes)
-            line = f"tc class add dev {self.ifname} parent 10:"
-            tail = f"ceil {rate} burst {self.burst_bytes} overhead {self.overhead_bytes}"
-            commands += [
-                f"{add} parent 1:1 handle 10: htb default {1 + self.classes[0].priority:x}",
-                f"{line} classid 10:10 htb rate {rate} {tail}",
-            ]
-            for one in self.classes:
-                share = self.wall_rate_bytes_per_s * one.weight // total * 8
-                minor = f"10:{1 + one.priority:x}"
-                commands.append(f"{line}10 classid {minor} htb rate {share}bit {tail}")
-                if self.gate == "tbf":
-                    commands.append(f"{add} parent {minor} tbf rate {self.wall_rate_bytes_per_s * 128}bit")
-                commands += self._below(minor, add)
+            commands.append(f"{add} below 30: handle 10: {self.scheduler} bands {len(self.classes)}{self._bands()}")
+            for place in range(len(self.classes)):
+                commands += self._below(f"10:{1 + place:x}", add, delayed=False)
         return "; ".join([*commands, f"{add} parent 1:2 {self._delay() or 'pfifo'}"])
+
+    def _htb(self, add: str, rate: str) -> list[str]:
+        """Return the commands of an HTB: with a strict class nothing is guaranteed to any, and they borrow in their order."""
+        shares = [one.weight for one in self.classes if one.weight is not None]
+        strict = len(self.classes) - len(shares)
+        line = f"tc class add dev {self.ifname} parent 10:"
+        tail = f"ceil {rate} burst {self.burst_bytes} overhead {self.overhead_bytes}"
+        commands = [
+            f"{add} parent 1:1 handle 10: htb default {1 + self._place(self.rest):x}",
+            f"{line} classid 10:10 htb rate {rate} {tail}",
+        ]
+        for place, one in enumerate(self.classes):
+            share = 8 if strict or one.weight is None else self.wall_rate_bytes_per_s * one.weight // sum(shares) * 8
+            minor = f"10:{1 + place:x}"
+            commands.append(f"{line}10 classid {minor} htb rate {share}bit prio {min(place, strict)} {tail}")
+            if self.gate == "tbf":
+                commands.append(f"{add} parent {minor} tbf rate {self.wall_rate_bytes_per_s * 128}bit")
+            commands += self._below(minor, add)
+        return commands
+
+    def _bands(self) -> str:
+        """Return how an ETS shares among its bands, and where both qdiscs send what names none."""
+        rest = f" priomap {' '.join([str(self._place(self.rest))] * 16)}"
+        if self.scheduler == "prio":
+            return rest
+        shares = [one.weight for one in self.classes if one.weight is not None]
+        quanta = " ".join(str(self.frame_wire_bytes * weight // min(shares)) for weight in shares)
+        return f" strict {len(self.classes) - len(shares)}{' quanta ' * bool(quanta)}{quanta}{rest}"
+
+    def _place(self, priority: int) -> int:
+        return [one.priority for one in self.classes].index(priority)
 
     def _delay(self) -> str:
         return f"netem delay {self.wall_delay_ns}ns" if self.wall_delay_ns else ""

@@ -285,26 +285,33 @@ def number(low: float, high: float) -> Kind:
 
 
 @dataclass(frozen=True)
-class AutoKind(Kind):
-    """A kind that may also be ``auto``, which is ``None`` in the program."""
+class WordKind(Kind):
+    """A kind that may also be a word, which is ``None`` in the program."""
+
+    word: str = "auto"
 
     def _serialize(self, value: Any) -> Any:
-        return "auto" if value is None else self.render(value)
+        return self.word if value is None else self.render(value)
 
 
 def auto_or(kind: Kind) -> Kind:
     """Return ``kind`` with ``auto`` beside it."""
+    return word_or("auto", kind)
+
+
+def word_or(word: str, kind: Kind) -> Kind:
+    """Return ``kind`` with a word beside it."""
 
     def parse(value: object) -> Any:
-        if value == "auto":
+        if value == word:
             return None
         try:
             return kind.parse(value)
         except (RuleError, units.UnitError) as error:
-            raise RuleError(f'{error}, or "auto"') from None
+            raise RuleError(f'{error}, or "{word}"') from None
 
     forms = kind.json_schema.get("anyOf", [kind.json_schema])
-    return AutoKind(parse, kind.render, {"anyOf": [{"type": "string", "enum": ["auto"]}, *forms]})
+    return WordKind(parse, kind.render, {"anyOf": [{"type": "string", "enum": [word]}, *forms]}, word)
 
 
 def integers_or(kind: Kind, low: int, high: int, max_items: int, rule: str) -> Kind:

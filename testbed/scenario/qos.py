@@ -54,6 +54,7 @@ class SchedulerChoice(StrEnum):
     AUTO = "auto"
     HTB = "htb"
     ETS = "ets"
+    PRIO = "prio"
 
 
 class Ecn(Section):
@@ -133,9 +134,17 @@ class DataPriority(Section):
     lossless: Annotated[bool, _FLAG] = key(
         "lossless", "Whether PFC covers it, where qos.pfc is enabled; else what does not fit is dropped.", default=True
     )
-    weight: Annotated[int, kinds.integer(1, 64)] = key(
-        "weight", "Its share of a link that several priorities fill, beside the others' weights.", default=1
+    weight: Annotated[int | None, kinds.word_or("strict", kinds.integer(1, 64))] = key(
+        "weight",
+        "Its share of a link that several priorities fill, beside the others' weights. strict: it goes before all that have a "
+        "weight; of several strict priorities the higher number goes first.",
+        default=1,
     )
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether it goes before all priorities that have a weight."""
+        return self.weight is None
 
 
 class Qos(Section):
@@ -149,13 +158,14 @@ class Qos(Section):
     priorities: tuple[DataPriority, ...] = list_key(
         "priorities",
         "Further priorities that workloads may choose, lossless or lossy; lossless_priority may stand among them to get a "
-        "weight. With more than one, ports have a queue for each and share their rate by weight.",
-        example=[{"priority": 4}, {"priority": 0, "lossless": False, "weight": 2}],
+        "weight. With more than one, ports have a queue for each; strict ones go first, the others share what is left by weight.",
+        example=[{"priority": 5, "weight": "strict"}, {"priority": 0, "lossless": False, "weight": 2}],
     )
     scheduler: Annotated[SchedulerChoice, kinds.choice(SchedulerChoice)] = key(
         "scheduler",
-        "What shares a port's rate among several priorities: htb, on every kernel; ets, the qdisc of IEEE 802.1Qaz, where "
-        "nothing is paused. auto: htb.",
+        "What shares a port's rate among several priorities: htb, on every kernel; ets, the qdisc of IEEE 802.1Qaz, where none "
+        "is paused of several that have a weight; prio, where all are strict. auto: prio where all are strict, nothing is paused "
+        "and this kernel has it, else htb.",
         default="auto",
     )
     ecn: Ecn = key("ecn", "Explicit congestion notification.", default={})
@@ -167,6 +177,11 @@ class Qos(Section):
         given = {one.priority: one for one in self.priorities}
         given.setdefault(self.lossless_priority, DataPriority(priority=self.lossless_priority))
         return tuple(given[number] for number in sorted(given))
+
+    @property
+    def served_priorities(self) -> tuple[DataPriority, ...]:
+        """The same in the order in which a port serves them: strict ones, then those with a weight; higher numbers first."""
+        return tuple(sorted(self.data_priorities, key=lambda one: (not one.is_strict, -one.priority)))
 
     @property
     def paused_priorities(self) -> tuple[int, ...]:

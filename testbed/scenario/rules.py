@@ -212,14 +212,26 @@ def _check_carrier(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
 def _check_priorities(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
     qos, listed, usual = scenario.qos, ("qos", "priorities"), ("qos", "lossless_priority")
     scheduler: KeyPath = ("qos", "scheduler")
-    if valid(scheduler, ("qos", "pfc", "enabled")) and qos.scheduler is SchedulerChoice.ETS and qos.pfc.enabled:
-        yield Violation(
-            scheduler,
-            "must be auto or htb where qos.pfc is enabled: a paused band of an ETS stops the others",
-            "leave it out",
-        )
     if not valid(listed, usual):
         return
+    weighted = [one.priority for one in qos.data_priorities if not one.is_strict]
+    stopping = [one for one in weighted if one in qos.paused_priorities]
+    if (
+        valid(scheduler, ("qos", "pfc", "enabled"))
+        and qos.scheduler is SchedulerChoice.ETS
+        and stopping
+        and weighted[1:]
+    ):
+        rule = (
+            f"must be auto or htb where qos.pfc pauses one of several priorities that have a weight, as {stopping[0]}: "
+            "a paused band of an ETS stops the others"
+        )
+        yield Violation(scheduler, rule, "leave it out")
+    if valid(scheduler) and qos.scheduler is SchedulerChoice.PRIO and len(qos.data_priorities) > 1 and weighted:
+        rule = f"must be auto, htb or ets where a data priority has a weight, as {weighted[0]} has: prio knows strict ones alone"
+        yield Violation(
+            scheduler, rule, f"give {{priority: {weighted[0]}, weight: strict}} in qos.priorities, or leave it out"
+        )
     seen: set[int] = set()
     for index, one in enumerate(qos.priorities):
         path: KeyPath = (*listed, index, "priority")

@@ -19,12 +19,13 @@ pytestmark = [pytest.mark.root, pytest.mark.fidelity]
 
 SIZE_MIB = 6
 TOLERANCE = 0.02
-# Rank 0 to 2 at priority 3, rank 1 to 3 at priority 4: both over leaf0's one uplink.
-FLOWS = (
-    "workload=[{pattern: flows, iters: 1, warmup_iters: 0, flows: "
-    f"[{{src: 0, dst: 2, size: {SIZE_MIB} MiB}}, {{src: 1, dst: 3, size: {SIZE_MIB} MiB, priority: 4}}]}}]"
-)
-ALONE = f"workload=[{{pattern: flows, iters: 1, warmup_iters: 0, flows: [{{src: 0, dst: 2, size: {SIZE_MIB} MiB}}]}}]"
+
+
+def flows(size_mib: int, *, both: bool = True) -> str:
+    """Return rank 0's flow to rank 2 at priority 3, and rank 1's to 3 at priority 4: both over leaf0's one uplink."""
+    second = f", {{src: 1, dst: 3, size: {size_mib} MiB, priority: 4}}" if both else ""
+    listed = f"{{src: 0, dst: 2, size: {size_mib} MiB}}{second}"
+    return f"workload=[{{pattern: flows, iters: 1, warmup_iters: 0, flows: [{listed}]}}]"
 
 
 @dataclass
@@ -59,13 +60,13 @@ class Shared:
         return self.together_bytes_per_s[1] / sum(self.together_bytes_per_s)
 
 
-def share(weights: tuple[int, int], paused: int | None = None) -> Shared:
+def share(weights: tuple[int, int | str], paused: int | None = None, size_mib: int = SIZE_MIB) -> Shared:
     settings = (
         "qos.pfc.enabled=true",
         f"qos.priorities=[{{priority: 3, weight: {weights[0]}}}, {{priority: 4, weight: {weights[1]}}}, {{priority: 5}}]",
     )
-    plan = plan_of(TWO_LEAVES, *settings, FLOWS)
-    alone_ns = plan_of(TWO_LEAVES, *settings, ALONE).workloads[0].ideal_cct_ns
+    plan = plan_of(TWO_LEAVES, *settings, flows(size_mib))
+    alone_ns = plan_of(TWO_LEAVES, *settings, flows(size_mib, both=False)).workloads[0].ideal_cct_ns
 
     def run() -> tuple[Shared, list[WorkloadSamples]]:
         with contextlib.ExitStack() as stack:
@@ -91,6 +92,15 @@ def test_two_priorities_share_a_link_at_its_rate(weights: tuple[int, int]) -> No
     seen = share(weights)
     assert abs(max(seen.times) / 2 - 1) <= TOLERANCE  # the link is never idle until both are done
     assert abs(seen.second_share - weights[1] / sum(weights)) <= TOLERANCE
+
+
+def test_a_strict_priority_has_the_link_as_if_alone() -> None:
+    """Its negative control is the test above: with weights the same flow takes up to twice as long."""
+    # What buckets let go at the beginning, and a tick after the end, is a number of frames (36 of 1536 with 6 MiB), not a share.
+    seen = share((64, "strict"), size_mib=4 * SIZE_MIB)
+    assert abs(seen.times[1] - 1) <= TOLERANCE
+    assert seen.second_share >= 1 - TOLERANCE
+    assert abs(seen.times[0] / 2 - 1) <= TOLERANCE
 
 
 def test_pausing_one_priority_gives_the_other_the_link() -> None:

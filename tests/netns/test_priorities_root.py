@@ -34,6 +34,7 @@ from tests.netns.labs import (
 pytestmark = pytest.mark.root
 
 TWO = ("qos.priorities=[{priority: 4}, {priority: 0, lossless: false}]", "qos.pfc.enabled=true")
+TWO_STRICT = "qos.priorities=[{priority: 4, weight: strict}, {priority: 0, lossless: false}]"
 
 
 @contextlib.contextmanager
@@ -49,13 +50,19 @@ def deployed_fabric(*settings: str, name: str) -> Iterator[Fabric]:
         fabric.destroy()
 
 
+def require_qdisc(kind: str) -> None:
+    if kind in ("plug", "ets", "prio") and not probe_qdisc(kind):
+        pytest.skip(f'this kernel has no qdisc "{kind}" (modprobe sch_{kind})')
+
+
 @pytest.mark.parametrize("gate", ["tbf", "plug"])
+@pytest.mark.parametrize("priorities", [TWO[0], TWO_STRICT], ids=["weights", "strict"])
 @pytest.mark.parametrize("paused", [3, 4])
-def test_pause_frame_stops_its_priority_alone_on_a_deployed_lab(paused: int, gate: str) -> None:
-    if gate == "plug" and not probe_qdisc("plug"):
-        pytest.skip('this kernel has no qdisc "plug" (modprobe sch_plug)')
+def test_pause_frame_stops_its_priority_alone_on_a_deployed_lab(paused: int, priorities: str, gate: str) -> None:
+    require_qdisc(gate)
     other = 7 - paused
-    with deployed_fabric(*TWO, f"qos.pfc.gate={gate}", "fabric.host_link.delay=1 us", name=f"alone{paused}") as fabric:
+    settings = (priorities, TWO[1], f"qos.pfc.gate={gate}", "fabric.host_link.delay=1 us")
+    with deployed_fabric(*settings, name=f"alone{paused}") as fabric:
         topology = fabric.plan.topology
         nic, leaf = topology.host_port(0), topology.port(topology.host_port(0).peer)
         with in_node(fabric, "leaf0"):
@@ -90,7 +97,7 @@ def test_pause_frame_stops_its_priority_alone_on_a_deployed_lab(paused: int, gat
 def test_every_port_has_a_class_per_priority_and_unknown_ones_go_with_the_lossy() -> None:
     with small_fabric(*TWO, name="classes") as fabric:
         classes = run_in(fabric, "leaf0", "tc", "-s", "class", "show", "dev", "down0").stdout
-        assert all(f"class htb 10:{minor} parent 10:10" in classes for minor in ("1", "4", "5"))
+        assert all(f"class htb 10:{minor} parent 10:10" in classes for minor in ("1", "2", "3"))
         topology = fabric.plan.topology
         with in_node(fabric, "host1"):
             sending = open_packet_socket("eth0")
@@ -102,7 +109,62 @@ def test_every_port_has_a_class_per_priority_and_unknown_ones_go_with_the_lossy(
         assert_drained(fabric)
         shown = run_in(fabric, "leaf0", "tc", "-s", "class", "show", "dev", "down0").stdout.split("class htb 10:")
         sent = {part.split()[0]: int(part.split("Sent ")[1].split()[2]) for part in shown[1:]}
-        assert (sent["1"], sent["4"], sent["5"]) == (6, 3, 4)
+        assert (sent["1"], sent["2"], sent["3"]) == (4, 3, 6)
+
+
+# A port of 0.25 MB/s, where a frame takes 4.3 ms: more wait than its buckets let go at once (32), and few leave while they come.
+SLOW = "time_dilation=200000"
+FRAMES, PAYLOAD_BYTES, FEW_FRAMES = 80, 1000, 10
+
+
+def progress(scheduler: str, weights: dict[int, str]) -> list[list[int]]:
+    """Let frames of each priority come in that order; return what each has sent since the last came, whenever one has sent all.
+
+    The last is waited for first, then the one before it.
+    """
+    listed = ", ".join(f"{{priority: {priority}, weight: {weight}}}" for priority, weight in weights.items())
+    settings = (f"qos.priorities=[{listed}]", f"qos.lossless_priority={next(iter(weights))}", SLOW)
+    with small_fabric(*settings, f"qos.scheduler={scheduler}", name="overtake") as fabric:
+        assert fabric.back_ends.scheduler == scheduler
+        topology = fabric.plan.topology
+        queues = fabric.arrays.queues[topology.host_port(0).id]
+        with in_node(fabric, "host0"):
+            sending = open_packet_socket("eth0")
+        with sending:
+            for priority in weights:
+                before = queues["deq_packets"].copy()
+                address = topology.host_port(1).address
+                frame = ip_frame(fabric, 0, address, bytes(PAYLOAD_BYTES), tos=priority << 5)
+                for _ in range(FRAMES):
+                    sending.send(frame)
+        seen = []
+        for priority in [*weights][:0:-1]:
+            wait_until(lambda one=priority: int(queues["deq_packets"][one]) == FRAMES, f"priority {priority} sent")
+            left = queues["deq_packets"] - before
+            seen.append([int(left[one]) for one in weights])
+        return seen
+
+
+@pytest.mark.parametrize("scheduler", ["htb", "ets", "prio"])
+def test_strict_priorities_overtake_what_came_before_them_the_higher_number_first(scheduler: str) -> None:
+    require_qdisc(scheduler)
+    # A strict priority goes before one with a weight, whatever their numbers.
+    weights = {2: "strict", 3: "strict", 5: "strict"} if scheduler == "prio" else {4: "3", 2: "strict", 5: "strict"}
+    highest, both = progress(scheduler, weights)
+    print(
+        f"{scheduler}: {highest} frames of {list(weights)} had left with the last of 5, {both} with the last of the second"
+    )
+    assert highest[2] == both[2] == FRAMES
+    assert max(highest[:2]) <= FEW_FRAMES
+    assert both[0] <= FEW_FRAMES
+
+
+@pytest.mark.parametrize("scheduler", ["htb", "ets"])
+def test_with_weights_nobody_overtakes_all_others(scheduler: str) -> None:
+    """Negative control: of the test above."""
+    require_qdisc(scheduler)
+    highest, _ = progress(scheduler, {4: "1", 2: "1", 5: "1"})
+    assert min(highest[:2]) > 3 * FEW_FRAMES
 
 
 def test_qdiscs_of_a_node_are_read_with_their_kinds() -> None:

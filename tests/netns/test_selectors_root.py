@@ -54,6 +54,7 @@ class Switch:
             qpn_base=QPN_BASE,
             qps=1,
             control_priorities=fabric_module.CONTROL_PRIORITIES,
+            data_classes=0,
         )
         initial = {".rodata.config": config, ".rodata.crc": layout.pack_crc_table()}
         self._loaded = bpf.load_object(map_entries=entries, initial_values=initial, programs=("switch_ingress",))

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
-from testbed.errors import LabError
+from testbed.errors import LabError, ScenarioError
 from testbed.fabric import back_ends
 from testbed.fabric.back_ends import choose_back_ends
 from testbed.fabric.fabric import require_same_fabric
@@ -55,3 +55,48 @@ def test_engine_runs_on_a_lab_of_another_carrier_unless_that_delays_on_the_wire(
             require_same_fabric(plan_of(delay, "engine"), state)
     else:
         require_same_fabric(plan_of(delay, "engine"), state)
+
+
+STRICT, MIXED = (
+    "qos.priorities=[{priority: 3, weight: strict}, {priority: 4, weight: strict}]",
+    "qos.priorities=[{priority: 4}]",
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ((STRICT,), "prio"),
+        ((STRICT, "qos.pfc.enabled=true"), "htb"),
+        ((STRICT, "qos.scheduler=htb"), "htb"),
+        ((STRICT, "qos.pfc.enabled=true", "qos.scheduler=prio"), "prio"),
+        ((MIXED,), "htb"),
+        ((MIXED, "qos.scheduler=ets"), "ets"),
+        (("qos.priorities=[{priority: 3, weight: strict}]",), "htb"),  # one priority has no scheduler
+    ],
+)
+def test_prio_is_taken_where_all_are_strict_and_nothing_is_paused(
+    settings: tuple[str, ...], expected: str, has_qdiscs: bool
+) -> None:
+    plan = compile_plan(load_scenario(SCENARIO.replace("DELAY", "0 ns"), settings), capacity_packets_per_s=None)
+    forced = any(one.startswith("qos.scheduler") for one in settings)
+    assert choose_back_ends(plan).scheduler == (expected if has_qdiscs or forced else "htb")
+
+
+@pytest.mark.parametrize(
+    ("priorities", "is_refused"),
+    [
+        ("[{priority: 4}]", True),
+        ("[{priority: 4, weight: strict}]", False),
+        ("[{priority: 3, weight: strict}, {priority: 4, weight: strict}]", False),
+        ("[{priority: 4, weight: strict}, {priority: 0, lossless: false}]", True),
+        ("[{priority: 3, weight: strict}, {priority: 1, lossless: false}, {priority: 0, lossless: false}]", False),
+    ],
+)
+def test_ets_is_refused_where_a_pause_would_stop_others(priorities: str, is_refused: bool) -> None:
+    settings = [f"qos.priorities={priorities}", "qos.scheduler=ets", "qos.pfc.enabled=true"]
+    if is_refused:
+        with pytest.raises(ScenarioError, match="a paused band of an ETS stops the others"):
+            load_scenario(SCENARIO.replace("DELAY", "0 ns"), settings)
+    else:
+        load_scenario(SCENARIO.replace("DELAY", "0 ns"), settings)

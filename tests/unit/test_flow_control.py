@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,7 +143,7 @@ def test_watchdog_steps_in_for_the_priority_that_stays_paused(drops: bool) -> No
 # --- how a NIC shares its rate -------------------------------------------------------------------------------------------
 
 
-def shares(weights: dict[int, int], sendable: Sequence[int], budget: int, ticks: int) -> list[int]:
+def shares(weights: Mapping[int, int | None], sendable: Sequence[int], budget: int, ticks: int) -> list[int]:
     """Return what each lane of one NIC was given over some ticks."""
     data = DataQueues(np.zeros((2, 8), layout.QUEUE), np.array([1]), weights)
     total = np.zeros(len(weights), np.int64)
@@ -167,6 +167,15 @@ def test_lanes_share_a_nic_by_weight_to_a_frame(weights: dict[int, int], budget:
 
 def test_frames_due_together_beside_an_idle_lane_stay_within_the_budget() -> None:
     assert shares({1: 1, 2: 1, 3: 1}, [0, 1000, 1000], 1, 100) == pytest.approx([0, 50, 50], abs=1)
+
+
+def test_strict_lanes_go_first_and_the_higher_number_before_the_lower() -> None:
+    weights = {0: 1, 1: None, 3: 3, 5: None}
+    assert shares(weights, [1000, 1000, 1000, 1000], 10, 100) == [0, 0, 0, 1000]
+    assert shares(weights, [1000, 1000, 1000, 4], 10, 100) == [0, 600, 0, 400]
+    assert shares(weights, [1000, 1, 1000, 1], 10, 100) == [200, 100, 600, 100]
+    # Negative control: with weights instead, the lane of 5 does not get the 4 that it has.
+    assert shares({0: 1, 1: 1, 3: 3, 5: 1}, [1000, 1000, 1000, 4], 10, 100)[3] == pytest.approx(1000 / 6, abs=5)
 
 
 def test_what_one_lane_cannot_use_the_others_get() -> None:

@@ -16,12 +16,14 @@ from testbed.kernel import tc
 from testbed.kernel.delay_netem import pack_netem
 from testbed.kernel.gate_plug import PlugGate, pack_plug
 from testbed.kernel.gate_tbf import TbfGate
+from testbed.kernel.layout import pack_data_classes
 from testbed.kernel.netlink import NLA_F_NESTED, NLM_F_CREATE, RTM_NEWQDISC, RTM_NEWTCLASS, Message
 from testbed.kernel.queues import Egress, Thresholds, create_egress
 from testbed.kernel.red import pack_red, spacing_probability
 from testbed.kernel.scheduler_ets import pack_ets
+from testbed.kernel.scheduler_prio import pack_prio
 
-EGRESS = Egress(7, "up0", 10**6, 40_000, 4300, 24, [(3, 1)])
+EGRESS = Egress(7, "up0", 10**6, 40_000, 4300, 24, [(3, 1)], 3)
 PROGRAM = """
 #include <linux/pkt_sched.h>
 #include <linux/netlink.h>
@@ -37,16 +39,18 @@ int main(void) {
     struct tc_htb_opt htb = {0};
     int numbers[] = {TCA_RED_PARMS, TCA_RED_STAB, TCA_RED_MAX_P, TCA_RED_FLAGS, TCA_HTB_PARMS, TCA_HTB_INIT, TCA_HTB_RATE64,
                      TCA_HTB_CEIL64};
-    int ets[] = {TCA_ETS_NBANDS, TCA_ETS_QUANTA, TCA_ETS_QUANTA_BAND, TCA_ETS_PRIOMAP, TCA_ETS_PRIOMAP_BAND};
+    struct tc_prio_qopt prio = {3, {2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2}};
+    int ets[] = {TCA_ETS_NBANDS, TCA_ETS_NSTRICT, TCA_ETS_QUANTA, TCA_ETS_QUANTA_BAND, TCA_ETS_PRIOMAP, TCA_ETS_PRIOMAP_BAND};
     int netem_latency = TCA_NETEM_LATENCY64;
     struct tc_netem_qopt netem = {0, 0x7fffffff, 0, 0, 0, 0};
     rate.linklayer = ceil.linklayer = TC_LINKLAYER_ETHERNET;
     rate.overhead = ceil.overhead = 24;
     rate.rate = 500000; ceil.rate = 1000000;
     htb.rate = rate; htb.ceil = ceil;
-    htb.buffer = 1250000; htb.cbuffer = 625000; htb.quantum = 4300;
+    htb.buffer = 1250000; htb.cbuffer = 625000; htb.quantum = 4300; htb.prio = 2;
     SHOW("block ", block); SHOW("open ", open); SHOW("red ", red); SHOW("flags ", flags); SHOW("glob ", glob); SHOW("htb ", htb);
-    SHOW("numbers ", numbers); SHOW("ets ", ets); SHOW("netem ", netem); SHOW("netem_latency ", netem_latency);
+    SHOW("numbers ", numbers); SHOW("ets ", ets); SHOW("prio ", prio);
+    SHOW("netem ", netem); SHOW("netem_latency ", netem_latency);
     return 0;
 }
 """
@@ -120,17 +124,18 @@ def test_red_says_what_the_header_does() -> None:
 def test_htb_says_what_the_header_does() -> None:
     c = compiled()
     *_, parms, init, rate64, ceil64 = struct.unpack("=8i", c["numbers"])
-    assert attributes(options_of(tc.create_htb(7, "up0", 0x10001, 0x100000, tc.class_of(3)))) == {init: c["glob"]}
+    assert attributes(options_of(tc.create_htb(7, "up0", 0x10001, 0x100000, 0x100004))) == {init: c["glob"]}
     one = tc.create_htb_class(
         7,
         "up0",
         0x100001,
-        tc.class_of(3),
+        tc.class_of(0),
         rate_bytes_per_s=500_000,
         ceil_bytes_per_s=1_000_000,
         burst_bytes=40_000,
         quantum_bytes=4300,
         overhead_bytes=24,
+        rank=2,
     )
     assert one.kind == RTM_NEWTCLASS
     found = attributes(options_of(one))
@@ -172,14 +177,14 @@ def test_plug_and_red_hang_below_the_shaper() -> None:
 
 
 def test_several_priorities_have_a_class_each_and_a_gate_below() -> None:
-    egress = replace(EGRESS, weights=[(0, 1), (3, 2)], gate="tbf")
+    egress = replace(EGRESS, weights=[(3, 2), (0, 1)], rest=0, gate="tbf")
     assert chain(egress)[1:-1] == [
         ("htb", "10:", "1:1"),
         ("htb", "10:10", "10:"),
         ("htb", "10:1", "10:10"),
-        ("htb", "10:4", "10:10"),
-        ("tbf", "30:", "10:1"),
-        ("tbf", "33:", "10:4"),
+        ("htb", "10:2", "10:10"),
+        ("tbf", "33:", "10:1"),
+        ("tbf", "30:", "10:2"),
     ]
     plugs = [one[0] for one in chain(replace(egress, gate="plug"))]
     assert plugs.count("plug") == 2
@@ -187,7 +192,7 @@ def test_several_priorities_have_a_class_each_and_a_gate_below() -> None:
 
 
 def test_gates_change_what_was_hung() -> None:
-    for weights in ([(3, 1)], [(0, 1), (3, 2)]):
+    for weights in ([(3, 1)], [(3, 2), (0, 1)], [(0, None), (3, 2)]):
         for gate in (TbfGate(), PlugGate()):
             egress = replace(EGRESS, weights=weights, gate=gate.name)
             made = {place_of(one)[0] for one in create_egress(egress)}
@@ -195,23 +200,63 @@ def test_gates_change_what_was_hung() -> None:
                 assert place_of(message)[0] in made
 
 
-def test_class_numbers_are_those_of_the_program() -> None:
+def test_classes_are_those_of_the_program() -> None:
     header = Path("testbed/bpf/fabric.h").read_text()
-    assert f"#define TB_DATA_CLASS(priority) ({tc.class_of(0):#x} + " in header
+    assert f"#define TB_DATA_HANDLE {tc.DATA_HANDLE:#x}\n" in header
+    egress = replace(EGRESS, weights=[(4, None), (3, 2), (0, 1)], rest=0)
+    packed = pack_data_classes([4, 3, 0], 0)
+    for priority in range(8):
+        expected = egress.class_of(priority if priority in (4, 3, 0) else egress.rest)
+        assert tc.DATA_HANDLE + (packed >> 4 * priority & 15) == expected
+
+
+def parameters_of_classes(egress: Egress) -> dict[str, tuple[int, int, int]]:
+    """Return the guaranteed rate, the quantum and the prio of each class of a port's HTB."""
+    *_, rate64, _ = struct.unpack("=8i", compiled()["numbers"])
+    found = {}
+    for one in create_egress(egress):
+        if one.kind == RTM_NEWTCLASS:
+            options = attributes(options_of(one))
+            *_, quantum, _, prio = struct.unpack("=11I", options[1])
+            found[tc.handle_text(place_of(one)[0])] = struct.unpack("=Q", options[rate64])[0], quantum, prio
+    return found
+
+
+def test_strict_classes_of_an_htb_borrow_first_and_nothing_is_guaranteed_beside_them() -> None:
+    """HTB serves what is below its guaranteed rate first, whatever its prio: a weight's share would go before a strict class."""
+    weighted = parameters_of_classes(replace(EGRESS, weights=[(4, 3), (3, 1)]))
+    assert weighted == {"10:10": (10**6, 4300, 0), "10:1": (750_000, 12_900, 0), "10:2": (250_000, 4300, 0)}
+    strict = parameters_of_classes(replace(EGRESS, weights=[(5, None), (1, None), (4, 3), (3, 1)]))
+    assert strict.pop("10:10") == (10**6, 4300, 0)
+    assert strict == {
+        "10:1": (1, 4300, 0),
+        "10:2": (1, 4300, 1),
+        "10:3": (1, 12_900, 2),
+        "10:4": (1, 4300, 2),
+    }
 
 
 def test_ets_says_what_the_header_does_and_hangs_below_one_shaper() -> None:
     c = compiled()
-    nbands, quanta, quanta_band, priomap, priomap_band = struct.unpack("=5i", c["ets"])
-    found = attributes(pack_ets([4300, 8600], 1))
-    assert found[nbands] == b"\2"
+    nbands, nstrict, quanta, quanta_band, priomap, priomap_band = struct.unpack("=6i", c["ets"])
+    found = attributes(pack_ets(2, [4300, 8600], 1))
+    assert (found[nbands], found[nstrict]) == (b"\4", b"\2")
     assert pieces(found[quanta], quanta_band) == [struct.pack("=I", one) for one in (4300, 8600)]
     assert pieces(found[priomap], priomap_band) == [b"\1"] * 16
-    egress = replace(EGRESS, weights=[(0, 1), (3, 2)], scheduler="ets")
-    made = chain(egress)
-    assert made[1:3] == [("tbf", "30:", "1:1"), ("ets", "10:", "30:1")]
-    # Every band has a queue that never drops, those of priorities without data too.
-    assert sorted(parent for kind, _, parent in made if kind == "pfifo") == [f"10:{n}" for n in range(1, 7)] + ["1:2"]
+    # An empty list of quanta is no list.
+    assert quanta not in attributes(pack_ets(2, [], 1))
+
+
+def test_prio_says_what_the_header_does() -> None:
+    assert pack_prio(3, 2) == compiled()["prio"]
+
+
+@pytest.mark.parametrize("scheduler", ["ets", "prio"])
+def test_bands_hang_below_one_shaper(scheduler: str) -> None:
+    made = chain(replace(EGRESS, weights=[(3, None), (0, None)], rest=0, scheduler=scheduler))
+    assert made[1:3] == [("tbf", "30:", "1:1"), (scheduler, "10:", "30:1")]
+    # Every band has a queue that never drops.
+    assert sorted(parent for kind, _, parent in made if kind == "pfifo") == ["10:1", "10:2", "1:2"]
     assert len({handle for _, handle, _ in made}) == len(made)
 
 
@@ -226,9 +271,9 @@ def test_netem_says_what_the_header_does_and_hangs_below_the_shaper() -> None:
     assert chain(egress)[1:] == [*below, ("netem", "20:", "1:2")]
 
 
-@pytest.mark.parametrize("scheduler", ["htb", "ets"])
+@pytest.mark.parametrize("scheduler", ["htb", "ets", "prio"])
 def test_every_frame_of_a_delayed_port_is_delayed_once(scheduler: str) -> None:
-    made = chain(replace(EGRESS, weights=[(0, 1), (3, 2)], scheduler=scheduler, wall_delay_ns=1000))
+    made = chain(replace(EGRESS, weights=[(3, None), (0, None)], scheduler=scheduler, wall_delay_ns=1000))
     parents = {handle: parent for _, handle, parent in made}
     delays = {handle for kind, handle, _ in made if kind == "netem"}
 
