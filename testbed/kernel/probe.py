@@ -94,7 +94,7 @@ _OPTIONAL_QDISCS = (
     _Qdisc("netem", struct.pack("=IIIIII", 0, 1000, 0, 0, 0, 0), "link delay for real applications and soft-RoCE"),
     _Qdisc("htb", _nested(2, struct.pack("=IIIII", 3, 10, 0, 0, 0)), "several data priorities on one port"),
     _Qdisc("prio", struct.pack("=i16B", 3, *([1] * 16)), "strict priorities on one port"),
-    _Qdisc("ets", _nested(1, struct.pack("=B", 2)), "weighted priorities on one port"),
+    _Qdisc("ets", _nested(1, struct.pack("=B", 2)), "strict and weighted priorities on one port"),
 )
 
 _TOOLS = (
