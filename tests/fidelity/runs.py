@@ -66,12 +66,22 @@ def judged(plan: Plan, run: Callable[[], tuple[T, Sequence[WorkloadSamples]]], t
     pytest.skip(f"not judged: none of {ATTEMPTS} runs could be: {' / '.join(heard)}")
 
 
-def trusted_run(file: Path, *settings: str) -> Result:
-    """Return a run that this machine could be trusted with; skip as not judged when there is none in a few."""
+def trusted_run(file: Path, *settings: str, tolerance: float = 0.0) -> Result:
+    """Return a run that this machine could be trusted with; skip as not judged when there is none in a few.
+
+    Args:
+        file: The scenario.
+        settings: Changes to it.
+        tolerance: A run that is degraded will do where the machine's own share in the completion time is below this part of it.
+    """
     scenario = testbed.load(file, settings)
     for _ in range(ATTEMPTS):
         result = testbed.run(scenario, series=False)
-        if result.fidelity is not None and result.fidelity.verdict is FidelityVerdict.TRUSTED:
+        fidelity = result.fidelity
+        if fidelity is None or fidelity.verdict is FidelityVerdict.INVALID:
+            continue
+        error = fidelity.estimated_error_fraction
+        if fidelity.verdict is FidelityVerdict.TRUSTED or (error is not None and error < tolerance):
             return result
     pytest.skip(f"not judged: none of {ATTEMPTS} runs could be trusted")
 
