@@ -196,9 +196,8 @@ def execute(name: str | None, node: str, command: Sequence[str]) -> int:
     import os
     import subprocess
 
-    from testbed.fabric.fabric import namespace_of
     from testbed.kernel.namespaces import entered, open_namespace
-    from testbed.kernel.registry import read_state
+    from testbed.kernel.registry import namespace_of, read_state
 
     if not command:
         raise TestbedError("there is no command to execute", hint="testbed exec NODE -- COMMAND")

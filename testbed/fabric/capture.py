@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from testbed.errors import KernelError, LabError, RunError, TestbedError
-from testbed.fabric.fabric import namespace_of
 from testbed.kernel.capture_process import READY, CaptureJob, PortJob
 from testbed.kernel.namespaces import NETNS_DIR, entered, open_namespace
 from testbed.kernel.packet_ring import RingShape, open_ring_socket
-from testbed.kernel.registry import LabState
+from testbed.kernel.registry import LabState, namespace_of
 from testbed.kernel.scheduling import available_cpus, choose_cpus
 from testbed.topology import NodeKind, Topology
 

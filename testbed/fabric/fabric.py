@@ -318,7 +318,7 @@ class Fabric:
         Raises:
             LabError: The lab has no such node.
         """
-        return namespace_of(self.state, node)
+        return registry.namespace_of(self.state, node)
 
     def read_kernel_marks(self) -> None:
         """Note in the queues' counters what qdiscs have marked; where the eBPF program marks, it counts by itself."""
@@ -350,19 +350,6 @@ class Fabric:
         finally:
             for one in opened:
                 one.close()
-
-
-def namespace_of(state: registry.LabState, node: str) -> str:
-    """Return the namespace of a lab's node.
-
-    Raises:
-        LabError: The lab has no such node.
-    """
-    try:
-        return state.namespaces[node]
-    except KeyError:
-        known = ", ".join(state.namespaces)
-        raise LabError(f"lab {state.name!r} has no node {node!r} (nodes: {known})") from None
 
 
 def set_loss(arrays: layout.MappedArrays, port: int, fraction: Fraction | float, priorities: Iterable[int]) -> None:

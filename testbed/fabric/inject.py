@@ -21,13 +21,14 @@ from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
 from testbed.errors import KernelError, LabError, TestbedError
-from testbed.fabric.fabric import namespace_of, open_arrays
+from testbed.fabric.fabric import open_arrays
 from testbed.fabric.frame_file import Nic, read_frames
 from testbed.fabric.recorded import read_recorded
 from testbed.kernel.layout import PRIORITIES, MappedArrays
 from testbed.kernel.namespaces import entered, open_namespace
 from testbed.kernel.packet_ring import RETIRE_MS, PacketRing, RingShape, open_ring_socket, read_mtu
 from testbed.kernel.packet_socket import open_packet_socket
+from testbed.kernel.registry import namespace_of
 from testbed.roce.bth import RETH
 from testbed.roce.queue_pairs import QPN_BASE
 from testbed.roce.wire import ECN_CE, NAK_SEQUENCE_ERROR_SYNDROME, Opcode

@@ -176,6 +176,19 @@ def read_state(name: str) -> LabState:
     return LabState(**data)
 
 
+def namespace_of(state: LabState, node: str) -> str:
+    """Return the namespace of a lab's node.
+
+    Raises:
+        LabError: The lab has no such node.
+    """
+    try:
+        return state.namespaces[node]
+    except KeyError:
+        known = ", ".join(state.namespaces)
+        raise LabError(f"lab {state.name!r} has no node {node!r} (nodes: {known})") from None
+
+
 def list_labs() -> list[str]:
     """Return the names of all recorded labs, sorted."""
     try:

@@ -143,6 +143,16 @@ def test_planning_loads_neither_scapy_nor_the_engine() -> None:
     assert not done.stdout.split()
 
 
+@pytest.mark.parametrize("call", ["destroy('nosuch')", "execute('nosuch', 'host0', ['true'])"])
+def test_what_only_touches_a_lab_loads_nothing_that_plans_one(call: str) -> None:
+    script = (
+        f"import contextlib, sys, testbed\nwith contextlib.suppress(Exception): testbed.{call}\n"
+        "print(*[name for name in sys.modules if name in ('testbed.kernel.registry', 'testbed.scenario', 'numpy')])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["testbed.kernel.registry"]
+
+
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
