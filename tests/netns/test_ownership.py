@@ -287,7 +287,7 @@ def test_gc_restores_the_host_at_whatever_stage_a_run_was_killed(before: bool) -
         assert not foreign, stage
         assert not list_test_namespaces(), stage
         assert name not in registry.list_labs(), stage
-    assert_host_restored()
+        assert_host_restored()  # at once: the next run would do it too
 
 
 def test_gc_restores_the_host_whenever_a_run_was_killed() -> None:
@@ -307,7 +307,7 @@ def test_gc_restores_the_host_whenever_a_run_was_killed() -> None:
         assert not list_test_namespaces(), kill
         assert not list_test_labs(), kill
         assert name in removed or name not in registry.list_labs()
-    assert_host_restored()
+        assert_host_restored()
     # Precondition: the kills did not all come too early or too late.
     assert left_behind > KILLS // 3
 
@@ -482,7 +482,7 @@ def test_signal_handled_in_python_at_whatever_stage_leaves_nothing(before: bool)
         assert end_of(in_child(interrupted)) == INTERRUPTED, stage
         assert not list_test_namespaces(), stage
         assert not list_test_labs(), stage
-    assert_host_restored()
+        assert_host_restored()
 
 
 def test_signal_handled_in_python_leaves_nothing_whenever_it_comes() -> None:
