@@ -101,8 +101,13 @@ def tuned_host(cpus: Sequence[int], waiting: Callable[[], None] = lambda: None) 
                 _BACKLOG.write_text(str(_BACKLOG_FRAMES))
         yield warnings
     finally:
-        _restore()
-        os.close(lock)
+        try:
+            _restore()
+        except BaseException:  # a signal ended it before its end
+            _restore()
+            raise
+        finally:
+            os.close(lock)
 
 
 def _restore() -> None:
