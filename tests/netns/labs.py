@@ -43,6 +43,8 @@ workload:
   - {collective: send_recv, order: rails, size: 16 KiB, iters: 1, warmup_iters: 0}
 time_dilation: 20000
 """
+# Two hosts, one path: everything passes the same three ports.
+LINE = ("fabric.hosts_per_leaf=1", "fabric.spines=1")
 # Long enough for any machine: what is waited for comes, or the test fails.
 PATIENCE_S = 20.0
 _LOOK_S = 0.001

@@ -16,7 +16,7 @@ from testbed.fabric import Fabric
 from testbed.plan.model import Plan
 from testbed.roce.queue_pairs import REQUESTER, RESPONDER, qp_index
 from tests.netns.labs import Quiet, assert_drained, plain_carrier, small_fabric
-from tests.netns.test_wire import expect_whole
+from tests.netns.test_retransmission_root import expect_whole
 
 pytestmark = pytest.mark.root
 

@@ -21,7 +21,9 @@ from testbed.roce.queue_pairs import REQUESTER, RESPONDER, Connection, qp_index
 from testbed.roce.sack import SACK_BYTES, build_sack, parse_sack
 from testbed.roce.wire import PSN_MASK, Opcode
 from tests.conftest import skip_or_fail
+from tests.netns.captures import read_tshark
 from tests.netns.labs import (
+    LINE,
     Quiet,
     activate_qps,
     assert_drained,
@@ -30,7 +32,7 @@ from tests.netns.labs import (
     plain_carrier,
     small_fabric,
 )
-from tests.netns.test_wire import LINE, expect_whole, lost_data, read_tshark
+from tests.netns.test_retransmission_root import expect_whole, lost_data
 from tests.support.selective import WINDOW, Answer, Requester, Responder
 
 pytestmark = pytest.mark.root
@@ -49,8 +51,7 @@ class Sender:
         self.connection = connection
         self._per_message = packets_per_message
         requester = connection.requester
-        local, remote = requester.local, requester.remote
-        self._path = FramePath(local.mac, local.next_hop_mac, local.address, remote.address, requester.udp_source_port)
+        self._path = FramePath.of(requester)
         self._template = functools.cache(self._build_template)
 
     def ends(self, packets: int) -> frozenset[int]:
