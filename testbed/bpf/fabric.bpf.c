@@ -45,6 +45,15 @@ TB_ARRAY(tb_qps, struct tb_qp);
 TB_ARRAY(tb_windows, struct tb_window);
 TB_ARRAY(tb_probe, __u64);    /* [0] arrival of the last fidelity probe, CLOCK_MONOTONIC ns; [1] its number */
 
+/* Rows of tb_qps that stand for queue pairs of the kernel's. A hash map, for the kernel chooses their numbers. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct tb_kernel_qp_key);
+	__type(value, __u32);
+} tb_kernel_qps SEC(".maps");
+
 /* CRC-32 of one byte (IEEE 802.3, reflected): 256 entries written by the loader, which gets them from zlib. */
 SEC(".rodata.crc") const volatile __u32 crc_table[256] = {};
 
@@ -446,16 +455,42 @@ no_route:
 	return TC_ACT_OK;
 }
 
+/* The row of a queue pair of the kernel's that a frame is for, -1 if it has none. */
+static __always_inline __s32 kernel_qp_of(__u32 port, const struct iphdr *ip, const void *end)
+{
+	const struct udphdr *udp = (const void *)(ip + 1);
+	const struct bth *bth = (const void *)(udp + 1);
+	struct tb_kernel_qp_key key = {};
+	__u32 *row;
+
+	if ((const void *)(bth + 1) > end || ip->protocol != IPPROTO_UDP || ip->ihl != 5 ||
+	    udp->dest != bpf_htons(TB_ROCE_PORT) || (ip->frag_off & bpf_htons(0x3fff)))
+		return -1;
+	key.port = port;
+	key.dst_address = bpf_ntohl(ip->daddr);
+	key.qpn = bpf_ntohl(bth->dest_qp) & 0xffffff;
+	row = bpf_map_lookup_elem(&tb_kernel_qps, &key);
+	return row ? *row : -1;
+}
+
+int tb_write_notification(struct __sk_buff *skb);
+
 SEC("tc")
 int host_egress(struct __sk_buff *skb)
 {
 	/* What the kernel still has to cut (TCP, UDP_SEGMENT) is counted as the frames that will leave. */
-	__u32 len = skb->wire_len, packets = skb->gso_segs ?: 1, priority;
+	__u32 len = skb->wire_len, packets = skb->gso_segs ?: 1, priority, id = skb->ifindex - config.ifindex_base;
 	struct tb_queue *queue;
+	struct tb_port *port;
 	struct ethhdr *eth;
 	struct iphdr *ip;
 	void *data, *end;
 
+	if (skb->mark == TB_MARK_NOTIFY) {
+		if (!tb_write_notification(skb))
+			return TC_ACT_SHOT;
+		len = TB_CNP_LEN; /* wire_len is still the copy's */
+	}
 	if (pull(skb, TB_HEADERS_LEN + 16) < 0 && pull(skb, TB_ETH_HLEN + TB_IP_HLEN) < 0)
 		return TC_ACT_OK;
 	data = packet_data(skb);
@@ -465,10 +500,17 @@ int host_egress(struct __sk_buff *skb)
 	if ((void *)(ip + 1) > end || !is_carried(skb, eth))
 		return TC_ACT_OK;
 	priority = priority_of(ip);
-	queue = queue_of(skb->ifindex - config.ifindex_base, priority);
+	queue = queue_of(id, priority);
 	if (queue)
 		account_enqueue(queue, len, packets);
 	choose_transmit_queue(skb, priority);
+	port = port_of(id);
+	if (port && port->flags & TB_PORT_KERNEL_QPS) {
+		__s32 row = kernel_qp_of(id, ip, end);
+
+		if (row >= 0)
+			skb->priority = TB_QP_CLASS(row);
+	}
 	/* Steering reads the hash and has one CPU to choose from: any value spares the flow dissector. */
 	bpf_set_hash(skb, 1);
 	return TC_ACT_OK;
@@ -608,6 +650,76 @@ static __always_inline void notify(struct __sk_buff *skb, const struct answered 
 	bpf_clone_redirect(skb, skb->ifindex, 0);
 }
 
+/* The frame, about to reach a queue pair of the kernel's: count what DCQCN goes by, and let a copy become the CNP where one is due.
+ * Returns nonzero for a CNP, which is the reaction point's: rxe knows none. A function to the verifier, as tb_account_dequeue() is.
+ */
+__attribute__((noinline)) int tb_observe_kernel_qp(struct __sk_buff *skb)
+{
+	struct iphdr *ip = packet_data(skb) + TB_ETH_HLEN;
+	void *end = packet_data_end(skb);
+	__u32 row, overhead;
+	struct tb_qp *qp;
+	struct bth *bth;
+	__u64 now;
+
+	if ((void *)(ip + 1) > end)
+		return 0;
+	row = kernel_qp_of(skb->ifindex - config.ifindex_base, ip, end);
+	bth = (void *)ip + TB_IP_HLEN + TB_UDP_HLEN;
+	if ((void *)(bth + 1) > end)
+		return 0;
+	qp = bpf_map_lookup_elem(&tb_qps, &row);
+	if (bth->opcode == 0x81) {
+		if (qp)
+			qp->cnps_packets++;
+		return 1;
+	}
+	if (!qp || bth->opcode < 0x06 || bth->opcode > 0x0b) /* RDMA WRITE, with or without immediate data */
+		return 0;
+	overhead = TB_HEADERS_LEN - TB_ETH_HLEN + TB_ICRC_LEN + ((bth->flags >> 4) & 3);
+	if (bth->opcode == 0x06 || bth->opcode >= 0x0a)
+		overhead += 16;
+	if (bth->opcode == 0x09 || bth->opcode == 0x0b)
+		overhead += 4;
+	if (bpf_ntohs(ip->tot_len) < overhead)
+		return 0;
+	qp->rx_packets++;
+	qp->rx_payload_bytes += bpf_ntohs(ip->tot_len) - overhead;
+	if ((ip->tos & 3) != 3)
+		return 0;
+	qp->ce_packets++;
+	now = bpf_ktime_get_ns();
+	if (!qp->cnp_interval_ns || now - qp->cnp_sent_ns < qp->cnp_interval_ns)
+		return 0;
+	qp->cnp_sent_ns = now;
+	qp->sent_cnps_packets++;
+	skb->mark = TB_MARK_NOTIFY;
+	bpf_clone_redirect(skb, skb->ifindex, 0);
+	skb->mark = 0;
+	return 0;
+}
+
+/* The copy of a marked frame becomes the CNP that answers it; returns 0 if that fails. */
+__attribute__((noinline)) int tb_write_notification(struct __sk_buff *skb)
+{
+	struct ethhdr *eth = packet_data(skb);
+	struct iphdr *ip = (void *)(eth + 1);
+	void *end = packet_data_end(skb);
+	struct answered to;
+	struct tb_qp *qp;
+	__u32 row;
+
+	if ((void *)(ip + 1) > end)
+		return 0;
+	row = kernel_qp_of(skb->ifindex - config.ifindex_base, ip, end);
+	qp = bpf_map_lookup_elem(&tb_qps, &row);
+	if (!qp)
+		return 0;
+	note_answered(&to, eth, ip);
+	skb->mark = 0;
+	return write_answer(skb, &to, qp, 0x81, 1, 0, 0, NULL, TB_CNP_LEN);
+}
+
 static __always_inline int respond(struct __sk_buff *skb, struct tb_qp *qp, const struct answered *to, __u8 opcode,
 				   __u32 psn_word, __u32 payload_bytes)
 {
@@ -732,6 +844,16 @@ int host_ingress(struct __sk_buff *skb)
 	if (ip->protocol != IPPROTO_UDP || (void *)(bth + 1) + TB_AETH_LEN > end || ip->ihl != 5 ||
 	    udp->dest != bpf_htons(TB_ROCE_PORT) || (ip->frag_off & bpf_htons(0x3fff)))
 		return TC_ACT_OK;
+	if (port->flags & TB_PORT_KERNEL_QPS) {
+		if (tb_observe_kernel_qp(skb))
+			return TC_ACT_SHOT;
+		data = packet_data(skb);
+		if (data + TB_HEADERS_LEN + TB_AETH_LEN > packet_data_end(skb))
+			return TC_ACT_OK;
+		eth = data;
+		ip = data + TB_ETH_HLEN;
+		bth = data + TB_ETH_HLEN + TB_IP_HLEN + TB_UDP_HLEN;
+	}
 	key = (bpf_ntohl(bth->dest_qp) & 0xffffff) - config.qpn_base;
 	if (key >= config.qps)
 		return TC_ACT_OK;

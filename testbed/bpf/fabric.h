@@ -45,6 +45,13 @@
 
 /* A port's scheduler, 10: (DATA_HANDLE in kernel/tc.py), whose classes skb->priority names. Where there is none nobody looks. */
 #define TB_DATA_HANDLE 0x100000
+/* Class of a queue pair of the kernel's that has a row of the QP table: 70:100 and following, one for each connection
+ * (kernel/qp_shaper.py).
+ */
+#define TB_QP_CLASS(row) (0x700100 + ((row) >> 1))
+
+/* skb->mark of the copy of a marked frame that host_egress turns into a CNP. */
+#define TB_MARK_NOTIFY 0x7b000081
 
 /* Source-MAC marks of frames that no ingress program forwarded; see docs/architecture.md. */
 #define TB_INGRESS_HOST 0x0000   /* left a host: accounted by the host's egress program */
@@ -54,6 +61,7 @@ enum tb_port_flags {
 	TB_PORT_HOST = 1,      /* the port belongs to a host */
 	TB_PORT_PEER_HOST = 2, /* the other end belongs to a host */
 	TB_PORT_DOWN = 256,    /* engine: its link is down: what arrives is lost, and adaptive routing passes it over */
+	TB_PORT_KERNEL_QPS = 1024, /* carrier: queue pairs of the kernel's on this NIC have rows of the QP table */
 };
 
 struct tb_config {             /* .rodata.config, fixed at load */
@@ -180,7 +188,13 @@ struct tb_override_key {       /* overrides{}, loader */
 	__u32 flow;                /* destination QP of RoCEv2, else the UDP or TCP source port, else 0 */
 };
 
-struct tb_qp {                 /* qps[qpn - qpn_base]; three cache lines */
+struct tb_kernel_qp_key {      /* kernel_qps{}, carrier: what RoCEv2 that crosses a NIC says of a queue pair of the kernel's */
+	__u32 port;                /* the NIC; its way in or out shows in the address */
+	__u32 dst_address;
+	__u32 qpn;                 /* of the destination */
+};
+
+struct tb_qp {                 /* qps[qpn - qpn_base]; three cache lines; inactive rows may stand for queue pairs of the kernel's */
 	/* loader, while the QP is idle */
 	__u32 peer_qpn;
 	__u32 initial_rx_psn;      /* PSN of rx_packets == 0 */

@@ -54,6 +54,9 @@ class MessageTransport(Protocol):
         Its bytes are in the receiver's buffer, and `RankBuffers.deliver` was done, when it is returned.
         """
 
+    def react(self, now_ns: int) -> None:
+        """Let a congestion control that is ours act on what has come back by now."""
+
     def retransmitted_packets(self) -> int:
         """Return how many packets were sent again since the transport was opened."""
 
@@ -197,6 +200,7 @@ class MessageCarrier:
         last_arrival = moved = begin
         while True:
             now = ticks.begin()
+            transport.react(now)
             for connection, transfer in transport.poll():
                 under_way[connection].append((clock.now_ns() + wall_unseen_ns[connection], transfer))
                 arrived_bytes[connection] += schedule.nbytes[transfer]

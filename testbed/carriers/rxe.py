@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from testbed.carriers.buffers import Bytes, RankBuffers
+from testbed.carriers.reaction import Reaction, reaction
 from testbed.carriers.verbs import VerbsDevice, connect_rc, create_rc, import_verbs
 from testbed.collectives.schedule import TransferOp
 from testbed.errors import RunError
@@ -28,7 +29,7 @@ from testbed.plan.flows import trace_connection_routes
 from testbed.plan.model import PlannedWorkload
 from testbed.plan.predict import predict_cct_ratio
 from testbed.roce.wire import data_tos, source_port
-from testbed.scenario import Carrier
+from testbed.scenario import Carrier, CongestionControl
 
 # Messages posted to a queue pair at a time, and completions that a device may hold.
 _QUEUE_MESSAGES = 256
@@ -100,6 +101,13 @@ class RxeTransport:
             self._receiver_of[receiver.device.name, int(receiver.qp.qp_num)] = index
             for _ in range(_QUEUE_MESSAGES):
                 self._post_receive(receiver)
+        self._reaction: Reaction | None = None
+        if fabric.plan.scenario.transport.congestion_control is not CongestionControl.NONE:
+            numbers = [
+                (int(sender.qp.qp_num), int(receiver.qp.qp_num))
+                for sender, receiver in zip(self._senders, self._receivers, strict=True)
+            ]
+            self._reaction = self._stack.enter_context(reaction(fabric, planned, numbers))
 
     def _stage(self, networked: int) -> None:
         """Give every transfer that is added a place of its own, where it arrives before it is."""
@@ -238,6 +246,11 @@ class RxeTransport:
             begin = self._staged_at[transfer]
             self._buffers.deliver(transfer, self._staging[begin : begin + self._nbytes[transfer]])
         whole.append((connection, transfer))
+
+    def react(self, now_ns: int) -> None:
+        """Let the reaction points act on the CNPs that have come back, where there are any."""
+        if self._reaction is not None:
+            self._reaction.tick(now_ns, np.array([bool(one.under_way) for one in self._senders]))
 
     def retransmitted_packets(self) -> int:
         """Return how many packets came twice or behind a gap, as the receiving devices counted them."""

@@ -153,6 +153,9 @@ class TcpTransport:
                 sender.pump()
         return whole
 
+    def react(self, now_ns: int) -> None:
+        """Do nothing: TCP has a congestion control of its own."""
+
     def retransmitted_packets(self) -> int:
         """Return how many segments all senders have sent again."""
         total = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from testbed.kernel.probe import probe_qdisc
 from testbed.plan.model import Plan
 from testbed.plan.operations import BackEnds
-from testbed.scenario import Carrier, GateChoice, LinkDelay, MarkerChoice, SchedulerChoice
+from testbed.scenario import Carrier, CongestionControl, GateChoice, LinkDelay, MarkerChoice, SchedulerChoice
 
 
 def choose_back_ends(plan: Plan) -> BackEnds:
@@ -25,7 +25,9 @@ def choose_back_ends(plan: Plan) -> BackEnds:
     qos = plan.scenario.qos
     gate = str(qos.pfc.gate)
     if qos.pfc.gate is GateChoice.AUTO:
-        gate = "plug" if plan.pausing and probe_qdisc("plug") else "tbf"
+        # A plug is a leaf: no rates of queue pairs can hang below it.
+        shaped = transport.carrier is Carrier.RXE and transport.congestion_control is not CongestionControl.NONE
+        gate = "plug" if plan.pausing and not shaped and probe_qdisc("plug") else "tbf"
     marker = "bpf" if qos.ecn.marker is MarkerChoice.AUTO else str(qos.ecn.marker)
     scheduler = str(qos.scheduler)
     if qos.scheduler is SchedulerChoice.AUTO:

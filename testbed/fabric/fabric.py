@@ -245,6 +245,7 @@ class Fabric:
             arrays = open_arrays(state)
             registry.delete_leftovers(state)
             _wait_until_drained(name, arrays)
+            layout.forget_kernel_qps(arrays)
         except BaseException:
             lock.close()
             raise
@@ -422,6 +423,7 @@ def _map_entries(plan: Plan, *, any_failure: bool) -> dict[str, int]:
         "tb_members": members,
         layout.OVERRIDES: overrides,
         "tb_qps": _QP_ROWS,
+        layout.KERNEL_QPS: 2 * _QP_ROWS,  # known by what arrives for them and by what leaves for their peers
         "tb_windows": _QP_ROWS if plan.scenario.transport.loss_recovery is LossRecovery.SELECTIVE else 1,
     }
 

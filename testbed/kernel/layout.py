@@ -19,6 +19,7 @@ FABRIC_PROGRAMS = ("switch_ingress", "host_egress", "host_ingress")
 PROBE_PROGRAM = "probe_ingress"
 
 PORT_HOST, PORT_PEER_HOST, PORT_DOWN = 1, 2, 256
+PORT_KERNEL_QPS = 1024
 
 PORT = np.dtype(
     [("peer", "u2"), ("node", "u2"), ("peer_node", "u2"), ("flags", "u2"), ("peer_mac", "u1", 6), ("reserved", "u1", 2)]
@@ -94,6 +95,9 @@ MAX_CHOICES = 64
 OVERRIDES = "tb_overrides"
 _OVERRIDE_KEY = struct.Struct("=4I")
 _OVERRIDE_VALUE = struct.Struct("=I")
+KERNEL_QPS = "tb_kernel_qps"
+_KERNEL_QP_KEY = struct.Struct("=3I")
+_KERNEL_QP_VALUE = struct.Struct("=I")
 QP = np.dtype(
     [
         ("peer_qpn", "u4"),
@@ -206,6 +210,25 @@ def write_overrides(descriptor: int, entries: Iterable[tuple[tuple[int, int, int
         write_map(descriptor, _OVERRIDE_KEY.pack(*key), _OVERRIDE_VALUE.pack(port))
 
 
+def clear_kernel_qps(descriptor: int) -> None:
+    """Forget all queue pairs of the kernel's in the map of that descriptor."""
+    for key, _ in read_map(descriptor, _KERNEL_QP_KEY.size, _KERNEL_QP_VALUE.size):
+        delete_map_entry(descriptor, key)
+
+
+def write_kernel_qp(descriptor: int, *, port: int, dst_address: int, qpn: int, row: int) -> None:
+    """Give a queue pair of the kernel's a row of the QP table, for what crosses a NIC.
+
+    Args:
+        descriptor: Of the map ``tb_kernel_qps``.
+        port: Port id of the NIC.
+        dst_address: Destination of the frames: the NIC's own for those that arrive.
+        qpn: Destination QP of the frames.
+        row: The row.
+    """
+    write_map(descriptor, _KERNEL_QP_KEY.pack(port, dst_address, qpn), _KERNEL_QP_VALUE.pack(row))
+
+
 class MappedArrays:
     """The maps of a running fabric as numpy arrays that *are* the kernel's memory.
 
@@ -235,3 +258,8 @@ class MappedArrays:
         self.members = arrays["tb_members"]
         self.qps = arrays["tb_qps"]
         self.windows = arrays["tb_windows"]
+
+
+def forget_kernel_qps(arrays: MappedArrays) -> None:
+    """Let frames of the kernel's queue pairs pass unobserved again."""
+    arrays.ports["flags"] &= ~np.uint16(PORT_KERNEL_QPS)

@@ -10,7 +10,7 @@ from testbed.plan.dilation import DilationBound
 from testbed.plan.qos import find_qos_warnings
 from testbed.plan.strict import find_strict_wait
 from testbed.routing import HashFunction, Selector
-from testbed.scenario import Carrier
+from testbed.scenario import Carrier, CongestionControl
 from testbed.topology import NodeKind
 from testbed.units import format_rate, format_size, format_time
 
@@ -51,9 +51,11 @@ def find_warnings(plan: Plan) -> tuple[str, ...]:
             f"routing follows a dead link after {format_time(slowest_ns)}, {_RETRIES} retransmission timeouts take "
             f"{format_time(patience_ns)}: queue pairs may give up before"
         )
-    if plan.marking and plan.scenario.transport.carrier is Carrier.RXE:
+    transport = plan.scenario.transport
+    if plan.marking and transport.carrier is Carrier.RXE and transport.congestion_control is CongestionControl.NONE:
         warnings.append(
-            "qos.ecn marks, but transport.carrier rxe ignores CE and sends no CNP: nobody slows down (docs/carriers.md)"
+            "qos.ecn marks, but rxe itself ignores CE and sends no CNP: nobody slows down without "
+            "transport.congestion_control dcqcn (docs/carriers.md)"
         )
     warnings += _find_hash_warnings(plan)
     warnings += find_qos_warnings(plan.scenario, plan.topology, plan.marking, plan.pausing)

@@ -121,7 +121,7 @@ class Pfc(Section):
     gate: Annotated[GateChoice, kinds.choice(GateChoice)] = key(
         "gate",
         "What holds a paused queue back: tbf, its shaper turned down to a crawl, on every kernel; plug, the qdisc made for it. "
-        "auto: plug where this kernel has it.",
+        "auto: plug where this kernel has it and dcqcn does not slow rxe down.",
         default="auto",
     )
     watchdog: Watchdog = key("watchdog", "Release of queues that stay paused.", default={})

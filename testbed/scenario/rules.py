@@ -18,7 +18,7 @@ from testbed.scenario.faults import MAX_FLAPS, FaultKind
 from testbed.scenario.jobs import Job, MeasuredJobs, job_host_counts, job_rounds
 from testbed.scenario.keypath import KeyPath
 from testbed.scenario.model import Scenario
-from testbed.scenario.qos import SchedulerChoice
+from testbed.scenario.qos import GateChoice, SchedulerChoice
 from testbed.scenario.ranges import MAX_HOSTS
 from testbed.scenario.sweep import MAX_SIZES, count_sizes
 from testbed.scenario.transport import AdmissionScheme, Carrier, LinkDelay, LossRecovery, QpStrategy, UdpSourcePort
@@ -197,7 +197,6 @@ def _check_carrier(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         return
     hint = f"leave it out, or use `carrier: {Carrier.ENGINE}`"
     asked = (
-        ("congestion_control", transport.congestion_control is not CongestionControl.NONE, "none"),
         ("qp_strategy", transport.qp_strategy is QpStrategy.DYNAMIC, "split or round_robin"),
         ("udp_source_port", transport.udp_source_port is not UdpSourcePort.PER_QP, "per_qp"),
         ("loss_recovery", transport.loss_recovery is not LossRecovery.GO_BACK_N, "go_back_n"),
@@ -207,6 +206,34 @@ def _check_carrier(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
         path: KeyPath = ("transport", *key.split("."))
         if wrong and valid(path):
             yield Violation(path, f"must be {must} with carrier {transport.carrier}", hint)
+    yield from _check_kernel_congestion_control(scenario, valid)
+
+
+def _check_kernel_congestion_control(scenario: Scenario, valid: Valid) -> Iterator[Violation]:
+    """What shapes the kernel's queue pairs goes by CNPs, knows the carrier's queue pairs, and hangs below one queue of a NIC."""
+    transport, qos = scenario.transport, scenario.qos
+    path: KeyPath = ("transport", "congestion_control")
+    if not valid(path) or transport.congestion_control is CongestionControl.NONE:
+        return
+    hint = f"leave it out, or use `carrier: {Carrier.ENGINE}`"
+    if transport.carrier is not Carrier.RXE:
+        yield Violation(path, f"must be none with carrier {transport.carrier}", hint)
+    elif transport.congestion_control is not CongestionControl.DCQCN:
+        yield Violation(path, "must be none or dcqcn with carrier rxe, whose round trips nobody measures", hint)
+    elif scenario.applications and valid(("workload",)):
+        yield Violation(
+            path, "must be none where there are applications: their queue pairs are not known", "leave it out"
+        )
+    else:
+        priorities, gate = ("qos", "priorities"), ("qos", "pfc", "gate")
+        if valid(priorities) and len(qos.data_priorities) > 1:
+            rule = (
+                "must name no further priority where dcqcn slows rxe down: its rates hang below a NIC's only data queue"
+            )
+            yield Violation(priorities, rule, "leave it out, or use `congestion_control: none`")
+        if valid(gate) and qos.pfc.gate is GateChoice.PLUG:
+            rule = "must be auto or tbf where dcqcn slows rxe down: no rates can hang below a plug"
+            yield Violation(gate, rule, "leave it out")
 
 
 def _check_priorities(scenario: Scenario, valid: Valid) -> Iterator[Violation]:

@@ -134,7 +134,7 @@ class Transport(Section):
         default="auto",
     )
     congestion_control: Annotated[CongestionControl, kinds.choice(CongestionControl)] = key(
-        "congestion_control", "What slows senders down.", default="none"
+        "congestion_control", "What slows senders down; with carrier rxe none or dcqcn, with tcp none.", default="none"
     )
     dcqcn: Dcqcn | None = key("dcqcn", "Parameters of dcqcn.", default=None)
     timely: Timely | None = key("timely", "Parameters of timely.", default=None)

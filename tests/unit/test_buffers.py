@@ -63,3 +63,34 @@ def test_what_only_the_engine_can_do_is_refused(setting: str, words: str) -> Non
 
     with pytest.raises(ScenarioError, match=words):
         load_scenario(SCENARIO.replace("COLLECTIVE", "all_reduce"), [setting])
+
+
+RXE = "transport.carrier=rxe"
+RXE_DCQCN = (RXE, "transport.congestion_control=dcqcn", "qos.ecn.enabled=true")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            (RXE, "transport.congestion_control=timely"),
+            "must be none or dcqcn with carrier rxe, whose round trips nobody measures",
+        ),
+        ((*RXE_DCQCN, "qos.priorities=[{priority: 4}]"), "qos.priorities: must name no further priority"),
+        ((*RXE_DCQCN, "qos.pfc.gate=plug"), "qos.pfc.gate: must be auto or tbf where dcqcn slows rxe down"),
+        (
+            (*RXE_DCQCN, "workload=[{application: ping, commands: [{host: 0, command: 'ping -c 1 {address:1}'}]}]"),
+            "transport.congestion_control: must be none where there are applications",
+        ),
+    ],
+)
+def test_what_cannot_slow_rxe_down_is_refused(settings: tuple[str, ...], words: str) -> None:
+    from testbed.errors import ScenarioError
+
+    with pytest.raises(ScenarioError, match=words):
+        load_scenario(SCENARIO.replace("COLLECTIVE", "all_reduce"), settings)
+
+
+def test_dcqcn_slows_rxe_down() -> None:
+    scenario = load_scenario(SCENARIO.replace("COLLECTIVE", "all_reduce"), RXE_DCQCN)
+    assert scenario.transport.congestion_control == "dcqcn"

@@ -203,13 +203,23 @@ def test_large_all_to_all_is_planned_in_seconds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("carrier", "ecn", "warns"),
-    [("rxe", True, True), ("rxe", False, False), ("engine", True, False), ("tcp", True, False)],
+    ("carrier", "control", "ecn", "warns"),
+    [
+        ("rxe", "none", True, True),
+        ("rxe", "none", False, False),
+        ("rxe", "dcqcn", True, False),
+        ("engine", "none", True, False),
+        ("tcp", "none", True, False),
+    ],
 )
-def test_marks_that_nobody_heeds_are_warned_of(carrier: str, ecn: bool, warns: bool) -> None:
-    settings = (f"transport.carrier={carrier}", f"qos.ecn.enabled={str(ecn).lower()}")
+def test_marks_that_nobody_heeds_are_warned_of(carrier: str, control: str, ecn: bool, warns: bool) -> None:
+    settings = (
+        f"transport.carrier={carrier}",
+        f"transport.congestion_control={control}",
+        f"qos.ecn.enabled={str(ecn).lower()}",
+    )
     warnings = plan_of("collective: all_reduce, size: 1 MiB", overrides=settings).warnings
-    assert any("rxe ignores CE and sends no CNP" in one for one in warnings) is warns
+    assert any("rxe itself ignores CE and sends no CNP" in one for one in warnings) is warns
 
 
 @pytest.mark.parametrize(("carrier", "shown"), [("engine", None), ("rxe", "netem"), ("tcp", "netem")])
