@@ -4,6 +4,7 @@
  *   switch_ingress  a frame reached a switch: it left the upstream queue; choose the egress port, admit, redirect
  *   host_egress     a frame leaves a host (NIC or kernel): account it and choose the transmit queue
  *   host_ingress    a frame reached a host: it left the leaf's queue; RoCEv2 for our QPs is answered here
+ *   attachment_ingress  a frame of a soft-RoCE device outside the host's namespace: it leaves by the NIC
  *
  * Depth of a queue = enq - deq. The frame is added by the program that redirects it to the port and subtracted
  * by the program at the other end of the veth, so the figure is exact whatever the qdisc in between does.
@@ -811,6 +812,12 @@ static __always_inline int receive_grant(struct __sk_buff *skb, struct tb_qp *qp
 	return 1;
 }
 
+/* RoCE for a queue pair that is not ours: the kernel's, in this namespace or behind the NIC's attachment. */
+static __always_inline int leave_to_kernel(const struct __sk_buff *skb, const struct tb_port *port)
+{
+	return port->flags & TB_PORT_ATTACHED ? bpf_redirect(skb->ifindex + TB_ATTACHMENT, 0) : TC_ACT_OK;
+}
+
 SEC("tc")
 int host_ingress(struct __sk_buff *skb)
 {
@@ -856,10 +863,10 @@ int host_ingress(struct __sk_buff *skb)
 	}
 	key = (bpf_ntohl(bth->dest_qp) & 0xffffff) - config.qpn_base;
 	if (key >= config.qps)
-		return TC_ACT_OK;
+		return leave_to_kernel(skb, port);
 	qp = bpf_map_lookup_elem(&tb_qps, &key);
 	if (!qp || !qp->active || qp->port != skb->ifindex - config.ifindex_base)
-		return TC_ACT_OK;
+		return leave_to_kernel(skb, port);
 
 	if (bth->opcode == 0x0a && len == TB_CTS_LEN) {
 		if (receive_grant(skb, qp))
@@ -900,6 +907,27 @@ int host_ingress(struct __sk_buff *skb)
 	default:
 		return TC_ACT_OK;
 	}
+}
+
+/* Of what leaves a soft-RoCE device outside the host's namespace RoCE alone enters the fabric: that namespace announces itself on
+ * every interface (mDNS, DHCP, IGMP).
+ */
+SEC("tc")
+int attachment_ingress(struct __sk_buff *skb)
+{
+	struct udphdr *udp;
+	struct ethhdr *eth;
+	struct iphdr *ip;
+
+	if (pull(skb, TB_HEADERS_LEN) < 0)
+		return TC_ACT_SHOT;
+	eth = packet_data(skb);
+	ip = (void *)(eth + 1);
+	udp = (void *)(ip + 1);
+	if ((void *)(udp + 1) > packet_data_end(skb) || !is_carried(skb, eth) || ip->protocol != IPPROTO_UDP || ip->ihl != 5 ||
+	    udp->dest != bpf_htons(TB_ROCE_PORT))
+		return TC_ACT_SHOT;
+	return bpf_redirect(skb->ifindex - TB_ATTACHMENT, 0);
 }
 
 /* The fidelity probe: how long a frame waits for this CPU. */

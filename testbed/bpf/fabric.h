@@ -53,6 +53,11 @@
 /* skb->mark of the copy of a marked frame that host_egress turns into a CNP. */
 #define TB_MARK_NOTIFY 0x7b000081
 
+/* A NIC's attachment leads RoCE out of the host's namespace, to where the sockets of a soft-RoCE are that knows no namespaces: a
+ * veth pair whose end in the host has the NIC's interface index plus this.
+ */
+#define TB_ATTACHMENT 0x10000
+
 /* Source-MAC marks of frames that no ingress program forwarded; see docs/architecture.md. */
 #define TB_INGRESS_HOST 0x0000   /* left a host: accounted by the host's egress program */
 #define TB_INGRESS_KERNEL 0xffff /* left a switch's own kernel: not accounted at all */
@@ -60,6 +65,7 @@
 enum tb_port_flags {
 	TB_PORT_HOST = 1,      /* the port belongs to a host */
 	TB_PORT_PEER_HOST = 2, /* the other end belongs to a host */
+	TB_PORT_ATTACHED = 512, /* RoCE that nobody here answers goes out by the port's attachment */
 	TB_PORT_DOWN = 256,    /* engine: its link is down: what arrives is lost, and adaptive routing passes it over */
 	TB_PORT_KERNEL_QPS = 1024, /* carrier: queue pairs of the kernel's on this NIC have rows of the QP table */
 };

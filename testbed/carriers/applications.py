@@ -486,9 +486,7 @@ def _name_nics(fabric: Fabric, netns: Sequence[int], stack: contextlib.ExitStack
         made = {port: f"tb{os.getpid()}n{nic}" for nic, port in enumerate(topology.nics)}
         # An interface bears one device: a deployed lab's serves.
         made = {port: name for port, name in made.items() if port.id not in fabric.rxe_devices}
-        stack.enter_context(
-            fabric.run_devices({name: (port.ifname, netns[host_of[port.node]]) for port, name in made.items()})
-        )
+        stack.enter_context(fabric.run_devices({name: port for port, name in made.items()}))
         devices = {**fabric.rxe_devices, **{port.id: name for port, name in made.items()}}
         load_connection_manager()
     names: list[list[NicNames]] = [[] for _ in netns]

@@ -129,8 +129,7 @@ def rxe_end(fabric: Fabric, nic: int, buffer: Bytes) -> Iterator[RxeEnd]:
     port = fabric.plan.topology.nics[nic]
     name = f"tb{os.getpid()}i{nic}"
     with contextlib.ExitStack() as stack:
-        netns = _open_namespace_of(fabric, port, stack)
-        stack.enter_context(fabric.run_devices({name: (port.ifname, netns)}))
+        stack.enter_context(fabric.run_devices({name: port}))
         yield RxeEnd(verbs, VerbsDevice(verbs, name, format_address(port.address), _MESSAGES, stack), buffer, stack)
 
 

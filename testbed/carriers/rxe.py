@@ -23,13 +23,13 @@ from testbed.carriers.verbs import VerbsDevice, connect_rc, create_rc, import_ve
 from testbed.collectives.schedule import TransferOp
 from testbed.errors import RunError
 from testbed.fabric import Fabric
-from testbed.kernel.namespaces import open_namespace
 from testbed.kernel.rxe import read_rxe_counters
 from testbed.plan.flows import trace_connection_routes
 from testbed.plan.model import PlannedWorkload
 from testbed.plan.predict import predict_cct_ratio
 from testbed.roce.wire import data_tos, source_port
 from testbed.scenario import Carrier, CongestionControl
+from testbed.topology import Port
 
 # Messages posted to a queue pair at a time, and completions that a device may hold.
 _QUEUE_MESSAGES = 256
@@ -124,19 +124,17 @@ class RxeTransport:
     def _open_devices(self, fabric: Fabric, planned: PlannedWorkload) -> dict[int, VerbsDevice]:
         """Open a device for each NIC that takes part, made for it unless it is a deployed lab's."""
         topology, stack = fabric.plan.topology, self._stack
-        wanted: dict[str, tuple[str, int]] = {}
+        wanted: dict[str, Port] = {}
         names: dict[int, str] = {}
         for nic in sorted(
             {end.nic for one in planned.connections for end in (one.requester.local, one.responder.local)}
         ):
             port = topology.nics[nic]
-            netns = open_namespace(fabric.namespace_of(topology.nodes[port.node].name))
-            stack.callback(os.close, netns)
             if port.id in fabric.rxe_devices:  # an interface bears one
                 names[nic] = fabric.rxe_devices[port.id]
                 continue
             names[nic] = f"tb{os.getpid()}n{nic}"
-            wanted[names[nic]] = (port.ifname, netns)
+            wanted[names[nic]] = port
         stack.enter_context(fabric.run_devices(wanted))
         return {
             nic: VerbsDevice(self._verbs, name, _dotted(topology.nics[nic].address), _MAX_COMPLETIONS, stack)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from testbed.errors import LabError
 from testbed.fabric.apply import IFINDEX_BASE, apply_operations
 from testbed.fabric.back_ends import choose_back_ends
-from testbed.fabric.rxe_devices import create_lab_devices
+from testbed.fabric.rxe_devices import create_devices, create_lab_devices, delete_devices, forget_attachments
 from testbed.fabric.signals import HeldSignals, signals_held
 from testbed.fabric.tables import TableWriter, count_rows
 from testbed.kernel import bpf, layout, registry
@@ -27,7 +27,6 @@ from testbed.kernel.namespaces import entered, open_namespace
 from testbed.kernel.netlink import RouteSocket, require_root
 from testbed.kernel.packet_socket import open_packet_socket
 from testbed.kernel.red import read_marks
-from testbed.kernel.rxe import rxe_devices
 from testbed.kernel.scheduling import choose_cpus
 from testbed.plan.loss import lost_priorities
 from testbed.plan.model import Plan
@@ -37,7 +36,7 @@ from testbed.roce.queue_pairs import QPN_BASE
 from testbed.roce.wire import CONTROL_PRIORITIES
 from testbed.routing import NO_GROUP
 from testbed.scenario import Carrier, LinkDelay, LossRecovery
-from testbed.topology import HOST_NETWORK, NodeKind
+from testbed.topology import HOST_NETWORK, NodeKind, Port
 
 # Rows of the QP table: enough for 8 QPs between all pairs of 32 hosts, or a ring of 1024 with 4.
 _QP_ROWS = 16384
@@ -163,7 +162,7 @@ class Fabric:
             signals.release()
             arrays = cls._build(plan, state, any_workload)
             if not ephemeral:  # a run's own carrier makes those that it needs
-                create_lab_devices(plan, state)
+                create_lab_devices(plan, state, arrays)
             state.ready = True
             registry.write_state(state)
             yield cls(plan, state, lock, arrays)
@@ -244,6 +243,7 @@ class Fabric:
             require_same_fabric(plan, state)
             arrays = open_arrays(state)
             registry.delete_leftovers(state)
+            forget_attachments(state, arrays, [port.id for port in plan.topology.nics])
             _wait_until_drained(name, arrays)
             layout.forget_kernel_qps(arrays)
         except BaseException:
@@ -269,19 +269,29 @@ class Fabric:
         """The lab's own soft-RoCE devices, by the id of the port that each stands on."""
         return {int(port_id): name for port_id, name in self.state.rxe_devices.items()}
 
+    @property
+    def attached(self) -> bool:
+        """Whether soft-RoCE devices stand outside their hosts' namespaces, for this kernel's rxe does not know them."""
+        return bool(self.state.attachments)
+
     @contextlib.contextmanager
-    def run_devices(self, wanted: Mapping[str, tuple[str, int]]) -> Iterator[None]:
+    def run_devices(self, wanted: Mapping[str, Port]) -> Iterator[None]:
         """Have soft-RoCE devices for the block, recorded before they are made: a run may be killed on a lab that stays.
 
         Args:
-            wanted: Interface and descriptor of its namespace, by the device's name.
+            wanted: The NIC of each, by the device's name.
+
+        Raises:
+            MachineError: The kernel or a program for it is missing, or this machine's namespace cannot have them.
+            KernelError: The kernel refused one.
         """
         self.state.run_devices += wanted
         registry.write_state(self.state)
         try:
-            with rxe_devices(wanted):
-                yield
+            create_devices(self.plan, self.state, self.arrays, wanted)
+            yield
         finally:
+            delete_devices(self.state, self.arrays, wanted)
             self.state.run_devices = [name for name in self.state.run_devices if name not in wanted]
             registry.write_state(self.state)
 

@@ -1,24 +1,29 @@
-"""The soft-RoCE devices of a deployed lab: one for each NIC, recorded before they are made."""
+"""The soft-RoCE devices of a lab: on the NICs, or on their attachments where rxe does not know namespaces."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+import numpy as np
 
 from testbed.errors import LabError
-from testbed.kernel import registry
+from testbed.fabric.apply import ifindex_of
+from testbed.kernel import layout, registry
+from testbed.kernel.attachment import AttachedNic, create_attachment
 from testbed.kernel.namespaces import open_namespace
-from testbed.kernel.rxe import create_rxe, has_device
+from testbed.kernel.rxe import create_rxe, create_rxe_here, delete_rxe, has_device
 from testbed.plan.model import Plan
 from testbed.scenario import Carrier
+from testbed.topology import HOST_NETWORK, Port
 
 
-def create_lab_devices(plan: Plan, state: registry.LabState) -> None:
-    """Make a device on every NIC of a lab whose scenario has the carrier rxe.
+def create_lab_devices(plan: Plan, state: registry.LabState, arrays: layout.MappedArrays) -> None:
+    """Make a device on every NIC of a lab whose scenario has the carrier rxe, recorded before they are made.
 
     Raises:
         LabError: A device of such a name exists.
-        MachineError: The kernel or a program for it is missing, or rxe does not know namespaces.
+        MachineError: The kernel or a program for it is missing, or this machine's namespace cannot have them.
         KernelError: The kernel refused one.
     """
     if plan.scenario.transport.carrier is not Carrier.RXE:
@@ -29,13 +34,7 @@ def create_lab_devices(plan: Plan, state: registry.LabState) -> None:
             raise LabError(f"an RDMA device named {name!r} exists already", hint="choose another lab name with --name")
     state.rxe_devices = {str(port_id): name for port_id, name in names.items()}
     registry.write_state(state)
-    for port_id, name in names.items():
-        port = plan.topology.port(port_id)
-        netns = open_namespace(state.namespaces[plan.topology.nodes[port.node].name])
-        try:
-            create_rxe(name, port.ifname, netns)
-        finally:
-            os.close(netns)
+    create_devices(plan, state, arrays, {name: plan.topology.port(port_id) for port_id, name in names.items()})
 
 
 def device_names(plan: Plan, lab: str) -> Mapping[int, str]:
@@ -46,3 +45,67 @@ def device_names(plan: Plan, lab: str) -> Mapping[int, str]:
         host = topology.nodes[port.node]
         found[port.id] = f"{lab}-{host.name}" + ("" if len(host.ports) == 1 else f"-{port.ifname}")
     return found
+
+
+def create_devices(
+    plan: Plan, state: registry.LabState, arrays: layout.MappedArrays, wanted: Mapping[str, Port]
+) -> None:
+    """Make devices; the first tells whether rxe knows namespaces, and where the others go.
+
+    Args:
+        plan: The lab's plan.
+        state: The lab's record; notes the attachments before they are made.
+        arrays: The lab's maps.
+        wanted: The NIC of each, by the device's name.
+
+    Raises:
+        MachineError: The kernel or a program for it is missing, or this machine's namespace cannot have them.
+        KernelError: The kernel refused one.
+    """
+    knows_namespaces = True
+    for name, port in wanted.items():
+        namespace = state.namespaces[plan.topology.nodes[port.node].name]
+        netns = open_namespace(namespace)
+        try:
+            knows_namespaces = knows_namespaces and create_rxe(name, port.ifname, netns)
+            if not knows_namespaces:
+                state.attachments[str(port.id)] = (namespace, ifindex_of(port.id))
+                registry.write_state(state)
+                ifname = create_attachment(_attached_nic(plan, port), netns, state.mark)
+                arrays.ports["flags"][port.id] |= layout.PORT_ATTACHED
+                create_rxe_here(name, ifname)
+        finally:
+            os.close(netns)
+
+
+def delete_devices(state: registry.LabState, arrays: layout.MappedArrays, unwanted: Mapping[str, Port]) -> None:
+    """Delete devices and their attachments, and wait until they are gone; those that were not made do not matter."""
+    for name in unwanted:
+        if has_device(name):
+            delete_rxe(name)
+    ports = [port.id for port in unwanted.values() if str(port.id) in state.attachments]
+    registry.delete_attachments(state, [str(port_id) for port_id in ports])
+    forget_attachments(state, arrays, ports)
+
+
+def forget_attachments(state: registry.LabState, arrays: layout.MappedArrays, ports: Iterable[int]) -> None:
+    """Let the kernel of each host have the RoCE of NICs that are attached no more."""
+    for port_id in ports:
+        if str(port_id) not in state.attachments:
+            arrays.ports["flags"][port_id] &= ~np.uint16(layout.PORT_ATTACHED)
+
+
+def _attached_nic(plan: Plan, port: Port) -> AttachedNic:
+    topology = plan.topology
+    peer = topology.port(port.peer)
+    return AttachedNic(
+        index=ifindex_of(port.id),
+        ifname=port.ifname,
+        mac=port.mac,
+        mtu=plan.port_mtu_bytes,
+        address=port.address,
+        gateway=peer.address,
+        gateway_mac=peer.mac,
+        network=HOST_NETWORK,
+        network_prefix_len=32 - (2 * topology.slots - 1).bit_length(),
+    )

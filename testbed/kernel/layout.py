@@ -17,8 +17,11 @@ from testbed.kernel.bpf import delete_map_entry, map_array, read_map, write_map
 PRIORITIES = 8
 FABRIC_PROGRAMS = ("switch_ingress", "host_egress", "host_ingress")
 PROBE_PROGRAM = "probe_ingress"
+ATTACHMENT_PROGRAM = "attachment_ingress"
 
-PORT_HOST, PORT_PEER_HOST, PORT_DOWN = 1, 2, 256
+PORT_HOST, PORT_PEER_HOST, PORT_DOWN, PORT_ATTACHED = 1, 2, 256, 512
+# From a NIC's interface index to that of its attachment (TB_ATTACHMENT).
+ATTACHMENT = 0x10000
 PORT_KERNEL_QPS = 1024
 
 PORT = np.dtype(

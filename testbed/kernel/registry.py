@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import LabError, MachineError
+from testbed.kernel.attachment import delete_attachment
 from testbed.kernel.host_tuning import restore_host
-from testbed.kernel.namespaces import NETNS_DIR, delete_namespace
+from testbed.kernel.namespaces import NETNS_DIR, delete_namespace, open_namespace, read_mark
 from testbed.kernel.processes import end_programs
 from testbed.kernel.rxe import delete_rxe, has_device
 
@@ -45,6 +46,8 @@ class LabState:
         details: What the fabric needs to find itself again (map ids, sizes).
         rxe_devices: Name of the soft-RoCE device of each port that has one, by the port's id as text.
         run_devices: Names of those that a run has made for itself on a deployed lab.
+        attachments: Namespace and interface index of each NIC that is attached to the namespace of the process, by the port's id
+            as text.
     """
 
     name: str
@@ -57,6 +60,7 @@ class LabState:
     details: dict[str, Any] = field(default_factory=dict)
     rxe_devices: dict[str, str] = field(default_factory=dict)
     run_devices: list[str] = field(default_factory=list)
+    attachments: dict[str, tuple[str, int]] = field(default_factory=dict)
 
 
 class LabLock:
@@ -227,6 +231,8 @@ def delete_lab(state: LabState) -> list[str]:
         if has_device(name):
             with contextlib.suppress(MachineError):  # without the program for it: it goes with its interface
                 delete_rxe(name)
+    # They would go with the namespaces, but not at once, and they have addresses here.
+    delete_attachments(state, list(state.attachments))
     foreign = [name for name in state.namespaces.values() if not delete_namespace(name, state.mark)]
     shutil.rmtree(_lab_dir(state.name), ignore_errors=True)
     return foreign
@@ -238,15 +244,29 @@ def delete_leftovers(state: LabState) -> None:
     for name in state.run_devices:
         if has_device(name):
             delete_rxe(name)
+    delete_attachments(state, [port_id for port_id in state.attachments if port_id not in state.rxe_devices])
     if state.run_devices:
         state.run_devices = []
         write_state(state)
 
 
+def delete_attachments(state: LabState, port_ids: Sequence[str]) -> None:
+    """Remove attachments of a lab's NICs by their ports' ids, those of its own namespaces alone; its lock must be held."""
+    for port_id in port_ids:
+        namespace, index = state.attachments[port_id]
+        if read_mark(namespace) == state.mark:
+            netns = open_namespace(namespace)
+            try:
+                delete_attachment(index, netns)
+            finally:
+                os.close(netns)
+        del state.attachments[port_id]
+    if port_ids:
+        write_state(state)
+
+
 def _end_processes(state: LabState) -> None:
     """Kill what still runs in the lab's namespaces: it would keep them alive without a name."""
-    from testbed.kernel.namespaces import read_mark
-
     nodes = set()
     for name in state.namespaces.values():
         with contextlib.suppress(OSError):

@@ -1,7 +1,8 @@
 """Soft-RoCE devices: rdma_rxe on top of an interface in a network namespace.
 
 Whether the kernel's rxe knows namespaces is found out by trying: since it does, a device made inside a namespace has its UDP
-socket there. Before, the socket was in the initial namespace and no frame ever reached it.
+socket there. Before, all sockets are in the initial namespace, where then the devices must stand
+(:mod:`testbed.kernel.attachment`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import errno
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from testbed.errors import KernelError, MachineError
@@ -27,36 +27,57 @@ _LOOK_S = 0.005
 _NO_RXE_SIGNS = ("NETLINK_RDMA", "not supported", "No such file")
 
 
-def create_rxe(name: str, ifname: str, netns_fd: int) -> None:
-    """Create a device; names are global.
+def create_rxe(name: str, ifname: str, netns_fd: int) -> bool:
+    """Create a device on an interface of a namespace; names are global.
+
+    Returns:
+        False where rxe does not know namespaces; the device is then gone again.
 
     Raises:
-        MachineError: The kernel or a program for it is missing, or rxe does not know namespaces.
+        MachineError: The kernel or a program for it is missing.
         KernelError: The kernel refused it.
     """
-    _load("rdma_rxe")
     with entered(netns_fd):
-        done = _run("rdma", "link", "add", name, "type", "rxe", "netdev", ifname)
-        if done.returncode:
-            words = done.stderr.strip()
-            if any(sign in words for sign in _NO_RXE_SIGNS):
-                if shutil.which("modprobe") is None:
-                    raise MachineError(
-                        f"rdma_rxe is not loaded, and there is no program 'modprobe': {words}",
-                        hint="apt-get install kmod",
-                    )
-                raise MachineError(
-                    f"this kernel has no rdma_rxe: {words}",
-                    hint="`testbed run --virtual-time SCENARIO` and `testbed vm run -- COMMAND` bring a kernel that has",
-                )
-            raise KernelError(f"rdma link add {name} type rxe netdev {ifname}", errno.EINVAL, words)
+        _add(name, ifname)
         listening = _listens_here()
     if not listening:
         delete_rxe(name)
+    return listening
+
+
+def create_rxe_here(name: str, ifname: str) -> None:
+    """Create a device on an interface of the calling thread's namespace, for a kernel whose rxe does not know namespaces.
+
+    Raises:
+        MachineError: This is not the initial namespace, or the kernel or a program for it is missing.
+        KernelError: The kernel refused it.
+    """
+    _add(name, ifname)
+    if not _listens_here():
+        delete_rxe(name)
         raise MachineError(
-            "this kernel's rxe does not know network namespaces",
-            hint="testbed vm run --kernel trixie-backports -- COMMAND",
+            "this kernel's rxe works in the initial network namespace alone, and this process is in another",
+            hint="run on the host itself, or `testbed run --virtual-time SCENARIO`",
         )
+
+
+def _add(name: str, ifname: str) -> None:
+    _load("rdma_rxe")
+    done = _run("rdma", "link", "add", name, "type", "rxe", "netdev", ifname)
+    if not done.returncode:
+        return
+    words = done.stderr.strip()
+    if not any(sign in words for sign in _NO_RXE_SIGNS):
+        raise KernelError(f"rdma link add {name} type rxe netdev {ifname}", errno.EINVAL, words)
+    if shutil.which("modprobe") is None:
+        raise MachineError(
+            f"rdma_rxe is not loaded, and there is no program 'modprobe': {words}",
+            hint="apt-get install kmod",
+        )
+    raise MachineError(
+        f"this kernel has no rdma_rxe: {words}",
+        hint="`testbed run --virtual-time SCENARIO` and `testbed vm run -- COMMAND` bring a kernel that has",
+    )
 
 
 def has_device(name: str) -> bool:
@@ -105,20 +126,6 @@ def read_rxe_counters(name: str) -> dict[str, int]:
         with contextlib.suppress(OSError, ValueError):
             found[entry.name] = int(entry.read_text())
     return found
-
-
-@contextlib.contextmanager
-def rxe_devices(wanted: Mapping[str, tuple[str, int]]) -> Iterator[None]:
-    """Have devices for the block.
-
-    Args:
-        wanted: Interface and descriptor of its namespace, by the device's name.
-    """
-    with contextlib.ExitStack() as stack:
-        for name, (ifname, netns_fd) in wanted.items():
-            create_rxe(name, ifname, netns_fd)
-            stack.callback(delete_rxe, name)
-        yield
 
 
 def load_connection_manager() -> None:

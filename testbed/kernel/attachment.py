@@ -1,0 +1,180 @@
+"""Leads RoCE between a NIC in its host's namespace and the namespace that this process is in.
+
+Until Linux 7.1 soft-RoCE has its sockets in the initial namespace alone and looks its routes up there: a device on an interface
+of a host's namespace hears nothing. An attachment is the interface that it stands on instead: a veth pair, one end here with
+the NIC's own address and MAC, the other beside the NIC. eBPF hands RoCE over between that end and the NIC, both ways, so
+the fabric and all that the NIC does (its shaper, pauses, counters) are as they are with any other carrier.
+
+That end is of the lab's own namespace, so the pair goes with it, and it alone is what :func:`delete_attachment` asks for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from testbed.errors import KernelError, MachineError
+from testbed.kernel.bpf import load_object
+from testbed.kernel.layout import ATTACHMENT, ATTACHMENT_PROGRAM
+from testbed.kernel.links import (
+    IFLA_IFALIAS,
+    address_text,
+    create_address,
+    create_neighbour,
+    create_route,
+    create_veth,
+    delete_link,
+    move_link,
+    set_link_up,
+)
+from testbed.kernel.namespaces import entered
+from testbed.kernel.netlink import RouteSocket
+from testbed.kernel.tc import TC_H_INGRESS_HOOK, attach_filter, create_clsact
+
+# All addresses of the fabric are this machine's own here: frames come from an address of ours to another, and the other's
+# interface must not answer for it. No IPv6: it would announce itself.
+_SYSCTLS = {
+    "net/ipv6/conf/{0}/disable_ipv6": "1",
+    "net/ipv4/conf/{0}/rp_filter": "0",
+    "net/ipv4/conf/{0}/accept_local": "1",
+    "net/ipv4/conf/{0}/arp_ignore": "1",
+    "net/ipv4/conf/{0}/arp_announce": "2",
+}
+_STRICT_RP_FILTER = "1"
+_FIRST_METRIC = 0x1000
+_MARK = b"testbed:"
+
+
+@dataclass(frozen=True, slots=True)
+class AttachedNic:
+    """A NIC and what is needed to stand in for it.
+
+    Attributes:
+        index: Interface index in its host's namespace.
+        ifname: Name there.
+        mac: MAC address.
+        mtu: MTU in bytes.
+        address: IPv4 address, the prefix length is 31.
+        gateway: Address of the switch port at the other end of its link.
+        gateway_mac: Its MAC address.
+        network: First address of all hosts of the fabric.
+        network_prefix_len: Length in bits of the prefix that covers them.
+    """
+
+    index: int
+    ifname: str
+    mac: str
+    mtu: int
+    address: int
+    gateway: int
+    gateway_mac: str
+    network: int
+    network_prefix_len: int
+
+
+def create_attachment(nic: AttachedNic, netns_fd: int, mark: str) -> str:
+    """Attach a NIC to the calling thread's namespace; return the name of the interface here.
+
+    Args:
+        nic: The NIC.
+        netns_fd: Its host's namespace.
+        mark: Proof of ownership, set as the alias of the interface here.
+
+    Raises:
+        MachineError: Addresses of the fabric are in use here, or frames from addresses of this machine's own would be dropped.
+        KernelError: The kernel refused it.
+    """
+    with RouteSocket() as here:
+        _check_free(nic, here)
+        ifname = f"tbx{hashlib.blake2b(f'{mark} {nic.index}'.encode(), digest_size=6).hexdigest()}"
+        origin = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _create_pair(nic, ifname, netns_fd, origin, mark)
+        finally:
+            os.close(origin)
+        for key, value in _SYSCTLS.items():
+            with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
+                (Path("/proc/sys") / key.format(ifname)).write_text(value)
+        index = socket.if_nametoindex(ifname)
+        here.request(
+            [
+                set_link_up(index, ifname),
+                create_address(index, nic.address, 31),
+                create_neighbour(index, nic.gateway, nic.gateway_mac),
+                create_route(
+                    nic.network, nic.network_prefix_len, [(nic.gateway, index)], metric=_FIRST_METRIC + nic.index
+                ),
+            ]
+        )
+    return ifname
+
+
+def delete_attachment(nic_index: int, netns_fd: int) -> None:
+    """Remove the attachment of a NIC of that interface index; one that is gone does not matter."""
+    with entered(netns_fd), RouteSocket() as route:
+        route.request([delete_link(nic_index + ATTACHMENT, f"index {nic_index + ATTACHMENT}")])
+
+
+def _create_pair(nic: AttachedNic, ifname: str, netns_fd: int, origin: int, mark: str) -> None:
+    """Make both ends in the host's namespace, where they are ours whenever this process ends, then move one here."""
+    index, host_ifname = nic.index + ATTACHMENT, f"{nic.ifname}-rdma"
+    loaded = load_object(map_entries={}, initial_values={}, programs=(ATTACHMENT_PROGRAM,))
+    with contextlib.closing(loaded), entered(netns_fd), RouteSocket() as route:
+        program = loaded.programs[ATTACHMENT_PROGRAM]
+        route.request(
+            [
+                create_veth(
+                    ifname=host_ifname,
+                    index=index,
+                    mac=f"06{nic.mac[2:]}",
+                    mtu=nic.mtu,
+                    peer_ifname=ifname,
+                    peer_index=0,
+                    peer_mac=nic.mac,
+                    peer_netns_fd=netns_fd,
+                ),
+                *move_link(ifname, mark, origin),
+                create_clsact(index, host_ifname),
+                attach_filter(index, host_ifname, TC_H_INGRESS_HOOK, program, ATTACHMENT_PROGRAM),
+                set_link_up(index, host_ifname),
+            ]
+        )
+
+
+def _check_free(nic: AttachedNic, here: RouteSocket) -> None:
+    """Check that this namespace has no use of its own for the fabric's addresses.
+
+    Raises:
+        MachineError: It has.
+    """
+    first, last = nic.network, nic.network + (1 << 32 - nic.network_prefix_len) - 1
+    for line in Path("/proc/thread-self/net/route").read_text().splitlines()[1:]:
+        fields = line.split()
+        # As the kernel prints them: 32-bit words of this machine's byte order.
+        destination, mask = (int.from_bytes(bytes.fromhex(fields[column])[::-1], "big") for column in (1, 7))
+        overlaps = mask and destination <= last and destination + (mask ^ 0xFFFF_FFFF) >= first
+        if overlaps and not _is_ours(fields[0], here):
+            raise MachineError(
+                f"this machine has a route to {address_text(destination)}/{mask.bit_count()} by {fields[0]}, and this kernel's "
+                "rxe needs the addresses of the fabric's hosts here, which are of "
+                f"{address_text(nic.network)}/{nic.network_prefix_len}",
+                hint="`testbed run --virtual-time SCENARIO` runs in a guest of its own",
+            )
+    if Path("/proc/sys/net/ipv4/conf/all/rp_filter").read_text().strip() == _STRICT_RP_FILTER:
+        raise MachineError(
+            "net.ipv4.conf.all.rp_filter is 1: this machine drops frames from addresses of its own, and this kernel's rxe needs "
+            "all hosts' in one network namespace",
+            hint="sysctl net.ipv4.conf.all.rp_filter=2",
+        )
+
+
+def _is_ours(ifname: str, here: RouteSocket) -> bool:
+    """Return whether an interface here is an attachment, of whatever lab."""
+    try:
+        return here.read_link(socket.if_nametoindex(ifname)).get(IFLA_IFALIAS, b"").startswith(_MARK)
+    except (OSError, KernelError):
+        return True  # gone since

@@ -1,0 +1,173 @@
+"""Attachments: RoCE between a NIC and the namespace that soft-RoCE of older kernels is in; here plain UDP in its place."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from testbed.errors import MachineError
+from testbed.fabric import Fabric, rxe_devices
+from testbed.kernel import attachment
+from testbed.kernel.attachment import create_attachment
+from testbed.kernel.namespaces import open_namespace
+from testbed.kernel.registry import collect_garbage, read_state
+from testbed.topology import Port, format_address
+from tests.netns.labs import (
+    PATIENCE_S,
+    Quiet,
+    assert_drained,
+    lab_name,
+    plain_carrier,
+    run_in,
+    small_fabric,
+    small_plan,
+)
+
+pytestmark = pytest.mark.root
+
+ROCE_PORT = 4791
+MARK = "testbed-test:attachment"
+
+
+def attached_interfaces() -> dict[str, str]:
+    """Return the alias of each attachment in this namespace."""
+    found = {}
+    for entry in Path("/sys/class/net").glob("tbx*"):
+        with suppress(FileNotFoundError):
+            found[entry.name] = (entry / "ifalias").read_text().strip()
+    return found
+
+
+@pytest.fixture(autouse=True)
+def without_rxe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a kernel whose rxe does not know namespaces, and devices that are nothing: this one has no rxe at all."""
+    monkeypatch.setattr(rxe_devices, "create_rxe", lambda name, ifname, netns_fd: False)
+    monkeypatch.setattr(rxe_devices, "create_rxe_here", lambda name, ifname: None)
+
+
+@contextmanager
+def attached(fabric: Fabric) -> Iterator[dict[int, str]]:
+    """Attach all NICs for the block; yield the interface of each by the port's id."""
+    created: dict[int, str] = {}
+    keep = rxe_devices.create_rxe_here
+    try:
+        names = {f"test{nic.id}": nic for nic in fabric.plan.topology.nics}
+        rxe_devices.create_rxe_here = lambda name, ifname: created.update({names[name].id: ifname})  # type: ignore[assignment]
+        with fabric.run_devices(names):
+            yield created
+    finally:
+        rxe_devices.create_rxe_here = keep
+
+
+def open_socket(port: Port, ifname: str, stack: ExitStack) -> socket.socket:
+    opened = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, ifname.encode())
+    opened.bind((format_address(port.address), ROCE_PORT))
+    opened.settimeout(PATIENCE_S)
+    return opened
+
+
+def test_roce_crosses_the_fabric_and_other_sockets_stay_on_their_hosts() -> None:
+    with small_fabric() as fabric, ExitStack() as stack:
+        with attached(fabric) as ifnames:
+            assert set(attached_interfaces().values()) == {fabric.state.mark}
+            nics = fabric.plan.topology.nics
+            sockets = [open_socket(nic, ifnames[nic.id], stack) for nic in nics]
+            for sender, source in zip(sockets, nics, strict=True):
+                for receiver, target in zip(sockets, nics, strict=True):
+                    if source is not target:
+                        sender.sendto(bytes(200), (format_address(target.address), ROCE_PORT))
+                        assert receiver.recvfrom(300) == (bytes(200), (format_address(source.address), ROCE_PORT))
+            # Twelve datagrams, each counted once by its NIC; the four between the leaves' hosts of one rack do not see a spine.
+            assert sum(int(fabric.arrays.queues["enq_packets"][nic.id].sum()) for nic in nics) == 12
+            spines = [node for node in fabric.plan.topology.nodes if node.name.startswith("spine")]
+            crossed = sum(int(fabric.arrays.queues["enq_packets"][port].sum()) for one in spines for port in one.ports)
+            assert crossed == 8
+            ping = run_in(fabric, "host0", "ping", "-c1", "-W5", format_address(nics[3].address))
+            assert ping.returncode == 0, "the hosts' own kernels have their NICs as ever"
+            assert_drained(fabric)
+        assert not attached_interfaces()
+        assert not fabric.state.attachments
+        assert not any(fabric.arrays.ports["flags"][nic.id] & 512 for nic in nics)
+
+
+def test_nothing_but_roce_leaves_by_an_attachment() -> None:
+    with small_fabric() as fabric, ExitStack() as stack, attached(fabric) as ifnames:
+        nic = fabric.plan.topology.nics[0]
+        opened = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, ifnames[nic.id].encode())
+        for port in (5353, 4790):
+            opened.sendto(bytes(100), (format_address(fabric.plan.topology.nics[3].address), port))
+        assert int(fabric.arrays.queues["enq_packets"][nic.id].sum()) == 0
+        opened.sendto(bytes(100), (format_address(fabric.plan.topology.nics[3].address), ROCE_PORT))
+        assert int(fabric.arrays.queues["enq_packets"][nic.id].sum()) == 1
+
+
+def test_the_engines_queue_pairs_are_answered_at_the_nic() -> None:
+    with small_fabric() as fabric, attached(fabric):
+        with plain_carrier(fabric) as carrier:
+            carrier.run(0, Quiet())
+        assert_drained(fabric)
+
+
+def test_what_a_killed_run_left_goes_and_no_other() -> None:
+    name = lab_name("attached")
+    with Fabric.deploy(small_plan(), name) as fabric:
+        nics = fabric.plan.topology.nics
+        rxe_devices.create_devices(fabric.plan, fabric.state, fabric.arrays, {"a": nics[0], "b": nics[1]})
+    try:
+        assert len(attached_interfaces()) == 2
+        removed, foreign = collect_garbage()
+        assert name not in removed
+        assert not foreign
+        assert not attached_interfaces()
+        assert not read_state(name).attachments
+        with Fabric.attach(small_plan(), name) as fabric:
+            assert not any(fabric.arrays.ports["flags"][nic.id] & 512 for nic in nics)
+            rxe_devices.create_devices(fabric.plan, fabric.state, fabric.arrays, {"a": nics[0]})
+            assert len(attached_interfaces()) == 1
+            fabric.destroy()
+        assert not attached_interfaces()
+    finally:
+        with suppress(Exception):
+            Fabric.attach(small_plan(), name).destroy()
+
+
+def test_addresses_in_use_here_are_refused() -> None:
+    made = subprocess.run(
+        "ip link add tbt-used type veth peer tbt-used2 && ip addr add 10.0.0.6/30 dev tbt-used && ip link set tbt-used up"
+        " && ip link set tbt-used2 up",
+        shell=True, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    try:
+        with (
+            small_fabric() as fabric,
+            pytest.raises(MachineError, match=r"route to 10\.0\.0\.4/30 by tbt-used"),
+            attached(fabric),
+        ):
+            pass
+    finally:
+        subprocess.run(["ip", "link", "del", "tbt-used"], check=True)
+    assert not attached_interfaces()
+
+
+def test_machine_that_drops_its_own_addresses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        attachment, "_STRICT_RP_FILTER", Path("/proc/sys/net/ipv4/conf/all/rp_filter").read_text().strip()
+    )
+    with small_fabric() as fabric:
+        nic = fabric.plan.topology.nics[0]
+        netns = open_namespace(fabric.namespace_of("host0"))
+        try:
+            with pytest.raises(MachineError, match="rp_filter"):
+                create_attachment(rxe_devices._attached_nic(fabric.plan, nic), netns, MARK)
+        finally:
+            os.close(netns)
+    assert not attached_interfaces()
