@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from types import TracebackType
 from typing import Any
@@ -269,11 +269,6 @@ class Fabric:
         """The lab's own soft-RoCE devices, by the id of the port that each stands on."""
         return {int(port_id): name for port_id, name in self.state.rxe_devices.items()}
 
-    @property
-    def attached(self) -> bool:
-        """Whether soft-RoCE devices stand outside their hosts' namespaces, for this kernel's rxe does not know them."""
-        return bool(self.state.attachments)
-
     @contextlib.contextmanager
     def run_devices(self, wanted: Mapping[str, Port]) -> Iterator[None]:
         """Have soft-RoCE devices for the block, recorded before they are made: a run may be killed on a lab that stays.
@@ -289,6 +284,7 @@ class Fabric:
         registry.write_state(self.state)
         try:
             create_devices(self.plan, self.state, self.arrays, wanted)
+            self.back_ends = replace(self.back_ends, rxe="attachment" if self.state.attachments else "namespace")
             yield
         finally:
             delete_devices(self.state, self.arrays, wanted)

@@ -54,12 +54,15 @@ class BackEnds:
         marker: Marks CE: ``bpf`` or ``red``.
         scheduler: Shares a port among several data priorities: ``htb``, ``ets`` or ``prio``.
         link_delay: Delays what crosses a link: ``netem``, or ``carrier``: whoever sends acts as if it were delayed.
+        rxe: Where soft-RoCE devices stand: ``namespace``, on the NICs, or ``attachment``, outside, where rxe knows no namespaces;
+            None until there are any.
     """
 
     gate: str = "tbf"
     marker: str = "bpf"
     scheduler: str = "htb"
     link_delay: str = "carrier"
+    rxe: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -264,7 +264,7 @@ def _describe_loads(plan: Plan, index: int, planned: PlannedWorkload) -> list[Li
 
 def describe_back_ends(plan: Plan, back_ends: BackEnds) -> dict[str, str | None]:
     """Return what does the work: what shares the ports; the gate and the marker where anything is paused or marked; what delays,
-    where links have a delay and the engine does not."""
+    where links have a delay and the engine does not; where soft-RoCE devices stand."""
     delays = plan.scenario.transport.carrier is not Carrier.ENGINE and any(
         link.delay_ns for link in plan.topology.links
     )
@@ -273,6 +273,7 @@ def describe_back_ends(plan: Plan, back_ends: BackEnds) -> dict[str, str | None]
         "gate": back_ends.gate if plan.pausing else None,
         "marker": back_ends.marker if plan.marking else None,
         "link_delay": back_ends.link_delay if delays else None,
+        "rxe": back_ends.rxe,
     }
 
 

@@ -472,7 +472,7 @@ class Result:
         fidelity: Whether to trust it, that of the worst row; None when nothing ran.
         checks: One per line of ``expect:``.
         warnings: What to look at before trusting a figure, and what is not modelled.
-        back_ends: Which of the kernel's means did the work: ``scheduler``, ``gate``, ``marker``, ``link_delay``, or None.
+        back_ends: What of the kernel did the work: ``scheduler``, ``gate``, ``marker``, ``link_delay``, ``rxe``; or None.
         applications: One per application; then there are no `results`.
         schema_version: Version of this structure.
     """

@@ -228,7 +228,7 @@ def test_plan_tells_what_it_would_be_made_with(carrier: str, shown: str | None) 
     assert describe_plan(plan)["back_ends"] is None
     link_delay = "carrier" if shown is None else shown
     report = describe_plan(plan, operations=True, back_ends=BackEnds(link_delay=link_delay))
-    assert report["back_ends"] == {"scheduler": "tbf", "gate": None, "marker": None, "link_delay": shown}
+    assert report["back_ends"] == {"scheduler": "tbf", "gate": None, "marker": None, "link_delay": shown, "rxe": None}
     delay_ns = round(600 * plan.dilation.value)
     shaped = [one["command"] for one in report["operations"] if "mq" in one["command"]]
     assert shaped
