@@ -170,7 +170,9 @@ def _run_once(
         writers = [stack.enter_context(writer) for _, writer in ends]
         command = build_qemu_command(
             programs.qemu,
-            MachineFiles(kernel.image, init, root_socket, console, *(writer.fileno() for writer in writers)),
+            MachineFiles(
+                kernel.image, kernel.initramfs, init, root_socket, console, *(writer.fileno() for writer in writers)
+            ),
             accelerator=accelerator,
             virtual_time=job.virtual_time,
             skip_idle=job.skip_idle,

@@ -21,12 +21,15 @@ from enum import StrEnum
 from pathlib import Path
 
 from testbed.errors import MachineError
+from testbed.vm.initramfs import build_initramfs, needs_initramfs
 
 _META_PACKAGE = "linux-image-amd64"
 _DEFAULT_MIRROR = "http://deb.debian.org/debian"
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _APT_FOLDER = Path("/etc/apt")
-_RECORD = "kernel.json"
+_RECORD, _IMAGE, _INITRAMFS = "kernel.json", "vmlinux", "initramfs.cpio"
+# The program of an initramfs, and where its package has it.
+_BUSYBOX_PACKAGE, _BUSYBOX = "busybox-static", "bin/busybox"
 _ELF_MAGIC = b"\x7fELF"
 # How the image in a bzImage may be compressed, by the first bytes of the stream.
 _XZ_MAGIC, _ZSTD_MAGIC, _GZIP_MAGIC = b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x1f\x8b\x08"
@@ -36,6 +39,7 @@ _APT_RETRIES = 3
 class KernelName(StrEnum):
     """The kernels that can be booted, by the Debian suite that has them."""
 
+    BOOKWORM = "bookworm"
     TRIXIE = "trixie"
     TRIXIE_BACKPORTS = "trixie-backports"
     BOOKWORM_BACKPORTS = "bookworm-backports"
@@ -54,7 +58,7 @@ class GuestKernel:
         name: The suite it came from.
         release: What ``uname -r`` says in the guest.
         package_version: Debian's version of it.
-        folder: Where it is: ``vmlinux``, and ``lib/modules/RELEASE``.
+        folder: Where it is: ``vmlinux``, ``lib/modules/RELEASE``, and ``initramfs.cpio`` where it needs one.
     """
 
     name: str
@@ -65,7 +69,13 @@ class GuestKernel:
     @property
     def image(self) -> Path:
         """The ELF image that QEMU loads."""
-        return self.folder / "vmlinux"
+        return self.folder / _IMAGE
+
+    @property
+    def initramfs(self) -> Path | None:
+        """The first root, for a kernel that needs one."""
+        path = self.folder / _INITRAMFS
+        return path if path.exists() else None
 
 
 def cache_folder() -> Path:
@@ -127,27 +137,39 @@ def _download(name: KernelName, cache: Path) -> GuestKernel:
                 release, apt("apt-cache", "depends", "--no-recommends", "--no-suggests", f"linux-image-{release}")
             )
             apt("apt-get", "download", *(f"{package}={version}" for package in packages))
-            root = draft / "root"
-            for archive in sorted((draft / "apt").glob("*.deb")):
-                _run(["dpkg", "-x", str(archive), str(root)], "unpacking the guest's kernel")
-        ready = draft / "ready"
-        ready.mkdir()
-        modules = next((one for one in (root / "usr/lib/modules", root / "lib/modules") if one.is_dir()), None)
-        bootable = next((one for name in (f"vmlinuz-{release}", "vmlinuz") for one in sorted(root.rglob(name))), None)
-        if modules is None or bootable is None:
-            raise MachineError(
-                f"the packages of Linux {release} have no image or no modules", hint="try another kernel"
+            root = _unpack(draft / "apt", draft / "root")
+            ready = draft / "ready"
+            ready.mkdir()
+            modules = next((one for one in (root / "usr/lib/modules", root / "lib/modules") if one.is_dir()), None)
+            bootable = next(
+                (one for name in (f"vmlinuz-{release}", "vmlinuz") for one in sorted(root.rglob(name))), None
             )
-        (ready / "vmlinux").write_bytes(extract_vmlinux(bootable.read_bytes()))
-        (ready / "lib").mkdir()
-        shutil.move(modules, ready / "lib" / "modules")
-        _run(["depmod", "-b", str(ready), release], "listing the guest's modules")
+            if modules is None or bootable is None:
+                raise MachineError(
+                    f"the packages of Linux {release} have no image or no modules", hint="try another kernel"
+                )
+            (ready / _IMAGE).write_bytes(extract_vmlinux(bootable.read_bytes()))
+            (ready / "lib").mkdir()
+            shutil.move(modules, ready / "lib" / "modules")
+            _run(["depmod", "-b", str(ready), release], "listing the guest's modules")
+            if needs_initramfs(ready / "lib" / "modules" / release):
+                apt("apt-get", "download", _BUSYBOX_PACKAGE)
+                busybox = (_unpack(draft / "apt", draft / "root") / _BUSYBOX).read_bytes()
+                (ready / _INITRAMFS).write_bytes(build_initramfs(ready / "lib" / "modules" / release, busybox))
         kernel = GuestKernel(name, release, version, cache / name)
         record = {key: value for key, value in asdict(kernel).items() if key != "folder"}
         (ready / _RECORD).write_text(json.dumps(record, indent=1))
         shutil.rmtree(cache / name, ignore_errors=True)
         ready.rename(cache / name)
     return kernel
+
+
+def _unpack(archives: Path, root: Path) -> Path:
+    """Unpack all packages of a folder, and remove them from it."""
+    for archive in sorted(archives.glob("*.deb")):
+        _run(["dpkg", "-x", str(archive), str(root)], "unpacking the guest's kernel")
+        archive.unlink()
+    return root
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ class MachineFiles:
 
     Attributes:
         image: The kernel.
+        initramfs: Its first root, None where it needs none.
         init: The guest's first process, a path of the root.
         root_socket: Where virtiofsd serves the root.
         console: What the guest's kernel writes.
@@ -35,6 +36,7 @@ class MachineFiles:
     """
 
     image: Path
+    initramfs: Path | None
     init: Path
     root_socket: Path
     console: Path
@@ -88,6 +90,8 @@ def build_qemu_command(
         escaped = str(path).replace(",", ",,")
         command += ["-fsdev", f"local,id={output_tag(index)},path={escaped},security_model=none,multidevs=remap"]
         command += ["-device", f"virtio-9p-pci,fsdev={output_tag(index)},mount_tag={output_tag(index)}"]
+    if files.initramfs is not None:
+        command += ["-initrd", str(files.initramfs)]
     command += ["-kernel", str(files.image), "-append", build_kernel_arguments(files.init)]
     return command
 

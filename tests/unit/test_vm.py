@@ -23,7 +23,9 @@ from testbed.vm.model import VmJob
 from testbed.vm.qemu import Accelerator, MachineFiles, build_qemu_command, build_virtiofsd_options
 
 KERNEL = Path("/cache/kernels/trixie")
-FILES = MachineFiles(KERNEL / "vmlinux", Path("/tmp/x/init"), Path("/tmp/x/root.sock"), Path("/tmp/x/console"), 7, 8, 9)
+FILES = MachineFiles(
+    KERNEL / "vmlinux", None, Path("/tmp/x/init"), Path("/tmp/x/root.sock"), Path("/tmp/x/console"), 7, 8, 9
+)
 
 SOURCES_822 = """\
 Types: deb
