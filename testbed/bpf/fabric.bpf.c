@@ -80,7 +80,11 @@ static __always_inline __u32 mix(__u32 h)
 
 static __always_inline __u32 crc_byte(__u32 crc, __u8 byte)
 {
-	return crc_table[(crc ^ byte) & 0xff] ^ (crc >> 8);
+	__u32 index = crc ^ byte;
+
+	/* Or the compiler masks first, and the verifier of Linux 6.1 knows no bound of an XOR of 32 bits. */
+	asm volatile("" : "+r"(index));
+	return crc_table[index & 0xff] ^ (crc >> 8);
 }
 
 static __always_inline struct tb_queue *queue_of(__u32 port, __u32 priority)
