@@ -13,6 +13,7 @@ from testbed.errors import KernelError
 from testbed.kernel.netlink import (
     NLM_F_CREATE,
     NLM_F_EXCL,
+    RTM_DELLINK,
     RTM_NEWADDR,
     RTM_NEWLINK,
     RTM_NEWNEIGH,
@@ -92,6 +93,11 @@ def set_alias(index: int, alias: str) -> Message:
         0,
         _ifinfo(index) + attribute(IFLA_IFALIAS, alias.encode()),
     )
+
+
+def delete_link(index: int, ifname: str) -> Message:
+    """Return the request of ``ip link del``; a link already gone is no error."""
+    return Message(f"ip link del {ifname}", RTM_DELLINK, 0, _ifinfo(index), frozenset({errno.ENODEV}))
 
 
 def address_text(address: int) -> str:
