@@ -69,7 +69,7 @@ def create_devices(
         try:
             knows_namespaces = knows_namespaces and create_rxe(name, port.ifname, netns)
             if not knows_namespaces:
-                state.attachments[str(port.id)] = (namespace, ifindex_of(port.id))
+                state.attachments[str(port.id)] = (namespace, ifindex_of(port.id) + layout.ATTACHMENT)
                 registry.write_state(state)
                 ifname = create_attachment(_attached_nic(plan, port), netns, state.mark)
                 arrays.ports["flags"][port.id] |= layout.PORT_ATTACHED

@@ -5,7 +5,7 @@ of a host's namespace hears nothing. An attachment is the interface that it stan
 the NIC's own address and MAC, the other beside the NIC. eBPF hands RoCE over between that end and the NIC, both ways, so
 the fabric and all that the NIC does (its shaper, pauses, counters) are as they are with any other carrier.
 
-That end is of the lab's own namespace, so the pair goes with it, and it alone is what :func:`delete_attachment` asks for.
+The end beside the NIC is in a namespace of the lab's own: by it :mod:`testbed.kernel.registry` removes the pair.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from testbed.kernel.links import (
     create_neighbour,
     create_route,
     create_veth,
-    delete_link,
     move_link,
     set_link_up,
 )
@@ -111,12 +110,6 @@ def create_attachment(nic: AttachedNic, netns_fd: int, mark: str) -> str:
             ]
         )
     return ifname
-
-
-def delete_attachment(nic_index: int, netns_fd: int) -> None:
-    """Remove the attachment of a NIC of that interface index; one that is gone does not matter."""
-    with entered(netns_fd), RouteSocket() as route:
-        route.request([delete_link(nic_index + ATTACHMENT, f"index {nic_index + ATTACHMENT}")])
 
 
 def _create_pair(nic: AttachedNic, ifname: str, netns_fd: int, origin: int, mark: str) -> None:

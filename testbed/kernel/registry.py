@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import LabError, MachineError
-from testbed.kernel.attachment import delete_attachment
 from testbed.kernel.host_tuning import restore_host
-from testbed.kernel.namespaces import NETNS_DIR, delete_namespace, open_namespace, read_mark
+from testbed.kernel.links import delete_link
+from testbed.kernel.namespaces import NETNS_DIR, delete_namespace, entered, open_namespace, read_mark
+from testbed.kernel.netlink import RouteSocket
 from testbed.kernel.processes import end_programs
 from testbed.kernel.rxe import delete_rxe, has_device
 
@@ -46,8 +47,8 @@ class LabState:
         details: What the fabric needs to find itself again (map ids, sizes).
         rxe_devices: Name of the soft-RoCE device of each port that has one, by the port's id as text.
         run_devices: Names of those that a run has made for itself on a deployed lab.
-        attachments: Namespace and interface index of each NIC that is attached to the namespace of the process, by the port's id
-            as text.
+        attachments: Namespace and interface index of the end beside the NIC, of each NIC that is attached to the namespace of the
+            process, by the port's id as text.
     """
 
     name: str
@@ -257,7 +258,8 @@ def delete_attachments(state: LabState, port_ids: Sequence[str]) -> None:
         if read_mark(namespace) == state.mark:
             netns = open_namespace(namespace)
             try:
-                delete_attachment(index, netns)
+                with entered(netns), RouteSocket() as route:
+                    route.request([delete_link(index, f"index {index}")])
             finally:
                 os.close(netns)
         del state.attachments[port_id]
