@@ -34,7 +34,7 @@ def check_interop(
 
     Raises:
         ScenarioError: An override is mistaken.
-        MachineError: The kernel has no rxe for network namespaces, or there is no pyverbs.
+        MachineError: The kernel has no rxe, or there is no pyverbs.
     """
     from testbed.carriers.interop_check import DIRECTIONS, check_direction
     from testbed.carriers.verbs import import_verbs

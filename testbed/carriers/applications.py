@@ -483,11 +483,7 @@ def _name_nics(fabric: Fabric, netns: Sequence[int], stack: contextlib.ExitStack
     host_of = {node.index: number for number, node in enumerate(topology.hosts)}
     devices: dict[int, str] = {}
     if fabric.plan.scenario.transport.carrier is Carrier.RXE:
-        made = {port: f"tb{os.getpid()}n{nic}" for nic, port in enumerate(topology.nics)}
-        # An interface bears one device: a deployed lab's serves.
-        made = {port: name for port, name in made.items() if port.id not in fabric.rxe_devices}
-        stack.enter_context(fabric.run_devices({name: port for port, name in made.items()}))
-        devices = {**fabric.rxe_devices, **{port.id: name for port, name in made.items()}}
+        devices = stack.enter_context(fabric.run_devices(topology.nics))
         load_connection_manager()
     names: list[list[NicNames]] = [[] for _ in netns]
     for port in topology.nics:

@@ -123,13 +123,12 @@ def rxe_end(fabric: Fabric, nic: int, buffer: Bytes) -> Iterator[RxeEnd]:
     """Have a device of rxe at a NIC, and a queue pair on it, for the block.
 
     Raises:
-        MachineError: The kernel or pyverbs is missing, or rxe does not know namespaces.
+        MachineError: The kernel or pyverbs is missing, or this machine's namespace cannot have the device.
     """
     verbs = import_verbs()
     port = fabric.plan.topology.nics[nic]
-    name = f"tb{os.getpid()}i{nic}"
     with contextlib.ExitStack() as stack:
-        stack.enter_context(fabric.run_devices({name: port}))
+        name = stack.enter_context(fabric.run_devices([port]))[port.id]
         yield RxeEnd(verbs, VerbsDevice(verbs, name, format_address(port.address), _MESSAGES, stack), buffer, stack)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import socket
 import struct
 from collections import deque
@@ -29,7 +28,6 @@ from testbed.plan.model import PlannedWorkload
 from testbed.plan.predict import predict_cct_ratio
 from testbed.roce.wire import data_tos, source_port
 from testbed.scenario import Carrier, CongestionControl
-from testbed.topology import Port
 
 # Messages posted to a queue pair at a time, and completions that a device may hold.
 _QUEUE_MESSAGES = 256
@@ -62,7 +60,7 @@ class RxeTransport:
         buffers: The ranks' buffers.
 
     Raises:
-        MachineError: The kernel or pyverbs is missing, or rxe does not know namespaces.
+        MachineError: The kernel or pyverbs is missing, or this machine's namespace cannot have the devices.
         RunError: A queue pair cannot be made.
     """
 
@@ -124,21 +122,12 @@ class RxeTransport:
     def _open_devices(self, fabric: Fabric, planned: PlannedWorkload) -> dict[int, VerbsDevice]:
         """Open a device for each NIC that takes part, made for it unless it is a deployed lab's."""
         topology, stack = fabric.plan.topology, self._stack
-        wanted: dict[str, Port] = {}
-        names: dict[int, str] = {}
-        for nic in sorted(
-            {end.nic for one in planned.connections for end in (one.requester.local, one.responder.local)}
-        ):
-            port = topology.nics[nic]
-            if port.id in fabric.rxe_devices:  # an interface bears one
-                names[nic] = fabric.rxe_devices[port.id]
-                continue
-            names[nic] = f"tb{os.getpid()}n{nic}"
-            wanted[names[nic]] = port
-        stack.enter_context(fabric.run_devices(wanted))
+        ends = {end.nic for one in planned.connections for end in (one.requester.local, one.responder.local)}
+        ports = {nic: topology.nics[nic] for nic in sorted(ends)}
+        names = stack.enter_context(fabric.run_devices(ports.values()))
         return {
-            nic: VerbsDevice(self._verbs, name, _dotted(topology.nics[nic].address), _MAX_COMPLETIONS, stack)
-            for nic, name in names.items()
+            nic: VerbsDevice(self._verbs, names[port.id], _dotted(port.address), _MAX_COMPLETIONS, stack)
+            for nic, port in ports.items()
         }
 
     def _create_end(self, device: VerbsDevice) -> _End:

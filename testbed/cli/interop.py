@@ -9,6 +9,9 @@ import typer
 from testbed.cli.options import Format, OutputFormat, Set, read_overrides
 from testbed.cli.run import EXIT_CHECK_FAILED, StderrListener
 
+MAX_INTEROP_BYTES = 1 << 30
+"""Each direction has all of its bytes twice in memory."""
+
 
 def interop(
     size: Annotated[str, typer.Option("--size", envvar="TESTBED_SIZE", help="Written in each direction.")] = "10 MiB",
@@ -20,7 +23,7 @@ def interop(
 ) -> None:
     """Write random bytes to this kernel's soft-RoCE and back across a small fabric; say whether all arrived. Needs root.
 
-    It takes a kernel whose rxe knows network namespaces, and pyverbs: `testbed vm run` boots one. Exit code 3: bytes are missing.
+    It takes a kernel with rdma_rxe, and pyverbs: `testbed vm run` boots one. Exit code 3: bytes are missing.
     """
     from dataclasses import asdict
 
@@ -32,6 +35,8 @@ def interop(
         size_bytes = parse_size(size)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--size") from None
+    if not 1 <= size_bytes <= MAX_INTEROP_BYTES:
+        raise typer.BadParameter(f"must be from 1 B to {MAX_INTEROP_BYTES >> 30} GiB, got {size}", param_hint="--size")
     overrides = [f"fabric.uplink.loss={loss}", *read_overrides(changes)]
     rows = api.check_interop(size_bytes, overrides, listener=StderrListener())
     if output_format is OutputFormat.JSON:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from fractions import Fraction
 from types import TracebackType
@@ -18,7 +18,13 @@ import numpy.typing as npt
 from testbed.errors import LabError
 from testbed.fabric.apply import IFINDEX_BASE, apply_operations
 from testbed.fabric.back_ends import choose_back_ends
-from testbed.fabric.rxe_devices import create_devices, create_lab_devices, delete_devices, forget_attachments
+from testbed.fabric.rxe_devices import (
+    check_free,
+    create_devices,
+    create_lab_devices,
+    delete_devices,
+    forget_attachments,
+)
 from testbed.fabric.signals import HeldSignals, signals_held
 from testbed.fabric.tables import TableWriter, count_rows
 from testbed.kernel import bpf, layout, registry
@@ -270,22 +276,31 @@ class Fabric:
         return {int(port_id): name for port_id, name in self.state.rxe_devices.items()}
 
     @contextlib.contextmanager
-    def run_devices(self, wanted: Mapping[str, Port]) -> Iterator[None]:
-        """Have soft-RoCE devices for the block, recorded before they are made: a run may be killed on a lab that stays.
+    def run_devices(self, nics: Iterable[Port]) -> Iterator[dict[int, str]]:
+        """Have soft-RoCE devices for the block: the lab's own, else some that are recorded before they are made.
 
         Args:
-            wanted: The NIC of each, by the device's name.
+            nics: The NICs; an interface bears one device.
+
+        Yields:
+            Name of the device of each, by port id.
 
         Raises:
+            LabError: A device of such a name exists.
             MachineError: The kernel or a program for it is missing, or this machine's namespace cannot have them.
             KernelError: The kernel refused one.
         """
+        own = self.rxe_devices
+        # Names are the machine's: the lab's mark is in those of a run.
+        mark = self.state.mark.rpartition(":")[2][:12]
+        wanted = {f"tb{mark}p{nic.id}": nic for nic in nics if nic.id not in own}
+        check_free(wanted)
         self.state.run_devices += wanted
         registry.write_state(self.state)
         try:
             create_devices(self.plan, self.state, self.arrays, wanted)
             self.back_ends = replace(self.back_ends, rxe="attachment" if self.state.attachments else "namespace")
-            yield
+            yield {**own, **{nic.id: name for name, nic in wanted.items()}}
         finally:
             delete_devices(self.state, self.arrays, wanted)
             self.state.run_devices = [name for name in self.state.run_devices if name not in wanted]

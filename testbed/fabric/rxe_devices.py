@@ -15,7 +15,7 @@ from testbed.kernel.namespaces import open_namespace
 from testbed.kernel.rxe import create_rxe, create_rxe_here, delete_rxe, has_device
 from testbed.plan.model import Plan
 from testbed.scenario import Carrier
-from testbed.topology import HOST_NETWORK, Port
+from testbed.topology import Port
 
 
 def create_lab_devices(plan: Plan, state: registry.LabState, arrays: layout.MappedArrays) -> None:
@@ -29,12 +29,21 @@ def create_lab_devices(plan: Plan, state: registry.LabState, arrays: layout.Mapp
     if plan.scenario.transport.carrier is not Carrier.RXE:
         return
     names = device_names(plan, state.name)
-    for name in names.values():
-        if has_device(name):
-            raise LabError(f"an RDMA device named {name!r} exists already", hint="choose another lab name with --name")
+    check_free(names.values())
     state.rxe_devices = {str(port_id): name for port_id, name in names.items()}
     registry.write_state(state)
     create_devices(plan, state, arrays, {name: plan.topology.port(port_id) for port_id, name in names.items()})
+
+
+def check_free(names: Iterable[str]) -> None:
+    """Check that no device has any of these names: they are the machine's.
+
+    Raises:
+        LabError: One has.
+    """
+    for name in names:
+        if has_device(name):
+            raise LabError(f"an RDMA device named {name!r} exists already", hint="choose another lab name with --name")
 
 
 def device_names(plan: Plan, lab: str) -> Mapping[int, str]:
@@ -71,7 +80,8 @@ def create_devices(
             if not knows_namespaces:
                 state.attachments[str(port.id)] = (namespace, ifindex_of(port.id) + layout.ATTACHMENT)
                 registry.write_state(state)
-                ifname = create_attachment(_attached_nic(plan, port), netns, state.mark)
+                cpus = state.details["port_cpus"]
+                ifname = create_attachment(_attached_nic(plan, port), netns, state.mark, cpus[port.node % len(cpus)])
                 arrays.ports["flags"][port.id] |= layout.PORT_ATTACHED
                 create_rxe_here(name, ifname)
         finally:
@@ -97,15 +107,12 @@ def forget_attachments(state: registry.LabState, arrays: layout.MappedArrays, po
 
 def _attached_nic(plan: Plan, port: Port) -> AttachedNic:
     topology = plan.topology
-    peer = topology.port(port.peer)
     return AttachedNic(
         index=ifindex_of(port.id),
         ifname=port.ifname,
         mac=port.mac,
         mtu=plan.port_mtu_bytes,
         address=port.address,
-        gateway=peer.address,
-        gateway_mac=peer.mac,
-        network=HOST_NETWORK,
-        network_prefix_len=32 - (2 * topology.slots - 1).bit_length(),
+        next_hop_mac=topology.port(port.peer).mac,
+        others=tuple(nic.address for nic in topology.nics if nic is not port),
     )

@@ -14,8 +14,10 @@ import contextlib
 import hashlib
 import os
 import socket
+import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from testbed.errors import KernelError, MachineError
 from testbed.kernel.bpf import load_object
@@ -25,27 +27,27 @@ from testbed.kernel.links import (
     address_text,
     create_address,
     create_neighbour,
-    create_route,
     create_veth,
     move_link,
     set_link_up,
 )
-from testbed.kernel.namespaces import entered
-from testbed.kernel.netlink import RouteSocket
+from testbed.kernel.namespaces import entered, write_sysctl
+from testbed.kernel.netlink import RTM_GETADDR, RouteSocket, split_attributes
+from testbed.kernel.rps import has_default_mask, steer_ports
 from testbed.kernel.tc import TC_H_INGRESS_HOOK, attach_filter, create_clsact
 
-# All addresses of the fabric are this machine's own here: frames come from an address of ours to another, and the other's
+# All addresses of the fabric's hosts are this machine's own here: frames come from an address of ours to another, and the other's
 # interface must not answer for it. No IPv6: it would announce itself.
 _SYSCTLS = {
-    "net/ipv6/conf/{0}/disable_ipv6": "1",
+    "?net/ipv6/conf/{0}/disable_ipv6": "1",
     "net/ipv4/conf/{0}/rp_filter": "0",
     "net/ipv4/conf/{0}/accept_local": "1",
     "net/ipv4/conf/{0}/arp_ignore": "1",
     "net/ipv4/conf/{0}/arp_announce": "2",
 }
 _STRICT_RP_FILTER = "1"
-_FIRST_METRIC = 0x1000
 _MARK = b"testbed:"
+_IFA_LOCAL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +59,9 @@ class AttachedNic:
         ifname: Name there.
         mac: MAC address.
         mtu: MTU in bytes.
-        address: IPv4 address, the prefix length is 31.
-        gateway: Address of the switch port at the other end of its link.
-        gateway_mac: Its MAC address.
-        network: First address of all hosts of the fabric.
-        network_prefix_len: Length in bits of the prefix that covers them.
+        address: IPv4 address.
+        next_hop_mac: MAC address of the other end of its link.
+        others: IPv4 addresses of the fabric's other NICs.
     """
 
     index: int
@@ -69,23 +69,29 @@ class AttachedNic:
     mac: str
     mtu: int
     address: int
-    gateway: int
-    gateway_mac: str
-    network: int
-    network_prefix_len: int
+    next_hop_mac: str
+    others: tuple[int, ...]
 
 
-def create_attachment(nic: AttachedNic, netns_fd: int, mark: str) -> str:
+def create_attachment(nic: AttachedNic, netns_fd: int, mark: str, cpu: int) -> str:
     """Attach a NIC to the calling thread's namespace; return the name of the interface here.
+
+    There is no route: soft-RoCE asks for the way out of its own interface, and without a route the kernel takes what it is asked
+    for to be on that link. The link's neighbours are the other NICs, all behind the switch. So nothing else that this machine
+    sends is led astray.
 
     Args:
         nic: The NIC.
         netns_fd: Its host's namespace.
         mark: Proof of ownership, set as the alias of the interface here.
+        cpu: The CPU that serves the host's ports.
 
     Raises:
         MachineError: Addresses of the fabric are in use here, or frames from addresses of this machine's own would be dropped.
         KernelError: The kernel refused it.
+
+    Source:
+        Linux, net/ipv4/route.c, ip_route_output_key_hash_rcu(): "Assume, that the destination is on link."
     """
     with RouteSocket() as here:
         _check_free(nic, here)
@@ -95,26 +101,28 @@ def create_attachment(nic: AttachedNic, netns_fd: int, mark: str) -> str:
             _create_pair(nic, ifname, netns_fd, origin, mark)
         finally:
             os.close(origin)
+        if not has_default_mask():
+            steer_ports(netns_fd, [_host_ifname(nic)], cpu)
         for key, value in _SYSCTLS.items():
-            with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
-                (Path("/proc/sys") / key.format(ifname)).write_text(value)
+            write_sysctl(key.format(ifname), value)
         index = socket.if_nametoindex(ifname)
         here.request(
             [
                 set_link_up(index, ifname),
-                create_address(index, nic.address, 31),
-                create_neighbour(index, nic.gateway, nic.gateway_mac),
-                create_route(
-                    nic.network, nic.network_prefix_len, [(nic.gateway, index)], metric=_FIRST_METRIC + nic.index
-                ),
+                create_address(index, nic.address, 32),
+                *(create_neighbour(index, other, nic.next_hop_mac) for other in nic.others),
             ]
         )
     return ifname
 
 
+def _host_ifname(nic: AttachedNic) -> str:
+    return f"{nic.ifname}-rdma"
+
+
 def _create_pair(nic: AttachedNic, ifname: str, netns_fd: int, origin: int, mark: str) -> None:
     """Make both ends in the host's namespace, where they are ours whenever this process ends, then move one here."""
-    index, host_ifname = nic.index + ATTACHMENT, f"{nic.ifname}-rdma"
+    index, host_ifname = nic.index + ATTACHMENT, _host_ifname(nic)
     loaded = load_object(map_entries={}, initial_values={}, programs=(ATTACHMENT_PROGRAM,))
     with contextlib.closing(loaded), entered(netns_fd), RouteSocket() as route:
         program = loaded.programs[ATTACHMENT_PROGRAM]
@@ -139,24 +147,21 @@ def _create_pair(nic: AttachedNic, ifname: str, netns_fd: int, origin: int, mark
 
 
 def _check_free(nic: AttachedNic, here: RouteSocket) -> None:
-    """Check that this namespace has no use of its own for the fabric's addresses.
+    """Check that this namespace has no use of its own for the NIC's address.
 
     Raises:
         MachineError: It has.
     """
-    first, last = nic.network, nic.network + (1 << 32 - nic.network_prefix_len) - 1
     for line in Path("/proc/thread-self/net/route").read_text().splitlines()[1:]:
         fields = line.split()
         # As the kernel prints them: 32-bit words of this machine's byte order.
         destination, mask = (int.from_bytes(bytes.fromhex(fields[column])[::-1], "big") for column in (1, 7))
-        overlaps = mask and destination <= last and destination + (mask ^ 0xFFFF_FFFF) >= first
-        if overlaps and not _is_ours(fields[0], here):
-            raise MachineError(
-                f"this machine has a route to {address_text(destination)}/{mask.bit_count()} by {fields[0]}, and this kernel's "
-                "rxe needs the addresses of the fabric's hosts here, which are of "
-                f"{address_text(nic.network)}/{nic.network_prefix_len}",
-                hint="`testbed run --virtual-time SCENARIO` runs in a guest of its own",
-            )
+        if mask and nic.address & mask == destination:
+            _refuse(nic, f"a route to {address_text(destination)}/{mask.bit_count()}")
+    for body in here.dump("ip addr show", RTM_GETADDR, struct.pack("=BBBBi", socket.AF_INET, 0, 0, 0, 0)):
+        index = struct.unpack_from("=i", body, 4)[0]
+        if split_attributes(body[8:]).get(_IFA_LOCAL) == struct.pack("!I", nic.address) and not _is_ours(index, here):
+            _refuse(nic, "that address")
     if Path("/proc/sys/net/ipv4/conf/all/rp_filter").read_text().strip() == _STRICT_RP_FILTER:
         raise MachineError(
             "net.ipv4.conf.all.rp_filter is 1: this machine drops frames from addresses of its own, and this kernel's rxe needs "
@@ -165,9 +170,16 @@ def _check_free(nic: AttachedNic, here: RouteSocket) -> None:
         )
 
 
-def _is_ours(ifname: str, here: RouteSocket) -> bool:
+def _refuse(nic: AttachedNic, what: str) -> NoReturn:
+    raise MachineError(
+        f"this machine has {what}, and this kernel's rxe needs {address_text(nic.address)}, a host's of the fabric, here",
+        hint="`testbed vm run -- COMMAND` gives it a machine of its own",
+    )
+
+
+def _is_ours(index: int, here: RouteSocket) -> bool:
     """Return whether an interface here is an attachment, of whatever lab."""
     try:
-        return here.read_link(socket.if_nametoindex(ifname)).get(IFLA_IFALIAS, b"").startswith(_MARK)
-    except (OSError, KernelError):
+        return here.read_link(index).get(IFLA_IFALIAS, b"").startswith(_MARK)
+    except KernelError:
         return True  # gone since

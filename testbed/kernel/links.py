@@ -33,7 +33,7 @@ _IFF_UP = 1
 _NUD_PERMANENT = 0x80
 _RT_TABLE_MAIN, _RTPROT_STATIC, _RT_SCOPE_UNIVERSE, _RT_SCOPE_LINK, _RTN_UNICAST = 254, 4, 0, 253, 1
 _RTN_UNREACHABLE = 7
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_MULTIPATH = 1, 4, 5, 6, 9
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_MULTIPATH = 1, 4, 5, 9
 _FRA_SRC, _FR_ACT_TO_TABLE = 2, 1
 
 # Two transmit queues: 0 for data (shaped and paused), 1 for control (ACK, CNP, PFC).
@@ -133,11 +133,7 @@ def move_link(ifname: str, alias: str, netns_fd: int) -> list[Message]:
 
 
 def create_route(
-    prefix: int,
-    prefix_len: int,
-    next_hops: Sequence[tuple[int, int]],
-    table: int = _RT_TABLE_MAIN,
-    metric: int = 0,
+    prefix: int, prefix_len: int, next_hops: Sequence[tuple[int, int]], table: int = _RT_TABLE_MAIN
 ) -> Message:
     """Return the request of a static route.
 
@@ -146,14 +142,11 @@ def create_route(
         prefix_len: Its length in bits.
         next_hops: ``(gateway address, interface index)``, several for a multipath route, none for an unreachable one.
         table: Number of the routing table, below 256.
-        metric: Routes to one destination that differ in it stand beside each other.
     """
     scope, kind = _RT_SCOPE_UNIVERSE, _RTN_UNICAST if next_hops else _RTN_UNREACHABLE
     payload = struct.pack("=BBBBBBBBI", socket.AF_INET, prefix_len, 0, 0, table, _RTPROT_STATIC, scope, kind, 0)
     if prefix_len:
         payload += attribute(_RTA_DST, struct.pack("!I", prefix))
-    if metric:
-        payload += attribute_u32(_RTA_PRIORITY, metric)
     if len(next_hops) == 1:
         gateway, index = next_hops[0]
         payload += attribute(_RTA_GATEWAY, struct.pack("!I", gateway)) + attribute_u32(_RTA_OIF, index)

@@ -78,7 +78,7 @@ def create_namespace(name: str, mark: str, sysctls: dict[str, str]) -> int:
             with RouteSocket() as route:
                 route.request([set_alias(LOOPBACK_IFINDEX, mark), set_link_up(LOOPBACK_IFINDEX, "lo")])
             for key, value in sysctls.items():
-                _write_sysctl(key, value)
+                write_sysctl(key, value)
             try:
                 _create_name(path, mark)
             except FileExistsError:
@@ -122,7 +122,12 @@ def _create_name(path: Path, mark: str) -> None:
         os.close(holder)
 
 
-def _write_sysctl(key: str, value: str) -> None:
+def write_sysctl(key: str, value: str) -> None:
+    """Write a sysctl of the calling thread's namespace; one that this kernel lacks is skipped when its path starts with ``?``.
+
+    Raises:
+        KernelError: The kernel refused it.
+    """
     optional = key.startswith("?")
     path = Path("/proc/sys") / key.lstrip("?")
     try:

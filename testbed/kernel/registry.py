@@ -244,10 +244,11 @@ def delete_leftovers(state: LabState) -> None:
     end_programs((), state.mark)
     for name in state.run_devices:
         if has_device(name):
-            delete_rxe(name)
+            with contextlib.suppress(MachineError):  # without the program for it: it stays on record
+                delete_rxe(name)
     delete_attachments(state, [port_id for port_id in state.attachments if port_id not in state.rxe_devices])
     if state.run_devices:
-        state.run_devices = []
+        state.run_devices = [name for name in state.run_devices if has_device(name)]
         write_state(state)
 
 
@@ -264,7 +265,8 @@ def delete_attachments(state: LabState, port_ids: Sequence[str]) -> None:
                 os.close(netns)
         del state.attachments[port_id]
     if port_ids:
-        write_state(state)
+        with contextlib.suppress(FileNotFoundError):
+            write_state(state)
 
 
 def _end_processes(state: LabState) -> None:

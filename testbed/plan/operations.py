@@ -148,9 +148,14 @@ class ShapePort:
             f"{line} classid 10:10 htb rate {rate} {tail}",
         ]
         for place, one in enumerate(self.classes):
-            share = 8 if strict or one.weight is None else self.wall_rate_bytes_per_s * one.weight // sum(shares) * 8
+            share = (
+                8 if strict or one.weight is None else round(self.wall_rate_bytes_per_s * one.weight / sum(shares)) * 8
+            )
             minor = f"10:{1 + place:x}"
-            commands.append(f"{line}10 classid {minor} htb rate {share}bit prio {min(place, strict)} {tail}")
+            quanta = 1.0 if one.weight is None else one.weight / min(shares)
+            quantum = round(self.frame_wire_bytes * quanta)
+            order = f"prio {min(place, strict)} quantum {quantum}"
+            commands.append(f"{line}10 classid {minor} htb rate {share}bit {order} {tail}")
             if self.gate == "tbf":
                 commands.append(f"{add} parent {minor} tbf rate {self.wall_rate_bytes_per_s * 128}bit")
             commands += self._below(minor, add)
@@ -162,7 +167,7 @@ class ShapePort:
         if self.scheduler == "prio":
             return rest
         shares = [one.weight for one in self.classes if one.weight is not None]
-        quanta = " ".join(str(self.frame_wire_bytes * weight // min(shares)) for weight in shares)
+        quanta = " ".join(str(round(self.frame_wire_bytes * weight / min(shares))) for weight in shares)
         return f" strict {len(self.classes) - len(shares)}{' quanta ' * bool(quanta)}{quanta}{rest}"
 
     def _place(self, priority: int) -> int:

@@ -7,11 +7,10 @@ from fractions import Fraction
 from typing import Annotated
 
 from testbed.scenario import kinds
+from testbed.scenario.ranges import FLAG, SIZE
 from testbed.scenario.section import Section, key, list_key
 
-_SIZE = kinds.size(1, 16 * 2**30)
 _FRACTION = kinds.fraction(Fraction(1))
-_FLAG = kinds.flag()
 _TIME = kinds.time(1, 3600 * 10**9)
 # 6 and 7 are those of CNP, ACK and network control, which have a queue of their own.
 _DATA_PRIORITY = kinds.integer(0, 5)
@@ -60,17 +59,17 @@ class SchedulerChoice(StrEnum):
 class Ecn(Section):
     """Marking by switches, on the instantaneous depth of an egress queue."""
 
-    enabled: Annotated[bool, _FLAG] = key("enabled", "Whether switches mark CE.", default=False)
+    enabled: Annotated[bool, FLAG] = key("enabled", "Whether switches mark CE.", default=False)
     preset: Annotated[EcnPreset, kinds.choice(EcnPreset)] = key(
         "preset",
         "Thresholds that are not given, scaled with the port's rate: hpcc (kmin 100 KB per 25 Gbit/s, kmax 4 kmin, pmax 0.2), "
         "simai (800/3200 KB at 400 Gbit/s, 0.2), dcqcn (5/200 KB at 40 Gbit/s, 0.01).",
         default="hpcc",
     )
-    kmin_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = key(
+    kmin_bytes: Annotated[int | None, kinds.auto_or(SIZE)] = key(
         "kmin", "Depth up to which nothing is marked, the same at every port.", default="auto"
     )
-    kmax_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = key(
+    kmax_bytes: Annotated[int | None, kinds.auto_or(SIZE)] = key(
         "kmax", "Depth above which everything is marked, the same at every port.", default="auto"
     )
     pmax: Annotated[Fraction | None, kinds.auto_or(_FRACTION)] = key(
@@ -86,7 +85,7 @@ class Ecn(Section):
 class Watchdog(Section):
     """The PFC watchdog; defaults are SONiC's."""
 
-    enabled: Annotated[bool, _FLAG] = key(
+    enabled: Annotated[bool, FLAG] = key(
         "enabled", "Whether a queue that was paused for too long is released.", default=False
     )
     detect_ns: Annotated[int, _TIME] = key("detect", "Pause after which it steps in.", default="200 ms")
@@ -101,18 +100,18 @@ class Watchdog(Section):
 class Pfc(Section):
     """Priority flow control, per ingress port and priority."""
 
-    enabled: Annotated[bool, _FLAG] = key("enabled", "Whether switches pause their neighbours.", default=False)
-    xoff_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = key(
+    enabled: Annotated[bool, FLAG] = key("enabled", "Whether switches pause their neighbours.", default=False)
+    xoff_bytes: Annotated[int | None, kinds.auto_or(SIZE)] = key(
         "xoff",
         "Ingress bytes above which to pause; auto: the switch's alpha or port_buffer decides.",
         default="auto",
     )
-    xon_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = key(
+    xon_bytes: Annotated[int | None, kinds.auto_or(SIZE)] = key(
         "xon",
         "Ingress bytes below which to resume, where xoff is given; auto: as far below xoff as reaction times ask for.",
         default="auto",
     )
-    headroom_bytes: Annotated[int | None, kinds.auto_or(_SIZE)] = key(
+    headroom_bytes: Annotated[int | None, kinds.auto_or(SIZE)] = key(
         "headroom",
         "Buffer kept per ingress port for what arrives after a pause was sent; auto: what delays and this machine's "
         "reaction time ask for.",
@@ -131,7 +130,7 @@ class DataPriority(Section):
     """A priority that carries data, with queues of its own at every port."""
 
     priority: Annotated[int, _DATA_PRIORITY] = key("priority", "The priority.", example=4)
-    lossless: Annotated[bool, _FLAG] = key(
+    lossless: Annotated[bool, FLAG] = key(
         "lossless", "Whether PFC covers it, where qos.pfc is enabled; else what does not fit is dropped.", default=True
     )
     weight: Annotated[int | None, kinds.word_or("strict", kinds.integer(1, 64))] = key(

@@ -14,7 +14,7 @@ from testbed.carriers.protocol import WorkloadSamples
 from testbed.engine.flow_control import FlowControl
 from testbed.fabric import Fabric
 from testbed.plan.model import Plan
-from tests.fidelity.runs import TWO_LEAVES, judged, plan_of, spine_pauser
+from tests.fidelity.runs import ATTEMPTS, TWO_LEAVES, judged, plan_of, spine_pauser
 from tests.netns.labs import Quiet, lab_name
 
 pytestmark = [pytest.mark.root, pytest.mark.fidelity]
@@ -133,14 +133,23 @@ def headroom_plan(headroom: str) -> Plan:
     return plan_of(INCAST, *settings)
 
 
-def drops_with(headroom_bytes: int) -> bool:
-    seen, _ = run_plan(headroom_plan(f"{headroom_bytes} B"))
-    return seen.headroom_drops > 0
+def drops_with(headroom_bytes: int) -> tuple[bool, bool]:
+    """Return whether there were drops, and whether a pause was obeyed later than headrooms are computed for."""
+    plan = headroom_plan(f"{headroom_bytes} B")
+    seen, samples = run_plan(plan)
+    late_ns = max(int(one.wall_gate_lateness_ns.max(initial=0)) for one in samples.machine)
+    print(f"{headroom_bytes} B: {seen.headroom_drops} drops, pauses obeyed up to {late_ns / 1e6:.1f} ms late")
+    return seen.headroom_drops > 0, late_ns > plan.wall_gate_allowance_ns
 
 
 def test_computed_headroom_holds_what_arrives_and_not_much_more() -> None:
     """The smallest headroom without drops lies between the computed one and its half, which therefore drops."""
     (computed,) = {one.headroom_bytes for one in headroom_plan("auto").pausing.values()}
-    if drops_with(computed):
-        pytest.skip("not judged: the machine stalled for longer than ticks are late")
-    assert drops_with(computed // 2)
+    for _ in range(ATTEMPTS):
+        drops, late = drops_with(computed)
+        if not drops:
+            break
+        assert late, "the machine obeyed in time, and yet what arrived was more than was computed"
+    else:
+        pytest.skip(f"not judged: in each of {ATTEMPTS} runs the machine obeyed later than headrooms are computed for")
+    assert drops_with(computed // 2)[0]

@@ -23,11 +23,11 @@ from tests.netns.labs import (
     Quiet,
     assert_drained,
     lab_name,
+    listening_socket,
     plain_carrier,
     run_in,
     small_fabric,
     small_plan,
-    wait_until,
 )
 
 pytestmark = pytest.mark.root
@@ -58,9 +58,10 @@ def attached(fabric: Fabric) -> Iterator[dict[int, str]]:
     created: dict[int, str] = {}
     keep = rxe_devices.create_rxe_here
     try:
-        names = {f"test{nic.id}": nic for nic in fabric.plan.topology.nics}
-        rxe_devices.create_rxe_here = lambda name, ifname: created.update({names[name].id: ifname})  # type: ignore[assignment]
-        with fabric.run_devices(names):
+        made: list[str] = []
+        rxe_devices.create_rxe_here = lambda name, ifname: made.append(ifname)  # type: ignore[assignment]
+        with fabric.run_devices(fabric.plan.topology.nics) as names:
+            created.update(zip(names, made, strict=True))
             yield created
     finally:
         rxe_devices.create_rxe_here = keep
@@ -104,14 +105,24 @@ def test_roce_crosses_the_fabric_and_other_sockets_stay_on_their_hosts() -> None
 
 def test_nothing_but_roce_leaves_by_an_attachment() -> None:
     with small_fabric() as fabric, ExitStack() as stack, attached(fabric) as ifnames:
-        nic = fabric.plan.topology.nics[0]
+        nic, target = fabric.plan.topology.nics[0], format_address(fabric.plan.topology.nics[3].address)
+        heard = stack.enter_context(listening_socket(fabric, "host0", nic.ifname))
         opened = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, ifnames[nic.id].encode())
-        for port in (5353, 4790, ROCE_PORT):  # the last is behind the others: when it has left, they would have
-            opened.sendto(bytes(100), (format_address(fabric.plan.topology.nics[3].address), port))
-        sent = fabric.arrays.queues["enq_packets"][nic.id]
-        wait_until(lambda: int(sent.sum()) > 0, "RoCE to leave")
-        assert int(sent.sum()) == 1
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        # As machines announce themselves; RoCE's port does not make it RoCE. The last is behind the others.
+        places = [
+            (target, 5353),
+            (target, 4790),
+            ("224.0.0.251", 5353),
+            ("224.0.0.251", ROCE_PORT),
+            ("255.255.255.255", 67),
+        ]
+        for place in (*places, (target, ROCE_PORT)):
+            opened.sendto(bytes(100), place)
+        frame = heard.recv(2000)
+        assert frame[30:34] == socket.inet_aton(target)
+        assert frame[36:38] == ROCE_PORT.to_bytes(2, "big")
 
 
 def test_the_engines_queue_pairs_are_answered_at_the_nic() -> None:
@@ -144,23 +155,37 @@ def test_what_a_killed_run_left_goes_and_no_other() -> None:
             Fabric.attach(small_plan(), name).destroy()
 
 
-def test_addresses_in_use_here_are_refused() -> None:
-    made = subprocess.run(
-        "ip link add tbt-used type veth peer tbt-used2 && ip addr add 10.0.0.6/30 dev tbt-used && ip link set tbt-used up"
-        " && ip link set tbt-used2 up",
-        shell=True, check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("ip addr add 10.0.0.6/30 dev tbt-used", r"a route to 10\.0\.0\.4/30, .* needs 10\.0\.0\.5"),
+        ("ip route add blackhole 10.0.0.4/30", r"a route to 10\.0\.0\.4/30"),
+        ("ip addr add 10.0.0.7/32 dev tbt-used", r"that address, .* needs 10\.0\.0\.7"),
+    ],
+)
+def test_addresses_in_use_here_are_refused(command: str, words: str) -> None:
+    def shell(text: str) -> None:
+        done = subprocess.run(text, shell=True, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    shell("ip link add tbt-used type veth peer tbt-used2 && ip link set tbt-used up && ip link set tbt-used2 up")
     try:
-        with (
-            small_fabric() as fabric,
-            pytest.raises(MachineError, match=r"route to 10\.0\.0\.4/30 by tbt-used"),
-            attached(fabric),
-        ):
+        shell(command)
+        with small_fabric() as fabric, pytest.raises(MachineError, match=words), attached(fabric):
             pass
     finally:
-        subprocess.run(["ip", "link", "del", "tbt-used"], check=True)
+        undo = "ip link del tbt-used; ip route del blackhole 10.0.0.4/30"
+        subprocess.run(undo, shell=True, check=False, capture_output=True)
     assert not attached_interfaces()
+
+
+def test_this_machines_way_to_other_addresses_is_as_it_was() -> None:
+    def way() -> str:
+        return subprocess.run(["ip", "route", "get", "10.0.0.2"], capture_output=True, text=True, check=False).stdout
+
+    before = way()
+    with small_fabric() as fabric, attached(fabric):
+        assert way() == before
 
 
 def test_machine_that_drops_its_own_addresses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +197,7 @@ def test_machine_that_drops_its_own_addresses_is_refused(monkeypatch: pytest.Mon
         netns = open_namespace(fabric.namespace_of("host0"))
         try:
             with pytest.raises(MachineError, match="rp_filter"):
-                create_attachment(rxe_devices._attached_nic(fabric.plan, nic), netns, MARK)
+                create_attachment(rxe_devices._attached_nic(fabric.plan, nic), netns, MARK, cpu=0)
         finally:
             os.close(netns)
     assert not attached_interfaces()

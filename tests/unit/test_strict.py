@@ -107,8 +107,8 @@ def test_prediction_says_that_it_knows_no_strict_priority() -> None:
         ("ets", ("2", "strict", "1"), "ets bands 3 strict 1 quanta"),
         ("ets", ("strict", "strict", "strict"), "ets bands 3 strict 3 priomap 2 2"),
         ("prio", ("strict", "strict", "strict"), "prio bands 3 priomap 2 2"),
-        ("htb", ("2", "strict", "1"), "classid 10:1 htb rate 8bit prio 0 ceil"),
-        ("htb", ("2", "strict", "1"), "classid 10:3 htb rate 8bit prio 1 ceil"),
+        ("htb", ("2", "strict", "1"), "classid 10:1 htb rate 8bit prio 0 quantum"),
+        ("htb", ("2", "strict", "1"), "classid 10:3 htb rate 8bit prio 1 quantum"),
     ],
 )
 def test_plan_shows_the_commands_of_the_scheduler(scheduler: str, weights: tuple[str, str, str], expected: str) -> None:
