@@ -229,7 +229,7 @@ STAGES = (
     Place(registry.os, "fsync", 0),
     Place(bpf, "load_object", 0),
     Place(namespaces, "set_alias", 2),
-    Place(namespaces, "_write_sysctl", 4),
+    Place(namespaces, "write_sysctl", 4),
     Place(namespaces.os, "write", 0),
     Place(namespaces, "_mount", 5),
     Place(links, "disable_offloads", 1),  # links, and nothing on them
