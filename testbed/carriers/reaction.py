@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from testbed.errors import LabError
-from testbed.fabric import Fabric, egress_of
+from testbed.fabric import Fabric
 from testbed.kernel import bpf, layout
-from testbed.kernel.namespaces import open_namespace
-from testbed.kernel.qp_shaper import QpPort, QpShaper
+from testbed.kernel.qp_shaper import QpShaper
 from testbed.plan.model import PlannedWorkload
-from testbed.plan.operations import ShapePort
 from testbed.roce.congestion import CongestionControl, Feedback, make
 from testbed.roce.queue_pairs import REQUESTER, RESPONDER, qp_index
 from testbed.roce.wire import source_port
+
+# What waits at a NIC at the end has this long to leave: it does not where the NIC is paused, or its last frame was a slow one.
+_WALL_DRAIN_S = 2.0
+_WALL_LOOK_S = 0.001
 
 
 class Reaction:
@@ -98,7 +100,10 @@ class Reaction:
 
 @contextlib.contextmanager
 def reaction(fabric: Fabric, planned: PlannedWorkload, numbers: Sequence[tuple[int, int]]) -> Iterator[Reaction]:
-    """Have the queue pairs of a workload observed and shaped for the block, at whose ends nothing is under way.
+    """Have the queue pairs of a workload observed and shaped for the block, at whose end they send no more.
+
+    What they have sent may wait at their NICs then: it leaves at the line's rate before the classes go. Where it does not, the
+    classes stay, without a limit of their own.
 
     Args:
         fabric: The fabric.
@@ -115,34 +120,33 @@ def reaction(fabric: Fabric, planned: PlannedWorkload, numbers: Sequence[tuple[i
     line_rates = np.array([nic.rate_bits_per_s / 8 for nic in nics])
     control = make(str(transport.congestion_control), transport.congestion_parameters, line_rates)
     with contextlib.ExitStack() as stack:
-        ports = _shaped_ports(fabric, [nic.id for nic in nics], stack)
-        shaper = QpShaper(ports)
-        stack.callback(shaper.close)
-        stack.callback(shaper.delete)
+        senders: dict[int, list[int]] = {}
+        for connection, nic in enumerate(nics):
+            senders.setdefault(nic.id, []).append(connection)
+        shaper = stack.enter_context(fabric.qp_shaper(senders))
+        stack.callback(_delete_when_drained, fabric, shaper, list(senders))
         shaper.create()
         _configure(fabric, planned, numbers, stack)
+        stack.callback(shaper.lift)
         yield Reaction(control, shaper, fabric.arrays.qps, plan.dilation.value)
 
 
-def _shaped_ports(fabric: Fabric, senders: Sequence[int], stack: contextlib.ExitStack) -> list[QpPort]:
-    """Return the NICs that send, given the port id of each connection's."""
-    plan = fabric.plan
-    operations = plan.operations(
-        [""] * len(plan.topology.nodes), any_workload=fabric.any_workload, back_ends=fabric.back_ends
-    )
-    ports = []
-    for operation in operations:
-        if isinstance(operation, ShapePort) and operation.port in senders:
-            if operation.gate == "plug":
-                raise LabError(
-                    f"lab {fabric.name!r} holds queues back with plugs, below which no queue pair can have a rate",
-                    hint=f"`testbed destroy {fabric.name}` and deploy this scenario, or run it without --name",
-                )
-            netns = open_namespace(fabric.namespace_of(plan.topology.nodes[operation.node].name))
-            stack.callback(os.close, netns)
-            connections = [one for one, sender in enumerate(senders) if sender == operation.port]
-            ports.append(QpPort(netns, egress_of(operation), connections))
-    return ports
+def _delete_when_drained(fabric: Fabric, shaper: QpShaper, ports: Sequence[int]) -> None:
+    """Delete the classes once nothing waits at the NICs: what waits in a qdisc that goes is never counted out of its queue.
+
+    By the ports' flags the next run on a lab that stays knows of classes that stay, too.
+    """
+    queues = fabric.arrays.queues
+    deadline = time.monotonic() + _WALL_DRAIN_S
+    while True:
+        left = int(queues["deq_bytes"][ports].sum())  # before what entered
+        if left == int(queues["enq_bytes"][ports].sum()):
+            shaper.delete()
+            layout.forget_kernel_qps(fabric.arrays)
+            return
+        if time.monotonic() > deadline:
+            return
+        time.sleep(_WALL_LOOK_S)
 
 
 def _configure(
@@ -172,4 +176,3 @@ def _configure(
         observed |= {source.id, target.id}
     for port_id in sorted(observed):
         arrays.ports["flags"][port_id] |= layout.PORT_KERNEL_QPS
-    stack.callback(layout.forget_kernel_qps, arrays)

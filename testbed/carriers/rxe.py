@@ -18,7 +18,7 @@ import numpy as np
 
 from testbed.carriers.buffers import Bytes, RankBuffers
 from testbed.carriers.reaction import Reaction, reaction
-from testbed.carriers.verbs import VerbsDevice, connect_rc, create_rc, import_verbs
+from testbed.carriers.verbs import VerbsDevice, connect_rc, create_rc, import_verbs, stop_rc
 from testbed.collectives.schedule import TransferOp
 from testbed.errors import RunError
 from testbed.fabric import Fabric
@@ -106,6 +106,10 @@ class RxeTransport:
                 for sender, receiver in zip(self._senders, self._receivers, strict=True)
             ]
             self._reaction = self._stack.enter_context(reaction(fabric, planned, numbers))
+            # First of all at the end, so that what waits at the NICs can leave before what it waits in goes. They are closed
+            # after: a queue pair is there as long as a frame of it.
+            for end in (*self._senders, *self._receivers):
+                self._stack.callback(stop_rc, self._verbs, end.qp)
 
     def _stage(self, networked: int) -> None:
         """Give every transfer that is added a place of its own, where it arrives before it is."""

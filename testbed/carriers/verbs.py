@@ -114,3 +114,9 @@ def connect_rc(
     attributes.qp_access_flags = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE
     attributes.ah_attr = addr.AHAttr(port_num=1, is_global=1, gr=route, sl=0)
     queue_pair.to_rts(attributes)
+
+
+def stop_rc(verbs: Any, queue_pair: Any) -> None:
+    """Let a queue pair send no more: it fails what it has under way."""
+    enums = verbs.enums
+    queue_pair.modify(verbs.qp.QPAttr(qp_state=enums.IBV_QPS_ERR), enums.IBV_QP_STATE)

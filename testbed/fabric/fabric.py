@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from types import TracebackType
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from testbed.errors import LabError
-from testbed.fabric.apply import IFINDEX_BASE, apply_operations
+from testbed.fabric.apply import IFINDEX_BASE, apply_operations, egress_of
 from testbed.fabric.back_ends import choose_back_ends
 from testbed.fabric.rxe_devices import (
     check_free,
@@ -32,11 +32,12 @@ from testbed.kernel.links import mac_bytes
 from testbed.kernel.namespaces import entered, open_namespace
 from testbed.kernel.netlink import RouteSocket, require_root
 from testbed.kernel.packet_socket import open_packet_socket
+from testbed.kernel.qp_shaper import MOST_WALL_DEBT_S, QpPort, QpShaper
 from testbed.kernel.red import read_marks
 from testbed.kernel.scheduling import choose_cpus
 from testbed.plan.loss import lost_priorities
 from testbed.plan.model import Plan
-from testbed.plan.operations import BackEnds
+from testbed.plan.operations import BackEnds, ShapePort
 from testbed.plan.qos import switch_of
 from testbed.roce.queue_pairs import QPN_BASE
 from testbed.roce.wire import CONTROL_PRIORITIES
@@ -250,12 +251,19 @@ class Fabric:
             arrays = open_arrays(state)
             registry.delete_leftovers(state)
             forget_attachments(state, arrays, [port.id for port in plan.topology.nics])
-            _wait_until_drained(name, arrays)
+            fabric = cls(plan, state, lock, arrays)
+            flags = arrays.ports["flags"]
+            # A killed run leaves its queue pairs' last rates, at which a frame may take minutes.
+            shaped = [port.id for port in plan.topology.nics if flags[port.id] & layout.PORT_KERNEL_QPS]
+            with fabric.qp_shaper(dict.fromkeys(shaped, ())) as shaper:
+                shaper.lift()
+                _wait_until_drained(name, arrays, MOST_WALL_DEBT_S if shaped else _STUCK_S)
+                shaper.delete()
             layout.forget_kernel_qps(arrays)
         except BaseException:
             lock.close()
             raise
-        return cls(plan, state, lock, arrays)
+        return fabric
 
     def __enter__(self) -> Fabric:
         return self
@@ -305,6 +313,39 @@ class Fabric:
             delete_devices(self.state, self.arrays, wanted)
             self.state.run_devices = [name for name in self.state.run_devices if name not in wanted]
             registry.write_state(self.state)
+
+    @contextlib.contextmanager
+    def qp_shaper(self, connections: Mapping[int, Sequence[int]]) -> Iterator[QpShaper]:
+        """Open for the block what gives queue pairs of the kernel's rates; it changes nothing by itself.
+
+        Args:
+            connections: Numbers of those that send from a NIC, by the NIC's port id.
+
+        Raises:
+            LabError: The fabric was deployed with gates that leave no place for classes.
+        """
+        nodes = self.plan.topology.nodes
+        with contextlib.ExitStack() as stack:
+            ports = []
+            operations = (
+                self.plan.operations([""] * len(nodes), any_workload=self.any_workload, back_ends=self.back_ends)
+                if connections
+                else ()
+            )
+            for operation in operations:
+                if not isinstance(operation, ShapePort) or operation.port not in connections:
+                    continue
+                if operation.gate == "plug":
+                    raise LabError(
+                        f"lab {self.name!r} holds queues back with plugs, below which no queue pair can have a rate",
+                        hint=f"`testbed destroy {self.name}` and deploy this scenario, or run it without --name",
+                    )
+                netns = open_namespace(self.namespace_of(nodes[operation.node].name))
+                stack.callback(os.close, netns)
+                ports.append(QpPort(netns, egress_of(operation), connections[operation.port]))
+            shaper = QpShaper(ports)
+            stack.callback(shaper.close)
+            yield shaper
 
     @property
     def probe_cpu(self) -> int:
@@ -398,8 +439,13 @@ def open_arrays(state: registry.LabState) -> layout.MappedArrays:
             os.close(descriptor)
 
 
-def _wait_until_drained(name: str, arrays: layout.MappedArrays) -> None:
+def _wait_until_drained(name: str, arrays: layout.MappedArrays, stuck_s: float) -> None:
     """Wait until no frame of an earlier run is under way: it would be taken for one of the next.
+
+    Args:
+        name: The lab.
+        arrays: Its maps.
+        stuck_s: Queues that stand for longer never move again.
 
     Raises:
         LabError: Frames stay in the queues, or keep coming.
@@ -414,12 +460,12 @@ def _wait_until_drained(name: str, arrays: layout.MappedArrays) -> None:
         now = time.monotonic()
         if left != moved:
             moved, moved_at = left, now
-        if now - moved_at > _STUCK_S:
+        if now - moved_at > stuck_s:
             raise LabError(
                 f"{standing} bytes stand in the queues of lab {name!r} and do not move",
                 hint=f"`testbed destroy {name}` and deploy it again",
             )
-        if now - begin > _BUSY_S:
+        if now - begin > _BUSY_S + stuck_s:
             raise LabError(f"something else sends through lab {name!r}", hint="end it, then run again")
         time.sleep(_DRAIN_LOOK_S)
 

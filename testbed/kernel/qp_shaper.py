@@ -26,6 +26,8 @@ _FIRST_QP_CLASS = _HTB_HANDLE + 0x100
 # The NIC's shaper limits what is of no queue pair.
 _OTHERS_SPEEDUP = 16
 _MIN_BURST_FRAMES = 2
+MOST_WALL_DEBT_S = 60.0
+"""How long a class owes at most for its last frame, whatever its rate is after (``htb_class.mbuffer``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +69,14 @@ class QpShaper:
     def create(self) -> None:
         """Hang the classes below the NICs' shapers, each at its NIC's rate, while nothing is under way.
 
+        An HTB that stands already keeps what waits in it.
+
         Raises:
             KernelError: The kernel refused.
         """
         for port in self._ports:
             egress = port.egress
-            # Below it may stand what a killed run has left.
-            messages = [_create_fifo(egress), _create_htb(egress)]
+            messages = [] if self._stands(port) else [_create_htb(egress)]
             rates = [(_OTHERS_CLASS, egress.wall_rate_bytes_per_s * _OTHERS_SPEEDUP)]
             rates += [(_FIRST_QP_CLASS + one, egress.wall_rate_bytes_per_s) for one in port.connections]
             for classid, rate in rates:
@@ -81,14 +84,36 @@ class QpShaper:
                 messages.append(tc.create_pfifo(egress.index, egress.ifname, classid, 0, tc.MOST_PACKETS))
             self._sockets[port.netns].request(messages)
 
-    def delete(self) -> None:
-        """Let the NICs send as they did before, while nothing is under way.
+    def lift(self) -> None:
+        """Let every class that there is, an earlier run's too, send at its NIC's rate: what waits leaves, in time.
+
+        Each still owes for its last frame at the rate that it had.
 
         Raises:
             KernelError: The kernel refused.
         """
         for port in self._ports:
-            self._sockets[port.netns].request([_create_fifo(port.egress)])
+            egress, route = port.egress, self._sockets[port.netns]
+            classes = tc.read_classes(route, egress.index, egress.ifname)
+            route.request(
+                _create_class(egress, one, egress.wall_rate_bytes_per_s)
+                for one in classes
+                if _FIRST_QP_CLASS <= one < _FIFO_HANDLE
+            )
+
+    def delete(self) -> None:
+        """Let the NICs send as they did before, while nothing is under way: what waits is thrown away and never accounted.
+
+        Raises:
+            KernelError: The kernel refused.
+        """
+        for port in self._ports:
+            if self._stands(port):
+                self._sockets[port.netns].request([_create_fifo(port.egress)])
+
+    def _stands(self, port: QpPort) -> bool:
+        qdiscs = tc.read_qdiscs(self._sockets[port.netns])
+        return any((index, handle) == (port.egress.index, _HTB_HANDLE) for index, handle, _, _ in qdiscs)
 
     def change(self, wall_rates_bytes_per_s: Mapping[int, int]) -> None:
         """Give the queue pairs of some connections another rate.

@@ -10,6 +10,7 @@ from testbed.kernel.netlink import (
     NLM_F_CREATE,
     NLM_F_REPLACE,
     RTM_GETQDISC,
+    RTM_GETTCLASS,
     RTM_NEWQDISC,
     RTM_NEWTCLASS,
     RTM_NEWTFILTER,
@@ -68,6 +69,12 @@ def read_qdiscs(route: RouteSocket) -> list[tuple[int, int, str, bytes]]:
         kind = values.get(_TCA_KIND, b"").rstrip(b"\0").decode()
         found.append((index, handle, kind, values.get(_TCA_XSTATS, b"")))
     return found
+
+
+def read_classes(route: RouteSocket, index: int, ifname: str) -> list[int]:
+    """Return the numbers of all classes of an interface in the socket's namespace."""
+    bodies = route.dump(f"tc class show dev {ifname}", RTM_GETTCLASS, _tcmsg(index, 0, 0))
+    return [struct.unpack_from("=I", body, 8)[0] for body in bodies]
 
 
 def qdisc_payload(index: int, handle: int, parent: int, kind: str, options: bytes) -> bytes:

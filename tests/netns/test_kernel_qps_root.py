@@ -6,7 +6,10 @@ A UDP socket stands in for rxe, which has one on the same port.
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,14 +17,27 @@ import numpy as np
 import pytest
 
 from testbed.carriers.reaction import Reaction, reaction
+from testbed.errors import RunError
 from testbed.fabric import Fabric
 from testbed.kernel import layout
+from testbed.kernel.netlink import RouteSocket
 from testbed.kernel.packet_socket import open_packet_socket
+from testbed.kernel.tc import read_qdiscs
 from testbed.roce.bth import FramePath, WriteTarget, build_write
 from testbed.roce.icrc import carried_icrc, compute_icrc
 from testbed.roce.queue_pairs import REQUESTER, RESPONDER, qp_index
 from testbed.roce.wire import ROCE_UDP_PORT, Opcode, data_tos
-from tests.netns.labs import PATIENCE_S, assert_drained, in_node, listening_socket, small_fabric, wait_until
+from tests.netns.labs import (
+    PATIENCE_S,
+    assert_drained,
+    in_node,
+    is_drained,
+    lab_name,
+    listening_socket,
+    small_fabric,
+    small_plan,
+    wait_until,
+)
 
 pytestmark = pytest.mark.root
 
@@ -75,10 +91,21 @@ class Bench:
         return bytes(frame)
 
 
+def frames_each(wall_s: float) -> int:
+    """Return the rate at which a frame takes so long, in bytes per second."""
+    return round((PAYLOAD_BYTES + 98) / wall_s)
+
+
 @contextlib.contextmanager
-def opened_bench(*overrides: str) -> Iterator[Bench]:
+def opened_bench() -> Iterator[Bench]:
+    with small_fabric(*SETTINGS, name="kqps") as fabric, bench_on(fabric) as bench:
+        yield bench
+        assert_drained(fabric)
+
+
+@contextlib.contextmanager
+def bench_on(fabric: Fabric) -> Iterator[Bench]:
     with contextlib.ExitStack() as stack:
-        fabric = stack.enter_context(small_fabric(*SETTINGS, *overrides, name="kqps"))
         planned = fabric.plan.workloads[0]
         ends = planned.connections[0].requester
         hosts = [f"host{end.host}" for end in (ends.local, ends.remote)]
@@ -92,10 +119,9 @@ def opened_bench(*overrides: str) -> Iterator[Bench]:
         with in_node(fabric, hosts[0]):
             sending = stack.enter_context(contextlib.closing(open_packet_socket("eth0")))
         numbers = [NUMBERS] * len(planned.connections)
-        reacting = stack.enter_context(reaction(fabric, planned, numbers))
         returning = stack.enter_context(listening_socket(fabric, hosts[0], "eth0"))
-        yield Bench(fabric, reacting, sending, returning, *opened)
-        assert_drained(fabric)
+        with reaction(fabric, planned, numbers) as reacting:
+            yield Bench(fabric, reacting, sending, returning, *opened)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +175,7 @@ def test_nobody_is_told_of_what_is_not_marked(bench: Bench) -> None:
 
 def test_a_queue_pair_is_held_back_alone(bench: Bench) -> None:
     """At a frame in 0.4 s ten frames stand behind the first ones, and those of another queue pair of the NIC pass them."""
-    wall_rate = (PAYLOAD_BYTES + 98) * 5 // 2
+    wall_rate = frames_each(0.4)
     bench.reaction._shaper.change({0: wall_rate})
     port = bench.fabric.plan.topology.nics[bench.fabric.plan.workloads[0].connections[0].requester.local.nic].id
     queue = bench.fabric.arrays.queues[port, PRIORITY]
@@ -174,3 +200,61 @@ def test_fabric_is_as_before_when_nobody_reacts_any_more() -> None:
                 assert (fabric.arrays.ports["flags"] & layout.PORT_KERNEL_QPS).any()
         np.testing.assert_array_equal(fabric.arrays.ports["flags"], flags)
         assert_drained(fabric)
+
+
+def qp_shapers(fabric: Fabric) -> int:
+    """Return how many HTBs with rates of queue pairs stand in the first host."""
+    with in_node(fabric, "host0"), RouteSocket() as route:
+        return sum(kind == "htb" for _, _, kind, _ in read_qdiscs(route))
+
+
+def hold_back(bench: Bench, wall_s: float) -> None:
+    """Let frames stand at the NIC, each of which takes so long."""
+    bench.reaction._shaper.change({0: frames_each(wall_s)})
+    bench.send(10)
+    for _ in range(2):  # the bucket
+        bench.responder.recv(1 << 16)
+    assert not is_drained(bench.fabric)
+
+
+def fail_while_frames_stand(fabric: Fabric, wall_s: float) -> None:
+    with bench_on(fabric) as bench:
+        hold_back(bench, wall_s)
+        raise RunError("as when nothing arrives")
+
+
+@pytest.mark.parametrize(("wall_s", "left"), [(0.4, 0), (2.7, 1)], ids=["in time", "too late"])
+def test_what_stands_when_a_run_fails_leaves_all_the_same(wall_s: float, left: int) -> None:
+    """The classes go when nothing waits in them, and stay, without their rates, where something does for too long."""
+    with small_fabric(*SETTINGS, name="kqpfail") as fabric:
+        with pytest.raises(RunError):
+            fail_while_frames_stand(fabric, wall_s)
+        assert qp_shapers(fabric) == left
+        with bench_on(fabric) as bench:  # whatever has been left, it may still hold frames
+            sent = bench.send(10)
+            assert [bench.responder.recv(1 << 16) for _ in range(10)] == [sent[UDP_PAYLOAD_OFFSET:]] * 10
+        assert not qp_shapers(fabric)
+        assert_drained(fabric)
+
+
+def test_what_stands_when_a_run_is_killed_leaves_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("testbed.fabric.fabric.create_lab_devices", lambda *_: None)  # which many kernels have not
+    plan, frame_s = small_plan(*SETTINGS), 2.0
+    with Fabric.deploy(plan, lab_name("kqpkill")) as fabric:
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException), bench_on(fabric) as bench:
+                hold_back(bench, frame_s)
+                os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert qp_shapers(fabric) == 1
+    begin = time.monotonic()
+    with Fabric.attach(plan, fabric.name) as again:
+        try:
+            assert time.monotonic() - begin < 4 * frame_s  # the last one's, and not that of the eight behind it
+            assert_drained(again)
+            assert not qp_shapers(again)
+            assert not (again.arrays.ports["flags"] & layout.PORT_KERNEL_QPS).any()
+        finally:
+            again.destroy()
