@@ -222,7 +222,7 @@ def test_marked_packets_slow_their_sender_down_whatever_repairs_losses(
 
 def test_everything_at_once() -> None:
     """Windows, marks, pauses, losses and two priorities between the same hosts."""
-    xoff_bytes = 16_000
+    xoff_bytes = 9_000  # the third frame that waits makes a pause; by the fourth, one run in six had none
     # What makes a port pause stands above Kmax.
     marks = f"qos.ecn={{enabled: true, kmin: 4 KB, kmax: {xoff_bytes} B, pmax: 1}}"
     settings = (CTS, PRIORITIES, *TWO_AND_ONE, SELECTIVE, *LOSSY, *DCQCN, marks)
