@@ -299,8 +299,8 @@ class Fabric:
             KernelError: The kernel refused one.
         """
         own = self.rxe_devices
-        # Names are the machine's: the lab's mark is in those of a run.
-        mark = self.state.mark.rpartition(":")[2][:12]
+        # Names are the machine's: the lab's mark is in those of a run. UCX cuts them after 15 characters.
+        mark = self.state.mark.rpartition(":")[2][:8]
         wanted = {f"tb{mark}p{nic.id}": nic for nic in nics if nic.id not in own}
         check_free(wanted)
         self.state.run_devices += wanted
