@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from testbed.errors import KernelError
-from testbed.kernel.namespaces import entered
+from testbed.kernel.namespaces import RouteSockets, entered
 from testbed.kernel.netlink import Message, RouteSocket
 
 _SOL_PACKET, _PACKET_QDISC_BYPASS = 263, 20
@@ -112,20 +112,16 @@ class QueueGates:
         self._close: dict[QueueKey, Message] = {}
         self._open: dict[QueueKey, Message] = {}
         self._route: dict[QueueKey, RouteSocket] = {}
-        by_netns: dict[int, RouteSocket] = {}
+        self._routes = RouteSockets(one.netns for one in queues)
         for one in queues:
             key = one.port, one.queue.priority
             self._sockets[key] = sockets[one.peer]
             self._close[key], self._open[key] = back_end.close(one.queue), back_end.open(one.queue)
-            if one.netns not in by_netns:
-                with entered(one.netns):
-                    by_netns[one.netns] = RouteSocket()
-            self._route[key] = by_netns[one.netns]
+            self._route[key] = self._routes[one.netns]
 
     def close(self) -> None:
         """Close the netlink sockets; gates stay as they are."""
-        for route in set(self._route.values()):
-            route.close()
+        self._routes.close()
 
     def set_rates(self, wall_rates_bytes_per_s: Mapping[int, int]) -> None:
         """Let ports have another rate when they are next opened; ports without a gate do not matter."""

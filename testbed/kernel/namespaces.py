@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from testbed.errors import KernelError, LabError
@@ -55,6 +55,29 @@ def entered(fd: int) -> Iterator[None]:
             _check(_libc.setns(origin, _CLONE_NEWNET), "setns back")
     finally:
         os.close(origin)
+
+
+class RouteSockets:
+    """A NETLINK_ROUTE socket of each of some namespaces; close it to let go of them.
+
+    Args:
+        netns: Descriptors of the namespaces, each as often as it comes.
+    """
+
+    def __init__(self, netns: Iterable[int]) -> None:
+        self._sockets: dict[int, RouteSocket] = {}
+        for descriptor in netns:
+            if descriptor not in self._sockets:
+                with entered(descriptor):
+                    self._sockets[descriptor] = RouteSocket()
+
+    def __getitem__(self, netns: int) -> RouteSocket:
+        return self._sockets[netns]
+
+    def close(self) -> None:
+        """Close all."""
+        for opened in self._sockets.values():
+            opened.close()
 
 
 def create_namespace(name: str, mark: str, sysctls: dict[str, str]) -> int:

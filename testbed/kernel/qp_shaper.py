@@ -17,8 +17,8 @@ from testbed.kernel import tc
 from testbed.kernel.delay_netem import netem_handle
 from testbed.kernel.egress import Egress
 from testbed.kernel.gate_tbf import shaper_handle
-from testbed.kernel.namespaces import entered
-from testbed.kernel.netlink import Message, RouteSocket
+from testbed.kernel.namespaces import RouteSockets
+from testbed.kernel.netlink import Message
 
 _HTB_HANDLE, _FIFO_HANDLE = 0x70_0000, 0x71_0000
 _OTHERS_CLASS = _HTB_HANDLE + 1
@@ -55,16 +55,11 @@ class QpShaper:
     def __init__(self, ports: Sequence[QpPort]) -> None:
         self._ports = ports
         self._port_of = {connection: port for port in ports for connection in port.connections}
-        self._sockets: dict[int, RouteSocket] = {}
-        for port in ports:
-            if port.netns not in self._sockets:
-                with entered(port.netns):
-                    self._sockets[port.netns] = RouteSocket()
+        self._sockets = RouteSockets(port.netns for port in ports)
 
     def close(self) -> None:
         """Close the sockets; rates stay as they are."""
-        for opened in self._sockets.values():
-            opened.close()
+        self._sockets.close()
 
     def create(self) -> None:
         """Hang the classes below the NICs' shapers, each at its NIC's rate, while nothing is under way.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from testbed.kernel.namespaces import entered
-from testbed.kernel.netlink import Message, RouteSocket
+from testbed.kernel.namespaces import RouteSockets
+from testbed.kernel.netlink import Message
 from testbed.kernel.queues import Egress, change_rate
 
 
@@ -34,16 +34,11 @@ class ShaperRates:
 
     def __init__(self, ports: Sequence[ShapedPort]) -> None:
         self._ports = {port.port: port for port in ports}
-        self._sockets: dict[int, RouteSocket] = {}
-        for port in ports:
-            if port.netns not in self._sockets:
-                with entered(port.netns):
-                    self._sockets[port.netns] = RouteSocket()
+        self._sockets = RouteSockets(port.netns for port in ports)
 
     def close(self) -> None:
         """Close the sockets; rates stay as they are."""
-        for opened in self._sockets.values():
-            opened.close()
+        self._sockets.close()
 
     def change(self, wall_rates_bytes_per_s: Mapping[int, int]) -> None:
         """Give ports another rate, by port id.
