@@ -934,13 +934,18 @@ int attachment_ingress(struct __sk_buff *skb)
 	return bpf_redirect(skb->ifindex - TB_ATTACHMENT, 0);
 }
 
-/* The fidelity probe: how long a frame waits for this CPU. */
+/* The fidelity probe: how long a frame waits for this CPU. What the kernel itself sends there, IPv6's solicitations and reports for
+ * some seconds after the link came up, is none.
+ */
 SEC("tc")
 int probe_ingress(struct __sk_buff *skb)
 {
 	__u32 key = 0;
-	__u64 *slot = bpf_map_lookup_elem(&tb_probe, &key);
+	__u64 *slot;
 
+	if (skb->protocol != bpf_htons(ETH_P_802_EX1))
+		return TC_ACT_SHOT;
+	slot = bpf_map_lookup_elem(&tb_probe, &key);
 	if (slot)
 		*slot = bpf_ktime_get_ns();
 	key = 1;

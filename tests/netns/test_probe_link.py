@@ -1,0 +1,44 @@
+"""The fidelity probe: what it measures is its own frames' wait, whoever else sends where it does."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import pytest
+
+from testbed.kernel.namespaces import entered
+from testbed.kernel.packet_socket import open_packet_socket
+from testbed.kernel.probe_link import ProbeLink
+
+pytestmark = pytest.mark.root
+
+_ETHERNET = bytes.fromhex("020000000002 020000000001".replace(" ", ""))
+# As the kernel's own solicitations, for seconds after the link came up.
+_STRANGER = _ETHERNET + bytes.fromhex("86dd") + bytes(46)
+_PROBE = _ETHERNET + bytes.fromhex("88b5") + bytes(46)
+_APART_S = 0.05
+
+
+def _wait_beside(frame: bytes) -> tuple[int, int]:
+    """Return a probe's wait, and how long after it another frame arrived; both in ns."""
+    with contextlib.closing(ProbeLink(0, time.monotonic_ns)) as probe:
+        with entered(probe._netns), contextlib.closing(open_packet_socket("probe0")) as other:
+            began = time.monotonic_ns()
+            probe.send(began)
+            time.sleep(_APART_S)
+            sent = time.monotonic_ns()
+            other.send(frame)
+            time.sleep(_APART_S)
+            probe.send(time.monotonic_ns())
+        return probe.waits_ns()[0], sent - began
+
+
+def test_strangers_frame_is_no_probe() -> None:
+    wait, apart = _wait_beside(_STRANGER)
+    assert wait < apart
+
+
+def test_control_another_probe_would_be_taken_for_it() -> None:
+    wait, apart = _wait_beside(_PROBE)
+    assert wait >= apart
