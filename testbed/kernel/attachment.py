@@ -46,6 +46,10 @@ _SYSCTLS = {
     "net/ipv4/conf/{0}/arp_announce": "2",
 }
 _STRICT_RP_FILTER = "1"
+# The kernel chooses a transmit queue for a connected socket, as rxe's of a queue pair, at the first device that has several, and
+# keeps to it at all that follow. That must be the NIC, where our program says which is the shaped one. Source: Linux,
+# net/core/dev.c, netdev_pick_tx().
+_TRANSMIT_QUEUES = 1
 _MARK = b"testbed:"
 _IFA_LOCAL = 2
 
@@ -137,6 +141,7 @@ def _create_pair(nic: AttachedNic, ifname: str, netns_fd: int, origin: int, mark
                     peer_index=0,
                     peer_mac=nic.mac,
                     peer_netns_fd=netns_fd,
+                    transmit_queues=_TRANSMIT_QUEUES,
                 ),
                 *move_link(ifname, mark, origin),
                 create_clsact(index, host_ifname),

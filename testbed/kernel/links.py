@@ -55,27 +55,36 @@ def _ifinfo(index: int, flags: int = 0, change: int = 0) -> bytes:
     return struct.pack("=BxHiII", 0, 0, index, flags, change)
 
 
-def _link_attributes(ifname: str, mac: str, mtu: int) -> bytes:
+def _link_attributes(ifname: str, mac: str, mtu: int, transmit_queues: int) -> bytes:
     return (
         attribute_text(_IFLA_IFNAME, ifname)
         + attribute(_IFLA_ADDRESS, mac_bytes(mac))
         + attribute_u32(_IFLA_MTU, mtu)
-        + attribute_u32(_IFLA_NUM_TX_QUEUES, TRANSMIT_QUEUES)
+        + attribute_u32(_IFLA_NUM_TX_QUEUES, transmit_queues)
         + attribute_u32(_IFLA_NUM_RX_QUEUES, 1)
     )
 
 
 def create_veth(
-    *, ifname: str, index: int, mac: str, mtu: int, peer_ifname: str, peer_index: int, peer_mac: str, peer_netns_fd: int
+    *,
+    ifname: str,
+    index: int,
+    mac: str,
+    mtu: int,
+    peer_ifname: str,
+    peer_index: int,
+    peer_mac: str,
+    peer_netns_fd: int,
+    transmit_queues: int = TRANSMIT_QUEUES,
 ) -> Message:
     """Return the request for a veth pair: this end in the socket's namespace, the peer in ``peer_netns_fd``'s."""
     peer = (
         _ifinfo(peer_index)
-        + _link_attributes(peer_ifname, peer_mac, mtu)
+        + _link_attributes(peer_ifname, peer_mac, mtu, transmit_queues)
         + attribute_u32(_IFLA_NET_NS_FD, peer_netns_fd)
     )
     info = attribute(_IFLA_INFO_KIND, b"veth") + attribute(_IFLA_INFO_DATA, attribute(_VETH_INFO_PEER, peer))
-    payload = _ifinfo(index) + _link_attributes(ifname, mac, mtu) + attribute(_IFLA_LINKINFO, info)
+    payload = _ifinfo(index) + _link_attributes(ifname, mac, mtu, transmit_queues) + attribute(_IFLA_LINKINFO, info)
     operation = f"ip link add {ifname} index {index} type veth peer {peer_ifname} index {peer_index}"
     return Message(operation, RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, payload)
 

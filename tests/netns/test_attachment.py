@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from testbed.kernel import attachment
 from testbed.kernel.attachment import create_attachment
 from testbed.kernel.namespaces import open_namespace
 from testbed.kernel.registry import collect_garbage, read_state
+from testbed.roce.wire import data_tos
 from testbed.topology import Port, format_address
 from tests.netns.labs import (
     PATIENCE_S,
@@ -101,6 +103,34 @@ def test_roce_crosses_the_fabric_and_other_sockets_stay_on_their_hosts() -> None
         assert not attached_interfaces()
         assert not fabric.state.attachments
         assert not any(fabric.arrays.ports["flags"][nic.id] & 512 for nic in nics)
+
+
+def test_every_flow_of_data_leaves_by_the_shaped_queue() -> None:
+    # The kernel keeps for a connected socket the transmit queue of the first device of its way that has several, for all others.
+    flows, datagrams = 16, 2
+    with small_fabric() as fabric, ExitStack() as stack:
+        with attached(fabric) as ifnames:
+            nics = fabric.plan.topology.nics
+            source, target = nics[0], nics[3]
+            _, receiver = open_sockets(target, ifnames[target.id], stack)
+            for _ in range(flows):
+                sender, _ = open_sockets(source, ifnames[source.id], stack)
+                sender.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, data_tos(3))
+                sender.connect((format_address(target.address), ROCE_PORT))
+                for _ in range(datagrams):
+                    sender.send(bytes(200))
+                    receiver.recv(300)
+            ports = [("host0", "eth0"), ("leaf1", "down0"), ("leaf1", "down1")]
+            sent = [sent_by_queues(fabric, *port) for port in ports]
+        assert sum(data for data, _ in sent) == 2 * flows * datagrams  # once by the NIC, once by the last switch
+        assert all(control == 0 for _, control in sent)
+
+
+def sent_by_queues(fabric: Fabric, node: str, ifname: str) -> tuple[int, int]:
+    """Return how many packets a port sent by its shaped queue and by the other."""
+    listed = json.loads(run_in(fabric, node, "tc", "-s", "-j", "qdisc", "show", "dev", ifname).stdout)
+    packets = {one["parent"]: one["packets"] for one in listed if "parent" in one}
+    return packets["1:1"], packets["1:2"]
 
 
 def test_nothing_but_roce_leaves_by_an_attachment() -> None:
