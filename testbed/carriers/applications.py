@@ -156,7 +156,7 @@ class ApplicationCarrier:
         self._private = private
         self._clock = clock
         self._flow = flow
-        self._ticks = FabricTicks(fabric.plan.dilation.wall_tick_ns, probe, clock, flow)
+        self._ticks = FabricTicks(fabric, probe, clock, flow)
         self._cpus = cpus
         self._warnings: list[str] = []
         self._data = DataQueues(fabric.arrays.queues, np.zeros(0, np.int64), dict.fromkeys(range(8), 1))

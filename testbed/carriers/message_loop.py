@@ -119,7 +119,7 @@ class MessageCarrier:
         self._fabric = fabric
         self._open = open_transport
         self._clock = clock
-        self._ticks = FabricTicks(fabric.plan.dilation.wall_tick_ns, probe, clock, flow)
+        self._ticks = FabricTicks(fabric, probe, clock, flow)
         self._delays = fabric.back_ends.link_delay == LinkDelay.CARRIER
         self._warnings: list[str] = []
         if self._delays and any(link.delay_ns for link in fabric.plan.topology.links):

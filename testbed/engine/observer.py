@@ -84,3 +84,43 @@ class ShapingObserver:
         self.lost_ns[judged] += np.maximum(0.0, lost[judged])
         self.backlogged_ns[judged] += span_ns[judged]
         self._ticks[ended] = 0
+
+
+class ExcessObserver:
+    """Whether a port sent more than its shaper lets through: then frames went past it, and no figure means anything.
+
+    Every port's sending is poured into a bucket that leaks at its rate. What a shaper passes keeps it below what the shaper's own
+    bucket held; what goes past the shaper piles up.
+
+    Args:
+        wall_rate_bytes_per_s: The fastest that each port's shaper may be, shape ``(ports,)``.
+        wall_allowance_ns: What may pile up at each port, as time at that rate: its shaper's bucket and what two looks miss.
+    """
+
+    def __init__(
+        self, wall_rate_bytes_per_s: npt.NDArray[np.float64], wall_allowance_ns: npt.NDArray[np.float64]
+    ) -> None:
+        self._rate_per_ns = wall_rate_bytes_per_s / 1e9
+        self._allowance_ns = wall_allowance_ns
+        self._level_ns = np.zeros(len(wall_rate_bytes_per_s))
+        self._highest_ns = np.zeros(len(wall_rate_bytes_per_s))
+        self._last_ns = 0
+        self._sent = np.zeros(len(wall_rate_bytes_per_s), np.int64)
+
+    def restart(self, now_ns: int, sent_wire_bytes: npt.NDArray[np.int64]) -> None:
+        """Forget what was seen; nothing has been poured."""
+        self._level_ns[:] = self._highest_ns[:] = 0.0
+        self._last_ns, self._sent = now_ns, sent_wire_bytes
+
+    def observe(self, now_ns: int, sent_wire_bytes: npt.NDArray[np.int64]) -> None:
+        """Take what each port has sent so far, shape ``(ports,)``."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            poured = np.where(self._rate_per_ns > 0, (sent_wire_bytes - self._sent) / self._rate_per_ns, 0.0)
+        self._level_ns = np.maximum(0.0, self._level_ns + poured - (now_ns - self._last_ns))
+        np.maximum(self._highest_ns, self._level_ns, out=self._highest_ns)
+        self._last_ns, self._sent = now_ns, sent_wire_bytes
+
+    @property
+    def excess_ns(self) -> float:
+        """What the worst port sent beyond its rate and its allowance, as wall time at its rate."""
+        return float(np.maximum(0.0, self._highest_ns - self._allowance_ns).max(initial=0.0))

@@ -30,6 +30,7 @@ class MachineSamples:
         wall_nic_lag_ns: How far the latest NIC was behind its schedule, at every look, shape ``(looks,)``.
         wall_lost_ns: Time each port lost while its queue was never empty, shape ``(ports + 1,)``.
         wall_gained_ns: Time the fastest congested switch port gained: its shaper is a little fast and its bucket was full.
+        wall_excess_ns: What the fastest port sent beyond what its shaper lets through, as time at its rate.
         wall_gate_lateness_ns: How late each pause began, negative where a tick was early, shape ``(pauses,)``.
     """
 
@@ -43,6 +44,7 @@ class MachineSamples:
     wall_nic_lag_ns: npt.NDArray[np.float64] = field(default_factory=_none)
     wall_lost_ns: npt.NDArray[np.float64] = field(default_factory=_none)
     wall_gained_ns: float = 0.0
+    wall_excess_ns: float = 0.0
     wall_gate_lateness_ns: npt.NDArray[np.int64] = field(default_factory=_none)
 
 

@@ -8,6 +8,7 @@ What the machine can do to a completion time, and how it is seen without knowing
   its frames;
 * *stalls*: the fabric's CPU did nothing for a while; probe frames waited;
 * *lost time*: a port whose queue was never empty sent less than its rate;
+* *excess*: a port sent more than its shaper lets through: frames went past it;
 * *gained time*: the shaper of a congested switch port is a little fast (``plan.SHARED_SHAPER_SPEEDUP``), and what its bucket
   had saved left at once.
 
@@ -50,12 +51,13 @@ class ErrorEstimate:
     stalls: float
     lost: float
     gained: float
+    excess: float
 
     @property
     def total(self) -> float:
         """Return what all causes together may come to."""
         # A port that gains hides as much of what others lose.
-        return self.resolution + max(self.lag + self.stalls + self.lost, self.gained)
+        return self.resolution + max(self.lag + self.stalls + self.lost, self.gained + self.excess)
 
 
 def estimate_error(samples: MachineSamples) -> ErrorEstimate:
@@ -73,6 +75,7 @@ def estimate_error(samples: MachineSamples) -> ErrorEstimate:
         stalls=stalls * excess / duration,
         lost=float(samples.wall_lost_ns.max(initial=0.0)) / duration,
         gained=samples.wall_gained_ns / duration,
+        excess=samples.wall_excess_ns / duration,
     )
 
 
@@ -165,6 +168,7 @@ def _causes(estimate: ErrorEstimate) -> str:
         "lag": "a NIC fell behind its schedule",
         "stalls": "the fabric's CPU stalled",
         "lost": "a port sent less than its rate",
+        "excess": "a port sent more than its rate: frames went past its shaper",
         "gained": "congested ports are a little fast and their buckets were full",
     }
     shares = sorted(((getattr(estimate, name), text) for name, text in words.items()), reverse=True)

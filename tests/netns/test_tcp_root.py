@@ -8,9 +8,11 @@ from testbed import api
 from testbed.carriers.choose import open_carrier
 from testbed.carriers.protocol import WorkloadSamples
 from testbed.fabric import Fabric
+from testbed.measure.verdict import judge
+from testbed.results import FidelityVerdict
 from testbed.scenario import load_scenario
 from testbed.topology import NodeKind
-from tests.netns.labs import SCENARIO, Quiet, lab_name, small_plan
+from tests.netns.labs import SCENARIO, Quiet, lab_name, run_in, small_plan
 
 pytestmark = pytest.mark.root
 
@@ -62,3 +64,37 @@ def test_lost_segments_are_sent_again_and_the_sum_is_still_right() -> None:
     samples, _, _ = run_tcp(incast, "fabric.switch.buffer=128 KiB")
     assert samples.retransmitted_packets > 0
     assert samples.wrong_elements == 0
+
+
+@pytest.mark.parametrize("is_shaped", [True, False])
+def test_frames_that_went_past_their_shapers_make_a_run_invalid(is_shaped: bool) -> None:
+    settings = ["workload=[{collective: all_reduce, size: 8 MiB, iters: 1, warmup_iters: 0}]", "transport.carrier=tcp"]
+    plan = small_plan(*settings, "transport.retransmit_timeout=auto", "time_dilation=8000")
+    with Fabric.build(plan, lab_name("shapers"), any_workload=True) as fabric:
+        for port in [] if is_shaped else plan.topology.ports:
+            node = plan.topology.nodes[port.node].name
+            command = [
+                "tc",
+                "qdisc",
+                "replace",
+                "dev",
+                port.ifname,
+                "parent",
+                "1:1",
+                "handle",
+                "30:",
+                "pfifo",
+                "limit",
+                "10000",
+            ]
+            done = run_in(fabric, node, *command)
+            assert done.returncode == 0, done.stderr
+        with open_carrier(fabric) as (carrier, _):
+            (machine,) = carrier.run(0, Quiet()).machine
+    if is_shaped:
+        assert machine.wall_excess_ns == 0
+    else:
+        assert machine.wall_excess_ns > 0
+        fidelity = judge([machine], wall_tick_ns=machine.wall_tick_ns, softnet_drops=0, steal_fraction=0.0)
+        assert fidelity.verdict is FidelityVerdict.INVALID
+        assert "went past its shaper" in fidelity.reasons[0]

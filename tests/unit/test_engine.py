@@ -17,7 +17,7 @@ from testbed.collectives import Schedule, find_algorithm
 from testbed.collectives.schedule import ScheduleBuilder
 from testbed.engine.delay_line import DelayLine
 from testbed.engine.nic import NicPacer, share_budget, take_turns
-from testbed.engine.observer import ShapingObserver
+from testbed.engine.observer import ExcessObserver, ShapingObserver
 from testbed.engine.progress import Progress
 from testbed.engine.stream import build_streams
 from testbed.roce.wire import Opcode
@@ -397,6 +397,33 @@ def test_a_few_frames_are_no_backlog() -> None:
         observer.observe(tick * TICK_NS, np.array([3 * FRAME_BYTES]), np.array([0]), np.zeros(1, bool))
     observer.finish()
     assert observer.backlogged_ns.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("ticks_sent", "excess_ticks"),
+    [
+        ([1.0] * 100, 0),
+        ([0.0] * 50 + [10.0] + [1.0] * 50, 0),  # what its bucket held
+        ([0.0] * 50 + [13.0] + [1.0] * 50, 2),
+        (
+            [0.0] * 50 + [0.0, 0.0, 30.0],
+            19,
+        ),  # time before does not excuse it: a shaper saves up no more than its bucket
+        ([1.5] * 100, 40),
+        ([5.0] * 5 + [0.0] * 100 + [5.0] * 5, 10),  # the highest counts
+    ],
+)
+def test_what_went_past_a_shaper_is_found(ticks_sent: list[float], excess_ticks: float) -> None:
+    observer = ExcessObserver(np.array([0.0, RATE_BYTES_PER_S]), np.array([0.0, 10.0 * TICK_NS]))
+    tick_bytes = round(RATE_BYTES_PER_S * TICK_NS / 1e9)
+    for begin in (10**9, 10**10):
+        sent = begin  # whatever the counters were
+        observer.restart(begin, np.array([0, sent]))
+        assert observer.excess_ns == 0
+        for tick, share in enumerate(ticks_sent, 1):
+            sent += round(share * tick_bytes)
+            observer.observe(begin + tick * TICK_NS, np.array([sent, sent]))
+        assert observer.excess_ns == pytest.approx(excess_ticks * TICK_NS)
 
 
 def test_ring_streams_have_one_message_per_slice() -> None:

@@ -61,6 +61,10 @@ def with_gained_time(fraction: float) -> MachineSamples:
     return disturbed(wall_gained_ns=fraction * DURATION_NS)
 
 
+def with_excess(fraction: float) -> MachineSamples:
+    return disturbed(wall_excess_ns=fraction * DURATION_NS)
+
+
 def with_coarse_ticks(fraction: float) -> MachineSamples:
     return disturbed(resolution_error_fraction=fraction, wall_lateness_ns=np.zeros(TICKS, np.int64))
 
@@ -70,6 +74,7 @@ CAUSES = {
     with_stall: "the fabric's CPU stalled",
     with_lost_time: "a port sent less than its rate",
     with_gained_time: "congested ports are a little fast",
+    with_excess: "a port sent more than its rate",
     with_coarse_ticks: "a tick is long beside this collective's steps",
 }
 
