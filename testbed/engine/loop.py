@@ -249,6 +249,8 @@ class TickLoop:
         progress.released_at_ns[:] = begin
         intra_host.begin(begin)
         nic_released_at = np.full(nics, float(begin))
+        # What NICs were late for and a limit does not let them make up.
+        forgone_ns = np.zeros(nics)
         paused_before = flow.paused_until(begin)
         last_message = self._message_offset + streams.messages
         last_transfer = [int(transfers[-1]) if len(transfers) else -1 for transfers in streams.transfers_of[:count]]
@@ -352,6 +354,10 @@ class TickLoop:
                 wants = limit.allowed(now, wants)
                 starts_at = np.full(nics, np.inf)
                 np.minimum.at(starts_at, nic, np.where(wants > 0, limit.free_at_ns, np.inf))
+                if limit.due_at_ns is not limit.free_at_ns:
+                    due_at = np.full(nics, np.inf)
+                    np.minimum.at(due_at, nic, np.where(wants > 0, limit.due_at_ns, np.inf))
+                    forgone_ns += pacer.forgone_ns(due_at, starts_at)
                 pacer.hold_until(np.isfinite(starts_at), starts_at)
             if flow.any_closed:
                 paused = data.of_lanes(flow.closed)
@@ -440,13 +446,15 @@ class TickLoop:
         recorder.finish(clock.now_ns(), transmitted)
         self._psn_offset += streams.packets
         self._message_offset += streams.messages
+        lost_ns = self._shaping.lost_ns.copy()
+        lost_ns[nic_port] += forgone_ns
         machine = MachineSamples(
             wall_tick_ns=tick_ns,
             wall_lateness_ns=np.array(recorded.lateness_ns, np.int64),
             wall_busy_ns=np.array(recorded.busy_ns, np.int64),
             wall_probe_ns=np.array(waits_ns, np.int64),
             wall_nic_lag_ns=np.array(recorded.nic_lag_ns),
-            wall_lost_ns=self._shaping.lost_ns.copy(),
+            wall_lost_ns=lost_ns,
             wall_gained_ns=self._gained_ns(),
             wall_duration_ns=last_arrival_ns - begin,
             unaccounted_bytes=unaccounted_bytes,

@@ -73,6 +73,19 @@ class NicPacer:
         """
         np.maximum(self._free_at, when_ns, out=self._free_at, where=nics)
 
+    def forgone_ns(
+        self, due_at_ns: npt.NDArray[np.float64], when_ns: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """Return what each NIC loses of its time by being held until ``when_ns``, shape ``(nics,)``.
+
+        Args:
+            due_at_ns: Until when it would have been held anyhow, infinite for one that has nothing to send.
+            when_ns: No earlier than that.
+        """
+        lost = np.zeros(len(due_at_ns))
+        np.subtract(when_ns, np.maximum(self._free_at, due_at_ns), out=lost, where=np.isfinite(due_at_ns))
+        return np.maximum(0.0, lost)
+
     def charge(self, wire_bytes: npt.NDArray[np.integer[Any]]) -> None:
         """Charge the bytes that were sent, shape ``(nics,)``."""
         self._free_at += wire_bytes * self._ns_per_byte

@@ -16,6 +16,7 @@ class RateLimit(Protocol):
 
     limits: bool
     free_at_ns: npt.NDArray[np.float64]
+    due_at_ns: npt.NDArray[np.float64]
 
     def advance(self, now_ns: int, cnps: npt.NDArray[np.int64], acked: npt.NDArray[np.int64]) -> None:
         """Act on what was fed back."""
@@ -38,6 +39,7 @@ class NoRateLimit:
 
     limits = False
     free_at_ns: npt.NDArray[np.float64] = np.zeros(0)
+    due_at_ns: npt.NDArray[np.float64] = np.zeros(0)
 
     def advance(self, now_ns: int, cnps: npt.NDArray[np.int64], acked: npt.NDArray[np.int64]) -> None:
         """Do nothing."""
@@ -67,6 +69,7 @@ class CongestionLimit:
 
     Attributes:
         free_at_ns: When each QP may begin its next frame, wall.
+        due_at_ns: When each might have, had its NIC taken all that this limit had allowed; no later than that.
         control: The reaction points.
     """
 
@@ -83,7 +86,9 @@ class CongestionLimit:
         self.free_at_ns = np.zeros(count)
         self._begun = False
         self._last_ns = 0
+        self.due_at_ns = self.free_at_ns
         self._held_back = np.zeros(count, bool)
+        self._cut_short = np.zeros(count, bool)
         self._allowed = np.zeros(count, np.int64)
         self._cnps_seen = np.zeros(count, np.int64)
         self._acked_seen = np.zeros(count, np.int64)
@@ -128,7 +133,12 @@ class CongestionLimit:
         """Return how many of the frames each QP wants to send it may begin before the next tick."""
         # What a QP did not use, for want of data or of its NIC's turn, is kept for a tick and no longer. One that this limit
         # holds back makes up for a late tick.
-        np.maximum(self.free_at_ns, self._last_ns - self._tick_ns, out=self.free_at_ns, where=~self._held_back)
+        before = self.free_at_ns
+        self.free_at_ns = np.where(self._held_back, before, np.maximum(before, self._last_ns - self._tick_ns))
+        self.due_at_ns = (
+            np.where(self._cut_short, before, self.free_at_ns) if self._cut_short.any() else self.free_at_ns
+        )
+        self._cut_short = np.zeros(len(before), bool)
         self._last_ns = now_ns
         frames = (now_ns + self._tick_ns - self.free_at_ns) * self._frames_per_ns() + 1.0
         self._allowed = np.minimum(wants, np.maximum(frames, 0.0).astype(np.int64))
@@ -145,7 +155,8 @@ class CongestionLimit:
         """Charge what was sent: wire bytes, and the number of the next packet before and after."""
         self.free_at_ns += wire_bytes / (self._frames_per_ns() * self._frame_bytes)
         self._sent_bytes += wire_bytes
-        self._held_back &= after - before == self._allowed
+        self._cut_short = after - before < self._allowed
+        self._held_back &= ~self._cut_short
         np.maximum(self._outstanding, after, out=self._outstanding)
         # An ACK comes for every ACK_EVERY_PACKETS-th packet: the last of those that has just left is timed.
         asking = after // ACK_EVERY_PACKETS * ACK_EVERY_PACKETS - 1
