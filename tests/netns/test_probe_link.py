@@ -10,6 +10,7 @@ import pytest
 from testbed.kernel.namespaces import entered
 from testbed.kernel.packet_socket import open_packet_socket
 from testbed.kernel.probe_link import ProbeLink
+from tests.netns.labs import wait_until
 
 pytestmark = pytest.mark.root
 
@@ -17,28 +18,29 @@ _ETHERNET = bytes.fromhex("020000000002 020000000001".replace(" ", ""))
 # As the kernel's own solicitations, for seconds after the link came up.
 _STRANGER = _ETHERNET + bytes.fromhex("86dd") + bytes(46)
 _PROBE = _ETHERNET + bytes.fromhex("88b5") + bytes(46)
-_APART_S = 0.05
+_LATER_S = 0.2
 
 
-def _wait_beside(frame: bytes) -> tuple[int, int]:
-    """Return a probe's wait, and how long after it another frame arrived; both in ns."""
+def _wait_beside(frame: bytes, arrivals: int) -> tuple[int, int]:
+    """Return a probe's wait, and how long after it another frame was sent, both in ns; wait for so many arrivals in all."""
     with contextlib.closing(ProbeLink(0, time.monotonic_ns)) as probe:
         with entered(probe._netns), contextlib.closing(open_packet_socket("probe0")) as other:
             began = time.monotonic_ns()
             probe.send(began)
-            time.sleep(_APART_S)
+            wait_until(lambda: not probe.waits_ns(), "the probe's arrival")
             sent = time.monotonic_ns()
             other.send(frame)
-            time.sleep(_APART_S)
-            probe.send(time.monotonic_ns())
+            time.sleep(_LATER_S)
+            wait_until(lambda: int(probe._arrival[1]) == arrivals, "the arrivals")
+            probe.send(time.monotonic_ns())  # notes the wait of the one before
         return probe.waits_ns()[0], sent - began
 
 
 def test_strangers_frame_is_no_probe() -> None:
-    wait, apart = _wait_beside(_STRANGER)
+    wait, apart = _wait_beside(_STRANGER, arrivals=1)
     assert wait < apart
 
 
 def test_control_another_probe_would_be_taken_for_it() -> None:
-    wait, apart = _wait_beside(_PROBE)
+    wait, apart = _wait_beside(_PROBE, arrivals=2)
     assert wait >= apart
