@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -28,6 +29,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _FRAME = bytes.fromhex("020000000002020000000001 88b5".replace(" ", "")) + bytes(
     46
 )  # IEEE local experimental EtherType
+_IFLA_OPERSTATE, _IF_OPER_UP = 16, 6
+_UP_TIMEOUT_S = 10.0
+_LOOK_S = 0.0005
 
 
 class ProbeLink:
@@ -79,6 +83,7 @@ class ProbeLink:
                     set_link_up(3, "probe1"),
                 ]
             )
+            _wait_until_up(route, 2, "probe0")
             self._socket = open_packet_socket("probe0")
         if not has_default_mask():
             steer_ports(self._netns, ["probe1"], cpu)
@@ -114,3 +119,22 @@ class ProbeLink:
         """Close socket and namespace; the kernel removes the links."""
         self._socket.close()
         os.close(self._netns)
+
+
+def _wait_until_up(route: RouteSocket, index: int, ifname: str) -> None:
+    """Wait until a link that was set up passes frames.
+
+    The kernel says so a moment later, from a worker that waits for the lock of all links, which the removal of an earlier fabric
+    may hold for long. Until then frames are dropped, and a probe that was would be waited for ever after.
+
+    Raises:
+        KernelError: It never does.
+
+    Source:
+        Linux, net/core/link_watch.c, linkwatch_do_dev().
+    """
+    deadline = time.monotonic() + _UP_TIMEOUT_S
+    while route.read_link(index).get(_IFLA_OPERSTATE, b"\0")[0] != _IF_OPER_UP:
+        if time.monotonic() > deadline:
+            raise KernelError(f"ip link set {ifname} up", errno.ENETDOWN)
+        time.sleep(_LOOK_S)
