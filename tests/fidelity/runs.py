@@ -12,6 +12,7 @@ import pytest
 import testbed
 from testbed.carriers.protocol import WorkloadSamples
 from testbed.fabric import Fabric
+from testbed.host import MachineCounters
 from testbed.kernel.gate import PauseSender, open_bypass_socket
 from testbed.kernel.links import mac_bytes
 from testbed.measure.verdict import judge
@@ -32,20 +33,20 @@ def plan_of(text: str, *settings: str) -> Plan:
     return compile_plan(load_scenario(text, settings), capacity_packets_per_s=CAPACITY_PACKETS_PER_S)
 
 
-def doubts_of(plan: Plan, samples: WorkloadSamples, tolerance: float) -> str:
+def doubts_of(plan: Plan, samples: WorkloadSamples, tolerance: float, steal_fraction: float) -> str:
     """Return why a run cannot be judged; nothing where the machine's share is below what a bar tolerates."""
     verdict = judge(
         samples.machine,
         wall_tick_ns=plan.dilation.wall_tick_ns,
         softnet_drops=0,
-        steal_fraction=0.0,
+        steal_fraction=steal_fraction,
         wall_gate_allowance_ns=plan.wall_gate_allowance_ns,
     )
     error = verdict.estimated_error_fraction
     print(f"{verdict.verdict}: the machine's share may be {error}, the bar tolerates {tolerance}")
     share_alone = all(
         reason.startswith("the machine's share") for reason in verdict.reasons
-    )  # and no pause was obeyed late
+    )  # no pause was obeyed late, nothing stolen
     if verdict.verdict is not FidelityVerdict.INVALID and share_alone and error is not None and error < tolerance:
         return ""
     return "; ".join(verdict.reasons)
@@ -61,8 +62,10 @@ def judged(plan: Plan, run: Callable[[], tuple[T, Sequence[WorkloadSamples]]], t
     """
     heard: list[str] = []
     for _ in range(ATTEMPTS):
+        before = MachineCounters.read()
         seen, samples = run()
-        doubts = [doubt for one in samples if (doubt := doubts_of(plan, one, tolerance))]
+        steal = MachineCounters.read().steal_fraction_since(before)
+        doubts = [doubt for one in samples if (doubt := doubts_of(plan, one, tolerance, steal))]
         if not doubts:
             return seen
         heard.append(doubts[0])

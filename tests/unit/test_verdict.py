@@ -158,8 +158,8 @@ def test_frames_that_the_kernel_lost_make_every_figure_invalid() -> None:
 
 
 def test_much_steal_alone_degrades() -> None:
-    assert judge_one(QUIET, steal_fraction=0.2).verdict is FidelityVerdict.TRUSTED
-    fidelity = judge_one(QUIET, steal_fraction=0.3)
+    assert judge_one(QUIET, steal_fraction=0.04).verdict is FidelityVerdict.TRUSTED
+    fidelity = judge_one(QUIET, steal_fraction=0.06)
     assert fidelity.verdict is FidelityVerdict.DEGRADED
     assert "hypervisor" in fidelity.reasons[0]
     assert judge_one(with_lag(0.5), steal_fraction=0.3).verdict is FidelityVerdict.INVALID
