@@ -132,11 +132,14 @@ def progress(scheduler: str, weights: dict[int, str]) -> list[list[int]]:
             sending = open_packet_socket("eth0")
         with sending:
             for priority in weights:
-                before = queues["deq_packets"].copy()
                 address = topology.host_port(1).address
                 frame = ip_frame(fabric, 0, address, bytes(PAYLOAD_BYTES), tos=priority << 5)
                 for _ in range(FRAMES):
                     sending.send(frame)
+                arrived = f"frames of priority {priority} at the port"
+                wait_until(lambda one=priority: int(queues["enq_packets"][one]) == FRAMES, arrived)
+            before = queues["deq_packets"].copy()  # what a late sender or CPU let go before is not the scheduler's
+            before[priority] = 0
         seen = []
         for priority in [*weights][:0:-1]:
             wait_until(lambda one=priority: int(queues["deq_packets"][one]) == FRAMES, f"priority {priority} sent")
