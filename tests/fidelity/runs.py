@@ -44,9 +44,8 @@ def doubts_of(plan: Plan, samples: WorkloadSamples, tolerance: float, steal_frac
     )
     error = verdict.estimated_error_fraction
     print(f"{verdict.verdict}: the machine's share may be {error}, the bar tolerates {tolerance}")
-    share_alone = all(
-        reason.startswith("the machine's share") for reason in verdict.reasons
-    )  # no pause was obeyed late, nothing stolen
+    # No pause was obeyed late, and nothing was stolen.
+    share_alone = all(reason.startswith("the machine's share") for reason in verdict.reasons)
     if verdict.verdict is not FidelityVerdict.INVALID and share_alone and error is not None and error < tolerance:
         return ""
     return "; ".join(verdict.reasons)
